@@ -1,0 +1,167 @@
+"""A meter event: what Stripe will be told, checked against every limit of Stripe's where it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from langchain_stripe_meter.errors import InvalidValueError
+
+MAX_NAME_LENGTH = 100
+"""Characters in an event name and in an identifier (Stripe's API reference)."""
+MAX_DIGITS = 15
+"""Significant digits in a value; more are refused with ``meter_event_value_too_many_digits``."""
+PAST_LIMIT = 35 * 86_400
+"""How far back, in seconds, a timestamp may lie (35 calendar days)."""
+FUTURE_LIMIT = 5 * 60
+"""How far ahead, in seconds, a timestamp may lie."""
+
+_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
+_CUSTOMER_ID = re.compile(r"cus_[A-Za-z0-9_]{1,100}\Z")
+
+
+def check_event_name(name: object) -> str:
+    """The event name of a meter: 1 to 100 printable characters."""
+    if not isinstance(name, str) or not name.strip() or not name.isprintable():
+        raise InvalidValueError(
+            f"The event name of a meter must be printable text, not {_show(name)}. "
+            "Use the event name that the meter has in Stripe, such as 'ai_tokens'."
+        )
+    if len(name) > MAX_NAME_LENGTH:
+        raise InvalidValueError(
+            f"The event name {_show(name)} has {len(name)} characters; Stripe allows {MAX_NAME_LENGTH}."
+        )
+    return name
+
+
+def check_identifier(identifier: object) -> str:
+    """An identifier: 1 to 100 of ``A-Z a-z 0-9 _ -`` (narrower than Stripe's, so it is safe in any header)."""
+    if not isinstance(identifier, str) or not _IDENTIFIER.match(identifier):
+        raise InvalidValueError(
+            f"The identifier {_show(identifier)} must be 1 to {MAX_NAME_LENGTH} characters of A-Z a-z 0-9 _ -."
+        )
+    return identifier
+
+
+def check_customer_id(customer: object) -> str:
+    """A Stripe customer id: ``cus_`` and what Stripe puts behind it."""
+    if not isinstance(customer, str) or not _CUSTOMER_ID.match(customer):
+        raise InvalidValueError(
+            f"{_show(customer)} is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'."
+        )
+    return customer
+
+
+def check_value(value: object) -> Decimal:
+    """An exact, finite number of at most 15 significant digits; negative values are corrections.
+
+    ``float`` is taken by its shortest decimal form (0.1 is 0.1), since that is what its author wrote.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
+        raise InvalidValueError(f"The value {_show(value)} is not a number. Pass an int or a Decimal.")
+    try:
+        number = Decimal(str(value).strip())
+    except ArithmeticError as error:
+        raise InvalidValueError(f"The value {_show(value)} is not a number. Pass an int or a Decimal.") from error
+    if not number.is_finite():
+        raise InvalidValueError(f"The value {_show(value)} is not finite; Stripe cannot bill it.")
+    digits = significant_digits(number)
+    if digits > MAX_DIGITS:
+        raise InvalidValueError(
+            f"The value {_show(value)} has {digits} significant digits; Stripe allows {MAX_DIGITS}. Round it first."
+        )
+    return number
+
+
+def significant_digits(number: Decimal) -> int:
+    """Digits that must be written down, without an exponent, to state ``number`` exactly."""
+    text = number_text(number).lstrip("-").replace(".", "").lstrip("0")
+    return len(text)
+
+
+def number_text(number: Decimal | int) -> str:
+    """``number`` as Stripe takes it: plain decimal notation, never an exponent, no idle zeros."""
+    number = Decimal(number)
+    if abs(number.adjusted()) > 200 and number != 0:  # "1e999999" would otherwise be a gigabyte of zeros
+        raise InvalidValueError(f"The value {number} is far beyond what Stripe can bill.")
+    text = format(number, "f")
+    if "." in text:
+        text = text.rstrip("0").rstrip(".")
+    return "0" if text in ("-0", "") else text
+
+
+def check_timestamp(timestamp: object, now: int) -> int:
+    """Unix seconds from 35 days before ``now`` to 5 minutes after it."""
+    if isinstance(timestamp, bool) or not isinstance(timestamp, int):
+        raise InvalidValueError(f"The timestamp {_show(timestamp)} must be whole Unix seconds, such as {now}.")
+    if timestamp < now - PAST_LIMIT:
+        raise InvalidValueError(
+            f"The timestamp {timestamp} is more than 35 days in the past. "
+            f"Stripe takes {now - PAST_LIMIT} at the earliest."
+        )
+    if timestamp > now + FUTURE_LIMIT:
+        raise InvalidValueError(
+            f"The timestamp {timestamp} is more than 5 minutes in the future. "
+            f"Stripe takes {now + FUTURE_LIMIT} at the latest; was it given in milliseconds?"
+        )
+    return timestamp
+
+
+def check_dimensions(dimensions: Mapping[str, str]) -> dict[str, str]:
+    """Further payload keys: text to text, short enough for Stripe to take."""
+    for key, value in dimensions.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise InvalidValueError(f"The dimension {_show(key)} must map text to text, not to {_show(value)}.")
+        if not 0 < len(key) <= MAX_NAME_LENGTH or not 0 < len(value) <= MAX_NAME_LENGTH:
+            raise InvalidValueError(
+                f"The dimension {_show(key)} and its value must have 1 to {MAX_NAME_LENGTH} characters."
+            )
+    return dict(dimensions)
+
+
+def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] | None = None) -> str:
+    """The identifier of what ``run`` adds to one meter: the same on every machine and every repetition.
+
+    ``run`` leads, so that identifiers of uuid7 runs are ordered by time and the ledger's unique index
+    stays flat; the rest is a digest of the meter and its dimensions. A run that is no plain name
+    (``record_usage(id=...)`` takes any text) goes into the digest whole.
+    """
+    facts = [run, event_name, *(part for pair in sorted((dimensions or {}).items()) for part in pair)]
+    digest = hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
+    lead = run if len(run) <= 60 and _IDENTIFIER.match(run) else "x"
+    return f"{lead}-{digest[:24]}"
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class MeterEvent:
+    """One meter event, ready to send: every field has passed Stripe's limits except the time window,
+    which depends on when it is sent (see ``check_timestamp``).
+
+    ``value`` is in the meter's own unit; ``timestamp`` in Unix seconds, when the usage happened.
+    """
+
+    event_name: str
+    customer: str
+    value: Decimal
+    identifier: str
+    timestamp: int
+    dimensions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_event_name(self.event_name)
+        check_customer_id(self.customer)
+        check_identifier(self.identifier)
+        check_dimensions(self.dimensions)
+        object.__setattr__(self, "value", check_value(self.value))
+
+    def payload(self, customer_key: str = "stripe_customer_id", value_key: str = "value") -> dict[str, str]:
+        """The payload under the keys that the meter was created with (Stripe's defaults unless told)."""
+        return {**self.dimensions, customer_key: self.customer, value_key: number_text(self.value)}

@@ -1,0 +1,264 @@
+"""What is counted, each on one Stripe meter: ``Tokens``, ``Messages``, ``Credits``, ``Cost``.
+
+A meter turns facts into readings: a pure function, so that the same run gives the same readings everywhere.
+``Tokens`` and ``Cost`` count calls (one model call each); ``Messages`` and ``Credits`` count answered user messages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from decimal import ROUND_HALF_EVEN, Decimal
+from typing import ClassVar, Literal
+
+from langchain_stripe_meter.core.events import check_event_name, check_value, significant_digits
+from langchain_stripe_meter.core.usage import INPUT_PARTS, KINDS, OUTPUT_PARTS, Usage
+from langchain_stripe_meter.errors import ConfigurationError
+
+Number = int | Decimal
+Pricer = Callable[[Usage, str, str | None], Decimal]
+"""Prices a usage of a model (and provider) in US dollars; raises ``LookupError`` for a model it does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One finished model call. ``usage`` is ``None`` where nobody knows what it consumed, and ``doubt`` says why."""
+
+    usage: Usage | None
+    model: str | None = None
+    provider: str | None = None
+    doubt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What one run adds to one meter. ``value`` is ``None`` where it must be held, and ``doubt`` says why."""
+
+    event_name: str
+    value: Decimal | None
+    dimensions: Mapping[str, str] = field(default_factory=dict)
+    estimated: bool = False
+    doubt: str | None = None
+
+
+def _weights(weights: Mapping[str, Number]) -> dict[str, Decimal]:
+    unknown = sorted(set(weights) - set(KINDS))
+    if unknown:
+        raise ConfigurationError(f"Tokens cannot weigh {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
+    checked = {kind: check_value(weight) for kind, weight in weights.items()}
+    if not checked or any(weight < 0 for weight in checked.values()):
+        raise ConfigurationError("Tokens(weights=...) takes at least one kind, and no weight below 0.")
+    return checked
+
+
+def _full_weights(weights: Mapping[str, Decimal]) -> dict[str, Decimal]:
+    """Give each part that was not named the weight of its whole, so that no token is free by omission."""
+    full = {}
+    for whole, parts in (("input", INPUT_PARTS), ("output", OUTPUT_PARTS)):
+        full[whole] = weights.get(whole, Decimal(0))
+        full.update({part: weights.get(part, full[whole]) for part in parts})
+    return full
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens of every model call.
+
+    ``count`` is ``"total"``, ``"input"`` or ``"output"`` (full sums). ``weights`` instead bills a weighted sum of
+    exclusive parts: ``input`` is then what was neither read from nor written to a cache; a part without a weight of
+    its own takes that of its whole, ``input`` or ``output``; a whole without one is not billed. ``split=True`` sends
+    one event per kind with ``model`` (``provider/model``) and ``token_type`` in the payload, as Stripe's token
+    billing expects.
+    """
+
+    event_name: str
+    count: Literal["total", "input", "output"] = "total"
+    weights: Mapping[str, Number] | None = None
+    split: bool = False
+    per: ClassVar[str] = "call"
+
+    def __post_init__(self) -> None:
+        check_event_name(self.event_name)
+        if self.count not in ("total", "input", "output"):
+            raise ConfigurationError(f"Tokens(count={self.count!r}): use 'total', 'input' or 'output'.")
+        if self.weights is not None:
+            if self.count != "total" or self.split:
+                raise ConfigurationError("Tokens takes one of count=, weights= and split=, not several.")
+            object.__setattr__(self, "weights", _weights(self.weights))
+        elif self.split and self.count != "total":
+            raise ConfigurationError("Tokens takes one of count=, weights= and split=, not several.")
+
+    def readings(self, call: Call) -> list[Reading]:
+        """What ``call`` adds to this meter; nothing where it consumed nothing."""
+        usage = call.usage
+        if usage is None or not self._known(usage):
+            return [Reading(self.event_name, None, doubt=call.doubt or "the provider reported no usage")]
+        if self.split:
+            return self._split(usage, call)
+        return _reading(self.event_name, self._value(usage), usage.estimated)
+
+    def _known(self, usage: Usage) -> bool:
+        if self.count != "total":
+            return getattr(usage, self.count) is not None
+        return usage.complete
+
+    def _value(self, usage: Usage) -> Decimal:
+        if self.weights is None:
+            return Decimal(getattr(usage, self.count))
+        weights = _full_weights({kind: Decimal(weight) for kind, weight in self.weights.items()})
+        return sum((weights[kind] * count for kind, count in usage.exclusive().items()), Decimal(0))
+
+    def _split(self, usage: Usage, call: Call) -> list[Reading]:
+        parts = usage.exclusive()
+        kinds = {
+            "input": parts["input"] + parts["audio_input"],
+            "cache_read": parts["cache_read"],
+            "cache_write": parts["cache_write"],
+            "output": usage.output or 0,
+        }
+        model = token_billing_model(call.provider, call.model)
+        if model is None:
+            return [Reading(self.event_name, None, doubt="the run has no model name")]
+        readings = []
+        for kind, count in kinds.items():
+            readings += _reading(
+                self.event_name, Decimal(count), usage.estimated, {"model": model, "token_type": kind}
+            )
+        return readings
+
+
+@dataclass(frozen=True)
+class Messages:
+    """1 for each answered user message, however many model calls the agent needed for it."""
+
+    event_name: str
+    per: ClassVar[str] = "message"
+
+    def __post_init__(self) -> None:
+        check_event_name(self.event_name)
+
+    def readings(self, call: Call) -> list[Reading]:
+        """``call`` is the one that answered the message."""
+        return [Reading(self.event_name, Decimal(1))]
+
+
+@dataclass(frozen=True)
+class Credits:
+    """Message credits: each answered message costs what the model that answered it is worth.
+
+    ``credits`` maps model names to credits. A dated name (``gpt-4o-2024-08-06``) takes the credits of its plain
+    name; any other model costs ``default``, and without a ``default`` it is held with its name.
+    ``per="call"`` bills every model call instead of every message.
+    """
+
+    event_name: str
+    credits: Mapping[str, Number]
+    default: Number | None = None
+    per: Literal["message", "call"] = "message"
+
+    def __post_init__(self) -> None:
+        check_event_name(self.event_name)
+        if self.per not in ("message", "call"):
+            raise ConfigurationError(f"Credits(per={self.per!r}): use 'message' or 'call'.")
+        values = [*self.credits.values(), *(() if self.default is None else (self.default,))]
+        if not values or any(check_value(value) < 0 for value in values):
+            raise ConfigurationError("Credits takes credits for at least one model or a default, none below 0.")
+        checked = {model: check_value(value) for model, value in self.credits.items()}
+        object.__setattr__(self, "credits", checked)
+
+    def readings(self, call: Call) -> list[Reading]:
+        """``call`` is the one that answered (or, with ``per="call"``, each one)."""
+        value = self.credits.get(call.model or "", self.credits.get(plain_model(call.model or ""), self.default))
+        if value is None:
+            return [Reading(self.event_name, None, doubt=f"no credits are set for the model {call.model!r}")]
+        return _reading(self.event_name, Decimal(value), estimated=False)
+
+
+UNITS = {"usd": Decimal(1), "cents": Decimal(100), "micro_usd": Decimal(1_000_000)}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The price of every model call, times ``markup``, in ``unit`` (``usd``, ``cents`` or ``micro_usd``).
+
+    Prices come from genai-prices (extra ``[prices]``), or from ``prices``: dollars per million tokens by model and
+    kind, such as ``{"my-model": {"input": Decimal("0.5"), "output": 2}}``. A model without a price is held with its
+    name, never billed as 0. The result is rounded to 15 significant digits, Stripe's limit.
+    """
+
+    event_name: str
+    markup: Number = 1
+    unit: Literal["usd", "cents", "micro_usd"] = "micro_usd"
+    prices: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
+    pricer: Pricer | None = field(default=None, repr=False, compare=False)
+    per: ClassVar[str] = "call"
+
+    def __post_init__(self) -> None:
+        check_event_name(self.event_name)
+        if self.unit not in UNITS:
+            raise ConfigurationError(f"Cost(unit={self.unit!r}): use {', '.join(UNITS)}.")
+        if check_value(self.markup) < 0:
+            raise ConfigurationError(f"Cost(markup={self.markup}) must not be below 0.")
+        checked = {model: _weights(kinds) for model, kinds in self.prices.items()}
+        object.__setattr__(self, "prices", checked)
+
+    def readings(self, call: Call) -> list[Reading]:
+        """What ``call`` cost."""
+        usage = call.usage
+        if usage is None or not usage.complete:
+            return [Reading(self.event_name, None, doubt=call.doubt or "the provider reported no usage")]
+        try:
+            dollars = self._dollars(usage, call)
+        except LookupError:
+            return [Reading(self.event_name, None, doubt=f"no price is known for the model {call.model!r}")]
+        return _reading(
+            self.event_name, round_digits(dollars * Decimal(self.markup) * UNITS[self.unit]), usage.estimated
+        )
+
+    def _dollars(self, usage: Usage, call: Call) -> Decimal:
+        if not call.model:
+            raise LookupError
+        own = self.prices.get(call.model) or self.prices.get(plain_model(call.model))
+        if own is not None:
+            weights = _full_weights({kind: Decimal(price) for kind, price in own.items()})
+            return sum((weights[kind] * n for kind, n in usage.exclusive().items()), Decimal(0)) / 1_000_000
+        if self.pricer is None:
+            raise LookupError
+        return self.pricer(usage, call.model, call.provider)
+
+
+Meter = Tokens | Messages | Credits | Cost
+
+
+def _reading(name: str, value: Decimal, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
+    if not value:
+        return []
+    check_value(value)
+    return [Reading(name, value, dimensions or {}, estimated)]
+
+
+def round_digits(value: Decimal, digits: int = 15) -> Decimal:
+    """``value`` to at most ``digits`` significant digits, half to even."""
+    if significant_digits(value) <= digits:
+        return value
+    exponent = min(value.adjusted(), 0) - digits + 1 if value.adjusted() < 0 else value.adjusted() - digits + 1
+    return value.quantize(Decimal(1).scaleb(min(exponent, 0)), rounding=ROUND_HALF_EVEN)
+
+
+_DATE = re.compile(r"[-@]?(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
+
+
+def plain_model(model: str) -> str:
+    """A model's name without its date suffix: ``gpt-4o-2024-08-06`` is ``gpt-4o``."""
+    return _DATE.sub("", model)
+
+
+def token_billing_model(provider: str | None, model: str | None) -> str | None:
+    """``provider/model`` as Stripe's token billing names it: no date, no ``-latest``, dots in Claude's versions."""
+    if not provider or not model:
+        return None
+    name = plain_model(model).removesuffix("-latest")
+    if provider == "anthropic":
+        name = re.sub(r"-(\d+)-(\d{1,2})\Z", r"-\1.\2", name)
+    return f"{provider}/{name}"

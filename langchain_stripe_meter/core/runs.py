@@ -1,0 +1,124 @@
+"""Open runs: which belongs to which, which of them is the user's message, which never said that they ended.
+
+A *message* is the topmost run that we can see. It counts once, when it ends, if a model call inside it succeeded and
+no interrupt left it waiting; the call that succeeded last is the one that answered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.meters import Call
+
+ABANDONED_AFTER = 3600
+"""Seconds after which an open run is taken to have ended without saying so."""
+ORPHANED_AFTER = 60
+"""The same for a run whose message has ended: LangChain may still report it a moment later (abandoned streams)."""
+SWEEP_EVERY = 256
+"""Runs started between two looks for abandoned ones, so that they never accumulate."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One open run. ``top`` is the run that stands for the user's message (maybe this one)."""
+
+    id: Hashable
+    started: int
+    top: Run = field(init=False, repr=False)
+    is_call: bool = False
+    facts: Facts = field(default_factory=Facts, repr=False)
+    model: str | None = None
+    provider: str | None = None
+    prompt: Any = field(default=None, repr=False)
+    tools: Any = field(default=None, repr=False)
+    answer: tuple[Call, Facts] | None = field(default=None, repr=False)
+    interrupted: bool = False
+    ended: int | None = None
+
+
+class OpenRuns:
+    """The runs that have started and not yet ended. Not synchronised: the caller holds a lock."""
+
+    def __init__(self) -> None:
+        self._runs: dict[Hashable, Run] = {}
+        self._starts = 0
+        self.abandoned = 0
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __contains__(self, run_id: Hashable) -> bool:
+        return run_id in self._runs
+
+    def start(self, run: Run, *parents: Hashable | None) -> bool:
+        """Open ``run`` under the first of ``parents`` that is open; False if it was open already.
+
+        The second parent is the surrounding run: LangChain reports some nested runs as roots (top-level
+        fallbacks, explicit callbacks inside a run).
+        """
+        if run.id in self._runs:
+            return False
+        parent = next((self._runs[p] for p in parents if p in self._runs), None)
+        run.top = parent.top if parent else run
+        self._runs[run.id] = run
+        self._starts += 1
+        if self._starts % SWEEP_EVERY == 0:
+            self.sweep(run.started)
+        return True
+
+    def end(self, run_id: Hashable, now: int) -> Run | None:
+        """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""
+        run = self._runs.pop(run_id, None)
+        if run is not None:
+            run.ended = now
+        return run
+
+    def answered(self, run: Run, call: Call) -> None:
+        """``run`` is a model call that succeeded: for now, it is what answers its message."""
+        run.top.answer = (call, run.facts)
+
+    def interrupt(self, run_id: Hashable) -> None:
+        """A person must decide before the message goes on: it is answered when the resumed run ends."""
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.top.interrupted = True
+
+    def fail(self, run_id: Hashable) -> None:
+        """A step failed; if it stood for the message, the message was not answered."""
+        run = self._runs.get(run_id)
+        if run is not None and run.top is run:
+            run.answer = None
+            run.interrupted = True
+
+    def take_message(self, run: Run) -> tuple[Call, Facts] | None:
+        """The answer of the message that ``run`` belongs to, once: when the message has ended."""
+        top = run.top
+        if top.ended is None or top.interrupted or top.answer is None:
+            return None
+        answer, top.answer = top.answer, None
+        return answer
+
+    def sweep(self, now: int) -> list[Run]:
+        """Close the runs that ended without saying so, and count the model calls among them."""
+        gone = [run for run in self._runs.values() if _is_abandoned(run, now)]
+        for run in gone:
+            self.end(run.id, now)
+        calls = [run for run in gone if run.is_call]
+        self.abandoned += len(calls)
+        return calls
+
+
+def _is_abandoned(run: Run, now: int) -> bool:
+    if now - run.started >= ABANDONED_AFTER:
+        return True
+    return run.top.ended is not None and now - run.top.ended >= ORPHANED_AFTER
+
+
+def merged(surrounding: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """A run's metadata over that of the run around it, which LangChain loses under explicit callbacks."""
+    if not surrounding:
+        return own or {}
+    return {**surrounding, **own} if own else surrounding

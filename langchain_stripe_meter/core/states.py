@@ -1,0 +1,195 @@
+"""The states of readings and events, the only moves between them, and how long to wait before the next try.
+
+The two tables are the whole truth: an illegal move is a missing key, and the README's picture is made from them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from langchain_stripe_meter.errors import IllegalMoveError
+
+SAFE_WINDOW = 23 * 3600
+"""Seconds after a first unknown outcome in which the same identifier may be sent again. Stripe promises 24 hours of
+deduplication; the last hour is ours."""
+STALE_AFTER = 34 * 86_400
+"""Age in seconds at which usage is held instead of sent: Stripe refuses it at 35 days, and only a person may re-time it."""
+FIRST_DELAY = 1
+MAX_DELAY = 600
+
+
+class ReadingState(StrEnum):
+    """What became of one reading."""
+
+    RECORDED = "recorded"
+    """It names somebody who must still be looked up at Stripe."""
+    RESOLVED = "resolved"
+    """Its Stripe customer is known."""
+    SEALED = "sealed"
+    """It is part of a meter event."""
+    SKIPPED = "skipped"
+    """Nobody to bill."""
+    HELD = "held"
+    """Somebody unknown or ambiguous, an unknown amount, or too old: it waits for Stripe or for a person."""
+    WRITTEN_OFF = "written_off"
+    """A person decided not to bill it."""
+
+
+class EventState(StrEnum):
+    """What became of one meter event."""
+
+    PENDING = "pending"
+    SENDING = "sending"
+    DELIVERED = "delivered"
+    DOUBTFUL = "doubtful"
+    REJECTED = "rejected"
+    WRITTEN_OFF = "written_off"
+
+
+class Move(StrEnum):
+    """What can happen to a reading or to an event."""
+
+    FOUND = "found"
+    NOT_FOUND = "not found"
+    HOLD = "hold"
+    TRY_AGAIN = "try again"
+    ASSIGN = "assign"
+    SEAL = "seal"
+    UNSEAL = "unseal"
+    WRITE_OFF = "write off"
+    SEND = "send"
+    ACCEPTED = "accepted"
+    DUPLICATE = "duplicate"
+    REFUSED_FOR_NOW = "refused for now"
+    UNAUTHORISED = "unauthorised"
+    UNKNOWN = "unknown outcome"
+    OUT_OF_WINDOW = "unknown for too long"
+    REFUSED = "refused for good"
+    SEEN_AT_STRIPE = "seen at Stripe"
+    ABSENT_AT_STRIPE = "absent at Stripe"
+    REJECTED_LATER = "rejected later"
+
+
+_R, _E, _M = ReadingState, EventState, Move
+
+READING_MOVES: Mapping[ReadingState, Mapping[Move, ReadingState]] = {
+    _R.RECORDED: {_M.FOUND: _R.RESOLVED, _M.NOT_FOUND: _R.HELD, _M.HOLD: _R.HELD},
+    _R.RESOLVED: {_M.SEAL: _R.SEALED, _M.HOLD: _R.HELD},
+    _R.SEALED: {_M.UNSEAL: _R.HELD},
+    _R.HELD: {_M.TRY_AGAIN: _R.RECORDED, _M.ASSIGN: _R.RESOLVED, _M.WRITE_OFF: _R.WRITTEN_OFF},
+    _R.SKIPPED: {},
+    _R.WRITTEN_OFF: {},
+}
+
+EVENT_MOVES: Mapping[EventState, Mapping[Move, EventState]] = {
+    _E.PENDING: {_M.SEND: _E.SENDING, _M.OUT_OF_WINDOW: _E.DOUBTFUL},
+    _E.SENDING: {
+        _M.ACCEPTED: _E.DELIVERED,
+        _M.DUPLICATE: _E.DELIVERED,
+        _M.REFUSED_FOR_NOW: _E.PENDING,
+        _M.UNAUTHORISED: _E.PENDING,
+        _M.UNKNOWN: _E.PENDING,
+        _M.OUT_OF_WINDOW: _E.DOUBTFUL,
+        _M.REFUSED: _E.REJECTED,
+    },
+    _E.DOUBTFUL: {_M.SEEN_AT_STRIPE: _E.DELIVERED, _M.ABSENT_AT_STRIPE: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
+    _E.DELIVERED: {_M.REJECTED_LATER: _E.REJECTED},
+    _E.REJECTED: {_M.TRY_AGAIN: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
+    _E.WRITTEN_OFF: {},
+}
+
+
+def next_reading_state(state: ReadingState, move: Move) -> ReadingState:
+    """Where ``move`` takes a reading; ``IllegalMoveError`` where the table has no such move."""
+    try:
+        return READING_MOVES[state][move]
+    except KeyError:
+        raise IllegalMoveError(f"A reading that is {state} cannot {move}.") from None
+
+
+def next_event_state(state: EventState, move: Move) -> EventState:
+    """Where ``move`` takes an event; ``IllegalMoveError`` where the table has no such move."""
+    try:
+        return EVENT_MOVES[state][move]
+    except KeyError:
+        raise IllegalMoveError(f"An event that is {state} cannot {move}.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one attempt to send came to. ``retry_after`` is Stripe's own wish, in seconds."""
+
+    move: Move
+    message: str = ""
+    request_id: str | None = None
+    retry_after: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What is known of an event when an attempt ends. Times are Unix seconds, by our clock."""
+
+    identifier: str
+    attempts: int
+    sent_at: int
+    first_unknown_at: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """What the ledger must store after an attempt; ``due`` is when to try again."""
+
+    state: EventState
+    attempts: int
+    due: int
+    first_unknown_at: int | None
+
+
+def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
+    """Decide what an attempt's outcome means for the event.
+
+    An outcome is *unknown* from the moment the request was sent, so the safe window counts from there. A refused
+    key burns no attempt. Once unknown, an event stays so through later refusals until Stripe says that it has it:
+    a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not to rejection.
+    """
+    first_unknown = attempt.first_unknown_at
+    move = outcome.move
+    if move is Move.UNKNOWN and first_unknown is None:
+        first_unknown = attempt.sent_at
+    back_in_queue = next_event_state(EventState.SENDING, move) is EventState.PENDING
+    if first_unknown is not None and (
+        move is Move.REFUSED or (back_in_queue and out_of_window(first_unknown, now))
+    ):
+        move = Move.OUT_OF_WINDOW
+    attempts = attempt.attempts + (move is not Move.UNAUTHORISED)
+    delay = max(backoff(attempts, attempt.identifier), outcome.retry_after or 0)
+    return Settlement(next_event_state(EventState.SENDING, move), attempts, now + delay, first_unknown)
+
+
+def out_of_window(first_unknown_at: int, now: int) -> bool:
+    """Whether Stripe may have forgotten the identifier. A clock that ran backwards errs to the safe side."""
+    return abs(now - first_unknown_at) >= SAFE_WINDOW
+
+
+def backoff(attempts: int, identifier: str) -> int:
+    """Whole seconds to wait before the next try: exponential up to ten minutes, spread over its upper half.
+
+    The spread comes from the identifier, not from chance: the same facts always give the same decision, and two
+    events never march in step.
+    """
+    ceiling = min(MAX_DELAY, FIRST_DELAY * 2 ** min(max(attempts, 1), 20))
+    digest = hashlib.sha256(f"{identifier}/{attempts}".encode()).digest()
+    return ceiling // 2 + int.from_bytes(digest[:4], "big") % (ceiling - ceiling // 2 + 1)
+
+
+def picture() -> str:
+    """Both tables as a Mermaid state diagram, for the documentation."""
+    lines = ["stateDiagram-v2"]
+    for title, table in (("Reading", READING_MOVES), ("Event", EVENT_MOVES)):
+        lines.append(f"    state {title} {{")
+        lines += [f"        {old} --> {new}: {move}" for old, moves in table.items() for move, new in moves.items()]
+        lines.append("    }")
+    return "\n".join(lines)

@@ -1,0 +1,133 @@
+"""What a run consumed, as inclusive buckets: ``cache_read`` is a part of ``input``, ``reasoning`` of ``output``.
+
+The shapes are those of LangChain's ``UsageMetadata`` (``input_token_details`` and ``output_token_details`` are
+parts of ``input_tokens`` and ``output_tokens``). Unknown is ``None``, never 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from langchain_stripe_meter.errors import UsageError
+
+INPUT_PARTS = ("cache_read", "cache_write", "audio_input")
+OUTPUT_PARTS = ("reasoning", "audio_output")
+KINDS = ("input", "output", *INPUT_PARTS, *OUTPUT_PARTS)
+"""The kinds of tokens that a meter can weigh or price."""
+
+_CACHE_READ = ("cache_read", "flex_cache_read", "priority_cache_read")
+_CACHE_WRITE = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+_REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one model call, in inclusive buckets.
+
+    ``input`` and ``output`` are full sums, ``None`` where nobody knows; the other buckets are parts of them.
+    ``estimated`` marks numbers that no provider reported.
+    """
+
+    input: int | None
+    output: int | None
+    cache_read: int = 0
+    cache_write: int = 0
+    audio_input: int = 0
+    reasoning: int = 0
+    audio_output: int = 0
+    estimated: bool = False
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            _check_count(kind, getattr(self, kind))
+        # Cached audio is counted by both details, so each bucket of input is held against the sum by itself.
+        _check_part("cache_read + cache_write", self.cache_read + self.cache_write, "input", self.input)
+        _check_part("audio_input", self.audio_input, "input", self.input)
+        _check_part("reasoning + audio_output", self.reasoning + self.audio_output, "output", self.output)
+
+    @property
+    def total(self) -> int | None:
+        """Input and output together; ``None`` unless both are known."""
+        return None if self.input is None or self.output is None else self.input + self.output
+
+    @property
+    def complete(self) -> bool:
+        """Whether both sums are known."""
+        return self.input is not None and self.output is not None
+
+    def exclusive(self) -> dict[str, int]:
+        """The same tokens cut into parts that do not overlap and add up to ``total``.
+
+        Audio that was read from a cache counts as cached, so that no token is counted twice.
+        """
+        fresh = (self.input or 0) - self.cache_read - self.cache_write
+        audio = min(self.audio_input, fresh)
+        return {
+            "input": fresh - audio,
+            "cache_read": self.cache_read,
+            "cache_write": self.cache_write,
+            "audio_input": audio,
+            "output": (self.output or 0) - self.reasoning - self.audio_output,
+            "reasoning": self.reasoning,
+            "audio_output": self.audio_output,
+        }
+
+
+def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
+    """Read LangChain's ``usage_metadata``; ``None`` where nothing was reported at all.
+
+    OpenAI's service tiers prefix the details (``flex_cache_read``), Anthropic splits cache writes by lifetime;
+    both are added up. Raises ``UsageError`` where the parts exceed their sum, and names both numbers.
+    """
+    if not report:
+        return None
+    inputs = report.get("input_token_details") or {}
+    outputs = report.get("output_token_details") or {}
+    return Usage(
+        input=report.get("input_tokens"),
+        output=report.get("output_tokens"),
+        cache_read=_sum(inputs, _CACHE_READ),
+        cache_write=_sum(inputs, _CACHE_WRITE),
+        audio_input=_sum(inputs, ("audio",)),
+        reasoning=_sum(outputs, _REASONING),
+        audio_output=_sum(outputs, ("audio",)),
+    )
+
+
+def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
+    """Read the ``llm_output["token_usage"]`` of a legacy LLM (OpenAI's names)."""
+    if not report or ("prompt_tokens" not in report and "completion_tokens" not in report):
+        return None
+    prompt = report.get("prompt_tokens_details") or {}
+    completion = report.get("completion_tokens_details") or {}
+    return Usage(
+        input=report.get("prompt_tokens"),
+        output=report.get("completion_tokens"),
+        cache_read=_sum(prompt, ("cached_tokens",)),
+        audio_input=_sum(prompt, ("audio_tokens",)),
+        reasoning=_sum(completion, ("reasoning_tokens",)),
+        audio_output=_sum(completion, ("audio_tokens",)),
+    )
+
+
+def _sum(details: Mapping[str, Any], keys: tuple[str, ...]) -> int:
+    total = 0
+    for key in keys:
+        count = details.get(key) or 0
+        _check_count(key, count)
+        total += count
+    return total
+
+
+def _check_count(kind: str, count: object) -> None:
+    if count is None and kind in ("input", "output"):
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        raise UsageError(f"The provider reported {kind} = {count!r}; a token count is a whole number from 0 up.")
+
+
+def _check_part(name: str, part: int, whole_name: str, whole: int | None) -> None:
+    if part > (whole or 0):
+        raise UsageError(f"The provider reported {name} = {part}, which is more than {whole_name} = {whole}.")

@@ -1,0 +1,51 @@
+"""Every error this package raises, grouped by who must act.
+
+    MeteringError
+    ├── ConfigurationError      the caller: an argument, a setting, an environment variable
+    │   └── InvalidValueError   the caller: a value that Stripe could never accept (also a ValueError)
+    ├── LedgerError             the operator: the database cannot be used as it stands
+    │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
+    │   └── NewerLedgerError        it was written by a newer version of this package
+    ├── UsageError              the provider's report contradicts itself
+    ├── IllegalMoveError        a state change that the table in core/states.py does not have
+    └── StripeError             what Stripe answered, when a person asked a question of it
+
+Nothing here is ever raised into a chain: the handler turns what goes wrong inside a run into a
+counter, one log line and a call of ``on_error``.
+"""
+
+
+class MeteringError(Exception):
+    """The root: ``except MeteringError`` catches everything this package raises on purpose."""
+
+
+class ConfigurationError(MeteringError):
+    """An argument, setting or environment variable cannot be used; the message names it."""
+
+
+class InvalidValueError(ConfigurationError, ValueError):
+    """A value breaks one of Stripe's limits, so it is refused before anything is stored or sent."""
+
+
+class LedgerError(MeteringError):
+    """The ledger's database cannot be read or written as it stands."""
+
+
+class ForeignLedgerError(LedgerError):
+    """The database is not a ledger of this package, or is pinned to another Stripe account."""
+
+
+class NewerLedgerError(LedgerError):
+    """The database was written by a newer version of this package."""
+
+
+class UsageError(MeteringError):
+    """A provider's usage report contradicts itself; the message names both numbers."""
+
+
+class IllegalMoveError(MeteringError):
+    """The state table has no such move."""
+
+
+class StripeError(MeteringError):
+    """Stripe refused a question that a person asked (listing meters, looking up a customer)."""

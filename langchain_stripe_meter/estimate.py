@@ -1,0 +1,129 @@
+"""What a call probably consumed, where its provider reports nothing. Always marked as an estimate.
+
+tiktoken downloads its vocabularies when it first needs them, without a time limit. So they are loaded by a helper
+thread that is given a moment; until it succeeds (never, perhaps, without a network), LangChain's approximation serves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.messages import BaseMessage, HumanMessage
+from langchain_core.messages.utils import count_tokens_approximately
+
+from langchain_stripe_meter.core.usage import Usage
+
+if TYPE_CHECKING:
+    from tiktoken import Encoding
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+LOAD_SECONDS = 3.0
+"""How long one estimate waits for a vocabulary that is being loaded."""
+RETRY_SECONDS = 600.0
+"""How long a failed load is remembered."""
+PER_MESSAGE = 3
+PER_REPLY = 3
+PER_TOOL = 7
+"""Tokens that a chat prompt costs beyond its text, per message, per reply and per tool (OpenAI's cookbook)."""
+
+
+class Encodings:
+    """tiktoken's vocabularies, loaded once each, off the caller's thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loaded: dict[str, Encoding] = {}
+        self._loading: dict[str, tuple[threading.Event, float]] = {}
+
+    def get(self, name: str) -> Encoding | None:
+        """The vocabulary, or None while it cannot be had."""
+        encoding = self._loaded.get(name)
+        if encoding is not None:
+            return encoding
+        with self._lock:
+            ready, since = self._loading.get(name, (None, 0.0))
+            if ready is None or (ready.is_set() and time.monotonic() - since > RETRY_SECONDS):
+                ready = threading.Event()
+                self._loading[name] = (ready, time.monotonic())
+                threading.Thread(target=self._load, args=(name, ready), daemon=True).start()
+        ready.wait(LOAD_SECONDS)
+        return self._loaded.get(name)
+
+    def _load(self, name: str, ready: threading.Event) -> None:
+        try:
+            import tiktoken
+
+            self._loaded[name] = tiktoken.get_encoding(name)
+        except Exception as error:  # noqa: BLE001 - a network fault of any kind; the approximation serves
+            logger.info("stripe-meter: tiktoken has no %s here (%s); estimating without it", name, type(error).__name__)
+        finally:
+            ready.set()
+
+
+_ENCODINGS = Encodings()
+
+
+def encoding_name(model: str | None) -> str:
+    """The vocabulary of a model; o200k_base, that of current models, for names that tiktoken does not know."""
+    from tiktoken.model import encoding_name_for_model
+
+    try:
+        return encoding_name_for_model(model or "")
+    except KeyError:
+        return "o200k_base"
+
+
+def estimate_usage(prompt: Any, tools: Any, output: Sequence[BaseMessage | str], model: str | None) -> Usage:
+    """Estimate a call: ``prompt`` is its messages or its text, ``tools`` the schemas it was given, ``output`` what
+    came back, whole or in part. Never raises for lack of a vocabulary; never waits longer than a few seconds."""
+    encoding = _ENCODINGS.get(encoding_name(model))
+    return Usage(
+        input=_count_prompt(_as_messages(prompt), encoding) + _count_tools(tools, encoding),
+        output=sum(_count_output(item, encoding) for item in output),
+        estimated=True,
+    )
+
+
+def _as_messages(prompt: Any) -> list[BaseMessage]:
+    items = prompt if isinstance(prompt, list) else [prompt]
+    return [item if isinstance(item, BaseMessage) else HumanMessage(str(item)) for item in items if item is not None]
+
+
+def _count_prompt(messages: list[BaseMessage], encoding: Encoding | None) -> int:
+    if encoding is None:
+        return count_tokens_approximately(messages)
+    total = PER_REPLY
+    for message in messages:
+        total += PER_MESSAGE + 1 + _count_text(_message_text(message), encoding)
+        if message.name:
+            total += 1 + _count_text(message.name, encoding)
+    return total
+
+
+def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
+    text = item if isinstance(item, str) else _message_text(item)
+    return _count_text(text, encoding) if text else 0
+
+
+def _count_tools(tools: Any, encoding: Encoding | None) -> int:
+    if not tools:
+        return 0
+    return sum(PER_TOOL + _count_text(json.dumps(tool, default=str), encoding) for tool in tools)
+
+
+def _count_text(text: str, encoding: Encoding | None) -> int:
+    if encoding is None:
+        return -(-len(text) // 4)  # LangChain's rule of thumb: four characters a token
+    return len(encoding.encode(text, disallowed_special=()))
+
+
+def _message_text(message: BaseMessage) -> str:
+    text = str(message.text)
+    calls = getattr(message, "tool_calls", None)
+    return text + json.dumps([[call["name"], call["args"]] for call in calls]) if calls else text

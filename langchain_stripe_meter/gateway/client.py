@@ -1,0 +1,245 @@
+"""The way to Stripe: the official client, its own retries off because the ledger owns retries."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cachetools import TTLCache
+
+from langchain_stripe_meter.core.customers import Reference, normalise
+from langchain_stripe_meter.core.events import MeterEvent
+from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, StripeError
+
+if TYPE_CHECKING:
+    from stripe import StripeClient
+
+CONNECT_SECONDS = 5
+READ_SECONDS = 30
+METERS_CACHED_SECONDS = 300
+_KEY = re.compile(r"[sr]k_(test|live)_\w+\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class MeterInfo:
+    """A meter as Stripe has it. ``problem`` says why deltas sent to it would bill wrongly, or None."""
+
+    id: str
+    event_name: str
+    display_name: str
+    status: str
+    formula: str
+    window: str | None
+    customer_key: str
+    value_key: str
+
+    @property
+    def problem(self) -> str | None:
+        """With a window, or a formula other than sum, only the newest event of each window would count."""
+        if self.status != "active":
+            return f"the meter {self.event_name!r} is {self.status}; reactivate it in Stripe"
+        if self.formula != "sum":
+            return f"the meter {self.event_name!r} aggregates by {self.formula!r}; make one that aggregates by 'sum'"
+        if self.window:
+            return f"the meter {self.event_name!r} has an event_time_window ({self.window}); make one without"
+        return None
+
+
+class Gateway:
+    """Stripe, as the ledger needs it. Any thread may call it; each thread gets its own connection.
+
+    ``stripe`` is an API key, a ``stripe.StripeClient``, or None for ``$STRIPE_API_KEY``. ``api_base`` (default
+    ``$STRIPE_METER_API_BASE``) points v1 and the v2 stream at another address, such as the sandbox.
+    """
+
+    def __init__(self, stripe: str | StripeClient | None = None, *, api_base: str | None = None) -> None:
+        self._given = check_key(stripe)
+        self._api_base = api_base or os.environ.get("STRIPE_METER_API_BASE") or None
+        self._client: StripeClient | None = None
+        self._lock = threading.Lock()
+        self._meters: TTLCache[str, dict[str, MeterInfo] | None] = TTLCache(1, METERS_CACHED_SECONDS)
+
+    def __repr__(self) -> str:
+        return f"Gateway(api_base={self._api_base!r})"
+
+    @property
+    def client(self) -> StripeClient:
+        """The official client, made when first needed (importing it costs a third of a second)."""
+        with self._lock:
+            if self._client is None:
+                self._client = self._make_client()
+            return self._client
+
+    def _make_client(self) -> StripeClient:
+        if not isinstance(self._given, str):
+            return self._given
+        import stripe
+
+        stripe.enable_telemetry = False  # it would write a file under the user's ~/.config
+        http = stripe.RequestsClient(timeout=(CONNECT_SECONDS, READ_SECONDS))
+        base = self._api_base
+        addresses: Any = {"api": base, "meter_events": base} if base else None
+        return stripe.StripeClient(self._given, max_network_retries=0, base_addresses=addresses, http_client=http)
+
+    def send(self, event: MeterEvent, attempt: int) -> Outcome:
+        """Send one meter event (v1) and say what came of it; never raises.
+
+        The idempotency key changes with every attempt: Stripe would replay a stored 500 under the old one for a day.
+        The identifier stays, and is what protects from billing twice.
+        """
+        try:
+            sent = self._create(event, {"idempotency_key": f"{event.identifier}.{attempt}", "max_network_retries": 0})
+            answered = sent.identifier
+        except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is stored
+            from langchain_stripe_meter.gateway.replies import classify
+
+            return classify(error)
+        if answered != event.identifier:
+            return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event")
+        return Outcome(Move.ACCEPTED)
+
+    def create_event(self, event: MeterEvent) -> dict[str, Any]:
+        """Send one meter event and return Stripe's own object; raises the ``stripe`` client's errors."""
+        sent = self._create(event, {"max_network_retries": 0})
+        plain: dict[str, Any] = sent.to_dict()
+        return plain
+
+    def _create(self, event: MeterEvent, options: Any) -> Any:
+        params: Any = {
+            "event_name": event.event_name,
+            "identifier": event.identifier,
+            "timestamp": event.timestamp,
+            "payload": event.payload(*self._payload_keys(event.event_name)),
+        }
+        return self.client.v1.billing.meter_events.create(params, options)
+
+    def _payload_keys(self, event_name: str) -> tuple[str, str]:
+        info = self.meter(event_name)
+        return (info.customer_key, info.value_key) if info else ("stripe_customer_id", "value")
+
+    def meter(self, event_name: str) -> MeterInfo | None:
+        """The meter with this event name; None where there is none, or where the key may not read meters."""
+        with self._lock:
+            known = self._meters.get("all", ...)
+        if known is ... or (known is not None and event_name not in known):
+            known = self._load_meters()
+        return known.get(event_name) if known else None
+
+    def can_read_meters(self) -> bool:
+        """Whether the key may read meters (a restricted key may only write events)."""
+        with self._lock:
+            return self._meters.get("all") is not None
+
+    def _load_meters(self) -> dict[str, MeterInfo] | None:
+        import stripe
+
+        try:
+            found: dict[str, MeterInfo] | None = {meter.event_name: meter for meter in self.meters()}
+        except StripeError as error:
+            if not isinstance(error.__cause__, stripe.PermissionError):
+                return None
+            found = None
+        with self._lock:
+            self._meters["all"] = found
+        return found
+
+    def meters(self) -> list[MeterInfo]:
+        """All meters of the account, active ones last so that they win over older ones of the same event name."""
+        with _as_stripe_error("list the meters"):
+            listed = self.client.v1.billing.meters.list({"limit": 100}).auto_paging_iter()
+            infos = [_meter_info(meter) for meter in listed]
+        return sorted(infos, key=lambda info: (info.status == "active", info.event_name))
+
+    def create_meter(self, event_name: str, display_name: str | None = None) -> MeterInfo:
+        """A new meter that sums what it is sent, as this package needs it."""
+        with _as_stripe_error("create the meter"):
+            made = self.client.v1.billing.meters.create(
+                {
+                    "display_name": display_name or event_name,
+                    "event_name": event_name,
+                    "default_aggregation": {"formula": "sum"},
+                }
+            )
+        return _meter_info(made)
+
+    def find_customers(self, reference: Reference) -> list[str]:
+        """Ids of the customers that are exactly ``reference``; more than one means ambiguous.
+
+        Stripe's search is loose (case, word prefixes), so what it finds is compared again.
+        """
+        if reference.by == "id":
+            return [reference.value]
+        customers = self.client.v1.customers
+        with _as_stripe_error(f"look up a customer by {reference.by}"):
+            if reference.by == "email":
+                found = list(customers.list({"email": reference.value, "limit": 100}).auto_paging_iter())
+            else:
+                query = f'{reference.by}:"{_escape(reference.value)}"'
+                found = list(customers.search({"query": query, "limit": 100}).auto_paging_iter())
+            return [customer.id for customer in found if _is_exactly(customer, reference)]
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        with self._lock:
+            client, self._client = self._client, None
+        if client is not None and isinstance(self._given, str):
+            client._requestor._client.close()  # noqa: SLF001 - the SDK has no public way to close its connections
+
+
+def check_key(given: str | StripeClient | None) -> str | StripeClient:
+    """A usable key or client; ``ConfigurationError`` says what is wrong without repeating the key."""
+    key: Any = os.environ.get("STRIPE_API_KEY") if given is None else given
+    if not key:
+        raise ConfigurationError(
+            "No Stripe API key. Set $STRIPE_API_KEY, pass stripe=..., or pass deliver=False to record only."
+        )
+    if isinstance(key, str) and not _KEY.match(key):
+        kind = "a publishable key (pk_…)" if key.startswith("pk_") else "no secret or restricted key"
+        raise ConfigurationError(f"The Stripe API key is {kind}. It must look like 'sk_test_…' or 'rk_live_…'.")
+    checked: str | StripeClient = key
+    return checked
+
+
+def _meter_info(meter: Any) -> MeterInfo:
+    return MeterInfo(
+        id=meter.id,
+        event_name=meter.event_name,
+        display_name=meter.display_name,
+        status=meter.status,
+        formula=meter.default_aggregation.formula,
+        window=meter.event_time_window,
+        customer_key=meter.customer_mapping.event_payload_key,
+        value_key=meter.value_settings.event_payload_key,
+    )
+
+
+def _escape(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
+def _is_exactly(customer: Any, reference: Reference) -> bool:
+    theirs = getattr(customer, reference.by, None)
+    if getattr(customer, "deleted", False) or not theirs:
+        return False
+    try:
+        return normalise(reference.by, theirs) == reference.value
+    except InvalidValueError:
+        return False
+
+
+@contextmanager
+def _as_stripe_error(doing: str) -> Iterator[None]:
+    import stripe
+
+    from langchain_stripe_meter.gateway.replies import explain
+
+    try:
+        yield
+    except stripe.StripeError as error:
+        raise StripeError(f"Stripe did not let us {doing}: {explain(error)}") from error

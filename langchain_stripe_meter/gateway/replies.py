@@ -1,0 +1,86 @@
+"""What Stripe's replies mean for an event: the one place where exceptions become outcomes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import stripe
+
+from langchain_stripe_meter.core.states import Move, Outcome
+
+MAX_MESSAGE = 300
+_SECRET = re.compile(r"\b([srp]k_(?:test|live)_)\w+")
+_EMAIL = re.compile(r"[^\s'\"<>]+@[^\s'\"<>]+")
+_NOTHING_SENT = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ConnectTimeout", "gaierror",
+                 "ConnectionRefusedError")  # fmt: skip
+
+
+def classify(error: Exception) -> Outcome:
+    """The outcome of an attempt that raised.
+
+    A *definite* refusal means that Stripe has not taken the event; after anything else nobody knows. Stripe's own
+    words say when an identifier is known already, and that means delivered.
+    """
+    request_id = getattr(error, "request_id", None)
+    message = explain(error)
+    if isinstance(error, stripe.APIConnectionError):
+        move = Move.REFUSED_FOR_NOW if _nothing_was_sent(error) else Move.UNKNOWN
+        return Outcome(move, message, request_id)
+    if not isinstance(error, stripe.StripeError):
+        return Outcome(Move.UNKNOWN, message)
+    return Outcome(_move(error), message, request_id, _retry_after(error))
+
+
+def _move(error: stripe.StripeError) -> Move:
+    status = error.http_status or 0
+    if is_duplicate(error):
+        return Move.DUPLICATE
+    if status in (401, 403) or isinstance(error, stripe.AuthenticationError | stripe.PermissionError):
+        return Move.UNAUTHORISED
+    if status == 429:
+        return Move.REFUSED_FOR_NOW
+    if 400 <= status < 500 and status not in (408, 409) and not isinstance(error, stripe.IdempotencyError):
+        return Move.REFUSED
+    return Move.UNKNOWN
+
+
+def is_duplicate(error: stripe.StripeError) -> bool:
+    """Whether Stripe says that it has this identifier (v1 in words only, v2 with a code)."""
+    code = error.code or getattr(error.error, "code", None)
+    return code == "duplicate_meter_event" or (
+        error.http_status == 400 and "already exists with identifier" in str(error.user_message or error)
+    )
+
+
+def _retry_after(error: stripe.StripeError) -> int | None:
+    text = (error.headers or {}).get("Retry-After") or (error.headers or {}).get("retry-after")
+    return min(int(text), 3600) if text and text.isdigit() else None
+
+
+def _nothing_was_sent(error: BaseException) -> bool:
+    return any(type(cause).__name__ in _NOTHING_SENT for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and everything behind it, including what urllib3 keeps in ``reason`` and ``args``."""
+    seen: list[BaseException] = []
+    queue: list[object] = [error]
+    while queue:
+        current = queue.pop()
+        if not isinstance(current, BaseException) or current in seen:
+            continue
+        seen.append(current)
+        yield current
+        queue += [current.__cause__, current.__context__, getattr(current, "reason", None), *current.args]
+
+
+def explain(error: Exception) -> str:
+    """One short line without keys or addresses, fit for a log and for the ledger."""
+    if isinstance(error, stripe.APIConnectionError):
+        causes = [type(cause).__name__ for cause in _causes(error)]
+        return f"no answer from Stripe ({causes[-1]})"
+    said = str(getattr(error, "user_message", None) or error)
+    line = " ".join(_EMAIL.sub("<email>", _SECRET.sub(r"\1***", said)).split())
+    status = getattr(error, "http_status", None)
+    return (f"HTTP {status}: {line}" if status else f"{type(error).__name__}: {line}")[:MAX_MESSAGE]

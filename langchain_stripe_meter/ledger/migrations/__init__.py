@@ -1,0 +1,2 @@
+"""Alembic migrations, shipped in the package: applied by themselves on SQLite, by ``stripe-meter ledger upgrade``
+on PostgreSQL."""

@@ -1,0 +1,207 @@
+"""The ledger: what was consumed, by whom, and what became of it at Stripe."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Connection, Insert
+from sqlalchemy import delete as sql_delete
+from sqlalchemy import select
+from sqlalchemy.dialects import postgresql, sqlite
+
+from langchain_stripe_meter.core.customers import By, Reference, normalise
+from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.database import Database, Lane, explain
+from langchain_stripe_meter.ledger.group import GroupCommit
+from langchain_stripe_meter.ledger.schema import leads, notes, readings
+
+_COLUMNS = (
+    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason", "due",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One reading on its way into the ledger. ``key`` makes it unique: a second entry with it changes nothing.
+
+    ``value`` is ``None`` where the amount is unknown; ``reference`` names who pays until Stripe's customer is known.
+    """
+
+    key: str
+    event_name: str
+    value: Decimal | None
+    at: int
+    state: ReadingState
+    customer: str | None = None
+    reference: Reference | None = None
+    dimensions: Mapping[str, str] = field(default_factory=dict)
+    estimated: bool = False
+    reason: str | None = None
+
+    def row(self) -> tuple[Any, ...]:
+        """The values of the columns, in their order."""
+        return (
+            self.key,
+            self.event_name,
+            self.customer,
+            f"{self.reference.by}:{self.reference.value}" if self.reference else None,
+            None if self.value is None else number_text(self.value),
+            json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
+            self.at,
+            int(self.estimated),
+            self.state.value,
+            self.reason,
+            None,
+        )
+
+
+class Ledger:
+    """The durable truth, on SQLite or PostgreSQL.
+
+    Contract: ``record`` and ``arecord`` return when the entries survive a power loss, and raise ``LedgerError`` when
+    they could not be stored; any thread and any event loop may call any method; a forked child opens its own
+    connections by itself. Times are Unix seconds. SQLite is migrated when first opened, PostgreSQL by an operator
+    (``stripe-meter ledger upgrade``); a newer or foreign database is refused. ``synchronous="NORMAL"`` trades the
+    last moments before a power loss (not before a crash) for speed, on SQLite only.
+    """
+
+    def __init__(
+        self, url: str, *, clock: Callable[[], float] = time.time, synchronous: str = "FULL"
+    ) -> None:
+        if synchronous not in ("FULL", "NORMAL"):
+            raise ConfigurationError(f"synchronous={synchronous!r}: use 'FULL' or 'NORMAL'.")
+        self.database = Database(url, synchronous=synchronous)
+        self._clock = clock
+        self._group: GroupCommit[Entry] = GroupCommit(self._write)
+        self._insert = _insert_statement(sqlite=self.database.is_sqlite)
+
+    def now(self) -> int:
+        """The ledger's clock, in whole Unix seconds."""
+        return int(self._clock())
+
+    def __repr__(self) -> str:
+        return f"Ledger({self.database.url.render_as_string(hide_password=True)!r})"
+
+    def record(self, entries: Sequence[Entry]) -> None:
+        """Store ``entries`` durably, together with those of other threads that are waiting."""
+        self._group.submit(entries)
+
+    async def arecord(self, entries: Sequence[Entry]) -> None:
+        """As ``record``, without blocking the event loop."""
+        await self._group.asubmit(entries)
+
+    def _write(self, entries: Sequence[Entry]) -> None:
+        lane = self.database.lane("record")
+        with lane.lock:
+            driver: Any = lane.connection.connection.driver_connection
+            try:
+                _execute(driver, self._insert, [entry.row() for entry in entries], sqlite=self.database.is_sqlite)
+            except Exception as error:
+                raise explain(error) from error
+
+    def deliver_lane(self) -> Lane:
+        """The connection that couriers write through."""
+        return self.database.lane("deliver")
+
+    def read(self) -> Any:
+        """A connection for reading, as a context manager."""
+        return self.database.engine.connect()
+
+    def note(self, name: str) -> str | None:
+        """A fact about the ledger itself."""
+        with self.read() as connection:
+            value = connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
+        return None if value is None else str(value)
+
+    def set_note(self, name: str, value: str | None) -> None:
+        """Remember a fact about the ledger itself; ``None`` forgets it."""
+        with self.deliver_lane().transaction() as connection:
+            connection.execute(sql_delete(notes).where(notes.c.name == name))
+            if value is not None:
+                connection.execute(notes.insert().values(name=name, value=value, at=self.now()))
+
+    def close(self) -> None:
+        """Close the connections; a later use opens them again."""
+        self.database.close()
+
+
+def _insert_statement(*, sqlite: bool) -> str:
+    marks = ", ".join(["?" if sqlite else "%s"] * len(_COLUMNS))
+    # SQLAlchemy's own statement costs three times as much per row; the columns are checked against the schema below.
+    return f"INSERT INTO {readings.name} ({', '.join(_COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
+
+
+def _execute(driver: Any, statement: str, rows: list[tuple[Any, ...]], *, sqlite: bool) -> None:
+    """Insert in one transaction: a single row commits by itself, which saves two round trips."""
+    if len(rows) == 1:
+        driver.execute(statement, rows[0])
+        return
+    if sqlite:
+        driver.execute("BEGIN IMMEDIATE")
+        try:
+            driver.executemany(statement, rows)
+            driver.execute("COMMIT")
+        except BaseException:
+            if driver.in_transaction:
+                driver.execute("ROLLBACK")
+            raise
+        return
+    with driver.transaction(), driver.cursor() as cursor:
+        cursor.executemany(statement, rows)
+
+
+class Leads:
+    """What the application learned about the person behind a session: durable, shared by all processes."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def capture(
+        self, session: str, *, email: str | None = None, name: str | None = None, phone: str | None = None
+    ) -> None:
+        """Remember a lead's fields for ``session`` (the run's ``session_id``, ``thread_id`` or ``conversation_id``).
+
+        Fields that are not given keep what was captured before. Runs before this stay skipped. Only call it with
+        what your application knows: an address that somebody typed into a chat proves nothing.
+        """
+        session = _session(session)
+        fields: dict[str, str] = {}
+        given: list[tuple[By, str | None]] = [("email", email), ("name", name), ("phone", phone)]
+        for by, value in given:
+            if value is not None:
+                fields[by] = normalise(by, value)
+        if not fields:
+            raise ConfigurationError("leads.capture() takes at least one of email=, name= and phone=.")
+        values = {**fields, "captured_at": self._ledger.now()}
+        with self._ledger.database.lane("record").transaction() as connection:
+            insert = _dialect_insert(connection, leads).values(session=session, **values)
+            connection.execute(insert.on_conflict_do_update(index_elements=["session"], set_=values))  # type: ignore[attr-defined]
+
+    def find(self, session: str) -> dict[str, str] | None:
+        """The lead of ``session``, or None."""
+        with self._ledger.read() as connection:
+            row = connection.execute(select(leads).where(leads.c.session == session)).mappings().first()
+        return None if row is None else {by: row[by] for by in ("email", "name", "phone") if row[by]}
+
+    def forget(self, session: str) -> bool:
+        """Erase what was captured for ``session``; True if there was anything."""
+        with self._ledger.database.lane("record").transaction() as connection:
+            return connection.execute(sql_delete(leads).where(leads.c.session == session)).rowcount > 0
+
+
+def _session(session: object) -> str:
+    if not isinstance(session, str) or not session or len(session) > 255:
+        raise ConfigurationError("A lead belongs to a session: text of 1 to 255 characters.")
+    return session
+
+
+def _dialect_insert(connection: Connection, table: Any) -> Insert:
+    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
+

@@ -1,0 +1,267 @@
+"""What the ledger shows to a person: counts and ages, what is held and why, and the acts that settle it."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Connection, func, or_, select, update
+
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.events import check_value, number_text
+from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.schema import events, notes, readings
+from langchain_stripe_meter.ledger.store import Ledger
+
+
+class _Table:
+    """Shows a record as a small table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        return html_table(("", ""), [(name, value) for name, value in asdict(self).items()])  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class FlushReport(_Table):
+    """``delivered``, ``skipped`` and ``rejected`` since the handler was made; ``pending``, ``held`` and ``doubtful``
+    as its ledger stands now. Readings and events are counted, one for each run and meter."""
+
+    delivered: int
+    pending: int
+    held: int
+    skipped: int
+    rejected: int
+    doubtful: int
+
+
+@dataclass(frozen=True, slots=True)
+class Status(_Table):
+    """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
+
+    ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
+    those of this handler; ``paused`` says why nothing is sent.
+    """
+
+    delivered: int
+    pending: int
+    held: int
+    skipped: int
+    rejected: int
+    doubtful: int
+    written_off: int
+    estimated: int
+    oldest_pending_seconds: int | None
+    paused: str | None
+    open_runs: int = 0
+    abandoned: int = 0
+    unrecorded: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Held(_Table):
+    """One group of held readings: ``ids`` of the readings, what they wait for, and how much they come to.
+
+    ``reference`` is how the customer was named; ``value`` is None where no amount is known.
+    """
+
+    ids: tuple[int, ...]
+    event_name: str
+    reference: str | None
+    customer: str | None
+    value: Decimal | None
+    reason: str
+
+
+class HeldList(list[Held]):
+    """Held readings; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        head = tuple(field.name for field in fields(Held))
+        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+
+
+@dataclass(frozen=True, slots=True)
+class Row(_Table):
+    """One reading and the event it became, for ``tail``; ``state`` is the event's where there is one."""
+
+    identifier: str
+    at: int
+    event_name: str
+    customer: str | None
+    value: Decimal | None
+    state: str
+    estimated: bool
+    reason: str | None
+
+
+def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A plain HTML table; every cell is escaped."""
+
+    def line(tag: str, cells: Sequence[object]) -> str:
+        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
+
+    body = "".join(line("td", row) for row in rows)
+    return f"<table>{line('th', head)}{body}</table>" if any(head) else f"<table>{body}</table>"
+
+
+def counts(connection: Connection) -> Mapping[str, int]:
+    """How many readings (not yet sealed) and events are in each state."""
+    total: dict[str, int] = {}
+    for table in (readings, events):
+        query = select(table.c.state, func.count()).group_by(table.c.state)
+        for state, count in connection.execute(query):
+            if state != ReadingState.SEALED:
+                total[state] = total.get(state, 0) + count
+    return total
+
+
+def pending(connection: Connection) -> int:
+    """How many readings and events are on their way: neither final nor waiting for a person."""
+    waiting = select(func.count()).where(readings.c.state.in_(["recorded", "resolved"]))
+    unsent = select(func.count()).where(events.c.state == "pending")
+    sending = select(func.count()).where(events.c.state == "sending")
+    return sum(int(connection.execute(query).scalar_one()) for query in (waiting, unsent, sending))
+
+
+def attention(connection: Connection) -> tuple[int, int]:
+    """How many readings are held, and how many events are in doubt."""
+    held = select(func.count()).where(readings.c.state == "held")
+    doubtful = select(func.count()).where(events.c.state == "doubtful")
+    return int(connection.execute(held).scalar_one()), int(connection.execute(doubtful).scalar_one())
+
+
+def status(ledger: Ledger) -> Status:
+    """The ledger as it stands."""
+    with ledger.read() as connection:
+        count = counts(connection)
+        oldest = [
+            connection.execute(select(func.min(readings.c.at)).where(readings.c.state.in_(["recorded", "resolved"]))),
+            connection.execute(select(func.min(events.c.at)).where(events.c.state == "pending")),
+            connection.execute(select(func.min(events.c.at)).where(events.c.state == "sending")),
+        ]
+        at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
+        estimated = connection.execute(select(func.count()).where(readings.c.estimated == 1)).scalar_one()
+        paused = connection.execute(select(notes.c.value).where(notes.c.name == "paused")).scalar()
+    return Status(
+        delivered=count.get("delivered", 0),
+        pending=sum(count.get(state, 0) for state in ("recorded", "resolved", "pending", "sending")),
+        held=count.get("held", 0),
+        skipped=count.get("skipped", 0),
+        rejected=count.get("rejected", 0),
+        doubtful=count.get("doubtful", 0),
+        written_off=count.get("written_off", 0),
+        estimated=int(estimated),
+        oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
+        paused=paused,
+    )
+
+
+def skips(ledger: Ledger) -> dict[str, int]:
+    """Why runs were not billed, and how often."""
+    query = select(readings.c.reason, func.count()).where(readings.c.state == "skipped").group_by(readings.c.reason)
+    with ledger.read() as connection:
+        return {reason: count for reason, count in connection.execute(query)}
+
+
+def held(ledger: Ledger) -> HeldList:
+    """What is held, grouped by what it waits for."""
+    query = select(readings).where(readings.c.state == ReadingState.HELD.value).order_by(readings.c.id)
+    groups: dict[tuple[Any, ...], list[Any]] = {}
+    with ledger.read() as connection:
+        for row in connection.execute(query):
+            key = (row.event_name, row.reference, row.customer, row.reason, row.value is None)
+            groups.setdefault(key, []).append(row)
+    return HeldList(_held(rows) for rows in groups.values())
+
+
+def _held(rows: list[Any]) -> Held:
+    first = rows[0]
+    value = None if first.value is None else sum((Decimal(row.value) for row in rows), Decimal(0))
+    ids = tuple(row.id for row in rows)
+    return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "")
+
+
+def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: object = None) -> int:
+    """A person says who pays for held readings, and how much each where no amount is known.
+
+    Returns how many moved. A reading that still lacks its customer or its amount stays held.
+    """
+    if customer is None and value is None:
+        raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
+    changes: dict[str, Any] = {}
+    if customer is not None:
+        changes |= {"customer": Reference("id", customer).value, "reference": None}
+    with ledger.deliver_lane().transaction() as connection:
+        mine = (readings.c.id.in_(list(ids)), readings.c.state == ReadingState.HELD.value)
+        if changes:
+            connection.execute(update(readings).where(*mine).values(**changes))
+        if value is not None:
+            unknown = update(readings).where(*mine, readings.c.value.is_(None))
+            connection.execute(unknown.values(value=number_text(check_value(value))))
+        ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
+        resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
+        return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
+
+
+def retry(ledger: Ledger) -> int:
+    """Try everything again that waits for something outside: unknown customers, and rejected events.
+
+    A rejected event is known not to be billed, so it may go out again under its own identifier.
+    """
+    with ledger.deliver_lane().transaction() as connection:
+        again = (
+            update(readings)
+            .where(readings.c.state == ReadingState.HELD.value, readings.c.value.is_not(None))
+            .where(or_(readings.c.reference.is_not(None), readings.c.customer.is_not(None)))
+            .values(due=ledger.now())
+        )
+        moved = connection.execute(again).rowcount
+        resend = update(events).where(events.c.state == EventState.REJECTED.value)
+        state = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
+        return moved + connection.execute(resend.values(state=state, due=ledger.now(), settled_at=None)).rowcount
+
+
+def tail(ledger: Ledger, most: int = 20) -> list[Row]:
+    """The newest readings, oldest first."""
+    query = (
+        select(readings, events.c.state.label("event_state"), events.c.error)
+        .select_from(readings.outerjoin(events, events.c.identifier == readings.c.key))
+        .order_by(readings.c.id.desc())
+        .limit(most)
+    )
+    with ledger.read() as connection:
+        rows = connection.execute(query).all()
+    return [_row(row) for row in reversed(rows)]
+
+
+def _row(row: Any) -> Row:
+    return Row(
+        identifier=row.key,
+        at=row.at,
+        event_name=row.event_name,
+        customer=row.customer,
+        value=None if row.value is None else Decimal(row.value),
+        state=row.event_state or row.state,
+        estimated=bool(row.estimated),
+        reason=row.error or row.reason,
+    )
+
+
+def totals(ledger: Ledger, since: int = 0) -> dict[tuple[str, str], dict[str, Decimal]]:
+    """Amounts by (event name, customer) and state, of usage since ``since`` (Unix seconds)."""
+    query = (
+        select(readings.c.event_name, readings.c.customer, readings.c.value, readings.c.state, events.c.state)
+        .select_from(readings.outerjoin(events, events.c.identifier == readings.c.key))
+        .where(readings.c.at >= since, readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
+    )
+    amounts: dict[tuple[str, str], dict[str, Decimal]] = {}
+    with ledger.read() as connection:
+        for name, customer, value, state, event_state in connection.execute(query):
+            by_state = amounts.setdefault((name, customer or "?"), {})
+            shown = event_state or state
+            by_state[shown] = by_state.get(shown, Decimal(0)) + Decimal(value)
+    return amounts

@@ -1,0 +1,116 @@
+"""What LangChain's events say: the facts of a run at its start, and what the model call came to at its end.
+
+Everything here is about LangChain's shapes, and nothing about Stripe's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_core.messages import BaseMessage
+from langchain_core.outputs import ChatGeneration, Generation, LLMResult
+from langchain_core.runnables.config import var_child_runnable_config
+
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.runs import merged
+from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.errors import UsageError
+
+_AUTH_USER = "langgraph_auth_user"
+_SERVER_KEYS = ("langgraph_auth_user_id", "langgraph_request_id", _AUTH_USER)
+_RUNTIME = "__pregel_runtime"
+
+
+def surrounding_run() -> Any:
+    """The id of the run around the present code, or None.
+
+    LangChain starts some nested runs as roots (top-level fallbacks, explicit callbacks inside a run); the child
+    manager that it keeps in this context variable still knows their parent.
+    """
+    config = var_child_runnable_config.get()
+    return getattr(config.get("callbacks"), "parent_run_id", None) if config else None
+
+
+def facts_of(metadata: Mapping[str, Any] | None) -> Facts:
+    """Who could pay for the run that is starting, as far as LangChain and LangGraph know."""
+    config = var_child_runnable_config.get()
+    if not config:
+        return Facts(metadata or {})
+    configurable = config.get("configurable") or {}
+    runtime = configurable.get(_RUNTIME)
+    return Facts(
+        metadata=merged(config.get("metadata"), metadata),
+        auth_user=configurable.get(_AUTH_USER),
+        context=getattr(runtime, "context", None),
+        on_server=any(key in configurable for key in _SERVER_KEYS),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the end of a model call says. ``usage`` is None where nothing was reported, ``doubt`` where the report
+    contradicts itself; ``output`` is what came back, whole or in part."""
+
+    usage: Usage | None = None
+    doubt: str | None = None
+    model: str | None = None
+    cached: bool = False
+    output: Sequence[BaseMessage | str] = field(default=(), repr=False)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the call produced nothing that could be billed."""
+        return self.usage is None and self.doubt is None and not any(_has_content(item) for item in self.output)
+
+
+def observe(response: LLMResult | None) -> Observed:
+    """Read a model call's result, which may be partial or missing after an error.
+
+    With n > 1 every generation repeats the usage of the whole call, so the first one counts.
+    """
+    generations = [generation for prompt in (response.generations if response else []) for generation in prompt]
+    if response is None or not generations:
+        return Observed()
+    output = [_output(generation) for generation in generations]
+    first = output[0] if isinstance(output[0], BaseMessage) else None
+    report = getattr(first, "usage_metadata", None)
+    cached = bool(report) and "total_cost" in report  # LangChain's mark of an answer from its own cache
+    model = _model(response, first)
+    try:
+        return Observed(_usage(report, response, first), None, model, cached, output)
+    except UsageError as error:
+        return Observed(None, str(error), model, cached, output)
+
+
+def _output(generation: Generation) -> BaseMessage | str:
+    return generation.message if isinstance(generation, ChatGeneration) else generation.text
+
+
+def _usage(report: Any, response: LLMResult, message: BaseMessage | None) -> Usage | None:
+    usage = usage_from_metadata(report)
+    if usage is not None:
+        return usage
+    if message is not None:  # structured output that failed to parse after being paid for (ChatOpenAI)
+        body = (message.response_metadata or {}).get("body")
+        usage = usage_from_token_usage(body.get("usage")) if isinstance(body, Mapping) else None
+    return usage or usage_from_token_usage((response.llm_output or {}).get("token_usage"))
+
+
+def _model(response: LLMResult, message: BaseMessage | None) -> str | None:
+    said = (message.response_metadata if message is not None else None) or {}
+    name = said.get("model_name") or said.get("model") or (response.llm_output or {}).get("model_name")
+    return str(name) if name else None
+
+
+def _has_content(item: BaseMessage | str) -> bool:
+    if isinstance(item, str):
+        return bool(item)
+    return bool(item.content) or bool(getattr(item, "tool_calls", None))
+
+
+def requested_model(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
+    """The model that was asked for, for results that do not name theirs."""
+    name = metadata.get("ls_model_name") or params.get("model") or params.get("model_name")
+    return str(name) if name else None
