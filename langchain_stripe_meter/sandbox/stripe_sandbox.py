@@ -1,0 +1,185 @@
+"""StripeSandbox: a stateful local Stripe that the real ``stripe`` client can talk to."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal, Self
+
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.sandbox.desk import Desk
+from langchain_stripe_meter.sandbox.handle import AccountHandle
+from langchain_stripe_meter.sandbox.reports import SampleShape, signed
+from langchain_stripe_meter.sandbox.server import SandboxServer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+    from types import TracebackType
+
+    from langchain_stripe_meter.sandbox.faults import Condition, Fault
+    from langchain_stripe_meter.sandbox.records import RecordedRequest, Rejection
+
+METER_EVENTS = "/v1/billing/meter_events"
+_ROUNDING = 1e-4
+"""Seconds, so that ``set_time(t)`` is ``t`` and never, by a rounding error, ``t - 1``."""
+
+
+class StripeSandbox(AccountHandle):
+    """A stand-in for Stripe on 127.0.0.1, with Stripe's rules for billing meters.
+
+    Use it as a context manager, or ``start()`` and ``stop()`` it. While it is stopped, connections are
+    refused and its state is kept; started again, it has the same address.
+
+    These may be set at any time:
+
+    - ``customer_check``: "sync" refuses an event for an unknown customer at once, "async" takes it and
+      reports it later (sources disagree about which Stripe does);
+    - ``search_lag`` and ``summary_lag``: seconds on the sandbox's clock until customers can be searched
+      for, and until events show up in summaries;
+    - ``error_samples``: how many failed requests an asynchronous error report names per error code;
+    - ``sample_shape``: how it names them ("identifier", "idempotency_key" or "request");
+    - ``webhook_secret``: what ``thin_event`` signs with.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int = 0,
+        account_id: str = "acct_1Sandbox",
+        api_key: str = "sk_test_sandbox",
+        customer_check: Literal["sync", "async"] = "sync",
+        search_lag: int = 0,
+        summary_lag: int = 0,
+    ) -> None:
+        """``port`` 0 takes any free one; lags in seconds."""
+        self.api_key = api_key
+        self.customer_check = customer_check
+        self.search_lag = search_lag
+        self.summary_lag = summary_lag
+        self.error_samples = 10
+        self.sample_shape: SampleShape = "identifier"
+        self.webhook_secret = "whsec_sandbox"  # noqa: S105 - guards nothing
+        self._offset = 0.0
+        self._port = port
+        self._server: SandboxServer | None = None
+        self._desk = Desk(self, self.now)
+        super().__init__(self._desk.account(account_id, livemode=False), self._desk.lock, self.now)
+        self.allow(api_key)
+
+    def __repr__(self) -> str:
+        return f"<StripeSandbox {self.url if self._port else '(never started)'}>"
+
+    def start(self) -> Self:
+        """Start listening; does nothing if it does already."""
+        if self._server is None:
+            self._desk.stopping.clear()
+            self._server = SandboxServer(self._port, self._desk)
+            self._port = self._server.port
+        return self
+
+    def stop(self) -> None:
+        """Close every connection and end every thread; requests that hang are dropped undone."""
+        if self._server is not None:
+            self._desk.stopping.set()
+            self._server.close()
+            self._server = None
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def url(self) -> str:
+        """``http://127.0.0.1:<port>``, for both of the client's base addresses."""
+        if not self._port:
+            raise ConfigurationError("The sandbox has no address before it was started. Use `with StripeSandbox()`.")
+        return f"http://127.0.0.1:{self._port}"
+
+    def environment(self) -> dict[str, str]:
+        """The environment variables that point this package at the sandbox."""
+        return {"STRIPE_API_KEY": self.api_key, "STRIPE_METER_API_BASE": self.url}
+
+    @property
+    def requests(self) -> list[RecordedRequest]:
+        """Every request that was answered (or dropped) so far, in the order of the answers."""
+        with self._lock:
+            return list(self._desk.requests)
+
+    def now(self) -> int:
+        """The sandbox's time in Unix seconds: the real time, moved by ``advance`` and ``set_time``."""
+        return int(time.time() + self._offset + _ROUNDING)
+
+    def advance(self, *, seconds: int = 0, hours: int = 0, days: int = 0) -> None:
+        """Move the clock on (or back, with negative numbers)."""
+        with self._lock:
+            self._offset += seconds + 3600 * hours + 86_400 * days
+
+    def set_time(self, epoch: int) -> None:
+        """Set the clock to ``epoch`` (Unix seconds); it goes on from there."""
+        with self._lock:
+            self._offset = epoch - time.time()
+
+    def fail(
+        self, *faults: Fault, path: str | None = METER_EVENTS, times: int | None = 1, where: Condition | None = None
+    ) -> None:
+        """Let coming requests go wrong.
+
+        The faults are met one after the other, each by ``times`` requests (None: by all until
+        ``clear_faults``). Only requests for ``path`` count (``*`` matches anything, None is every path)
+        for which ``where(request)`` is true, and that have a valid key and it is their turn.
+        """
+        with self._lock:
+            for fault in faults:
+                self._desk.plan.add(fault, path, times, where)
+
+    def clear_faults(self) -> None:
+        """Forget all faults that have not happened yet."""
+        with self._lock:
+            self._desk.plan.clear()
+
+    @contextmanager
+    def outage(self) -> Iterator[None]:
+        """Inside the block, everything is refused with 503; nothing is done or stored."""
+        self._count_outage(1)
+        try:
+            yield
+        finally:
+            self._count_outage(-1)
+
+    def _count_outage(self, step: int) -> None:
+        with self._lock:
+            self._desk.outages += step
+
+    def allow(self, key: str, permissions: Collection[str] | None = None, *, account: str | None = None) -> None:
+        """Let an API key in, for ``account`` (default: the sandbox's own).
+
+        ``permissions`` is None for everything, or such as ``{"meter_events:write", "meters:read"}``. Keys
+        that begin with ``sk_live_`` or ``rk_live_`` work on live data, which is separate.
+        """
+        with self._lock:
+            self._desk.keys.allow(key, account or self.account_id, permissions)
+
+    def revoke(self, key: str) -> None:
+        """Answer 401 to this key from now on, until it is allowed again."""
+        with self._lock:
+            self._desk.keys.revoke(key)
+
+    def connect(self, account_id: str, *, livemode: bool = False) -> AccountHandle:
+        """A connected account, made on first demand, that ``Stripe-Account`` reaches.
+
+        With the sandbox's own id and ``livemode=True``: its live data.
+        """
+        own = account_id == self.account_id
+        account = self._desk.account(account_id, livemode=livemode, connected=not own)
+        return AccountHandle(account, self._lock, self.now)
+
+    def thin_event(self, rejection: Rejection) -> tuple[bytes, str]:
+        """The webhook request for a rejection: its raw body and its ``Stripe-Signature`` header.
+
+        The signature is dated by the sandbox's clock; the client refuses dates more than 300 seconds old.
+        """
+        return signed(rejection, self.webhook_secret, self.now())
