@@ -4,66 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import LLMResult
-from langchain_core.tracers.context import register_configure_hook
 
-from langchain_stripe_meter.core.customers import (
-    CustomerSource,
-    Facts,
-    Reference,
-    as_source,
-    first_of,
-    from_auth_user,
-    from_metadata,
-    needs_lookup,
-)
-from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
-from langchain_stripe_meter.core.meters import Call, Cost, Meter, Reading
+from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
+from langchain_stripe_meter.core.meters import Call, Cost, Meter
 from langchain_stripe_meter.core.runs import OpenRuns, Run
-from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
+from langchain_stripe_meter.ledger.store import Leads, Ledger
 from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run
+from langchain_stripe_meter.recording import Ending, OnMissingUsage, Recorder, call_of
 
 if TYPE_CHECKING:
     from stripe import StripeClient
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
-OnMissingUsage = Literal["estimate", "hold", "ignore"]
-_Decide = Callable[..., "_Ending | None"]
-
-
-class _Ending:
-    """What ended: a model call (``run`` and ``observed``), a message, or both."""
-
-    __slots__ = ("message", "observed", "run")
-
-    def __init__(self, run: Run, observed: Observed | None, message: tuple[Call, Facts] | None) -> None:
-        self.run = run
-        self.observed = observed
-        self.message = message
+_Decide = Callable[..., Ending | None]
 
 
 class _DualEvent:
@@ -88,12 +59,12 @@ class _DualEvent:
         except RuntimeError:
 
             def ended(*args: Any, **kwargs: Any) -> None:
-                handler._settle(decide, args, kwargs)  # noqa: SLF001
+                handler._recorder.settle(lambda: decide(handler, *args, **kwargs))
 
             return ended
 
         async def aended(*args: Any, **kwargs: Any) -> None:
-            await handler._asettle(decide, args, kwargs)  # noqa: SLF001
+            await handler._recorder.asettle(lambda: decide(handler, *args, **kwargs))
 
         return aended
 
@@ -140,7 +111,7 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
     ) -> None:
         super().__init__()
         self.meters = _check_meters(meters)
@@ -149,21 +120,19 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
-        self._on_missing_usage = on_missing_usage
-        self._bill_cache_hits = bill_cache_hits
-        self._on_error = on_error
-        self._needs_lookup = needs_lookup(self.customer)
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._courier: Courier | None = None
         if deliver:
-            gateway = Gateway(check_key(stripe))
+            gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
             self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
         self.leads = Leads(self._ledger)
+        self._recorder = Recorder(
+            self.meters, self.customer, self._ledger, self.leads, self._courier,
+            on_missing_usage, bill_cache_hits, on_error,
+        )  # fmt: skip
         self._lock = threading.Lock()
         self._runs = OpenRuns()
-        self._skipped = 0
-        self._unrecorded = 0
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def __repr__(self) -> str:
@@ -226,16 +195,16 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
         """A step begins that model calls may belong to."""
         self._start(Run(run_id, self._ledger.now()), parent_run_id)
 
-    on_tool_start = on_chain_start
-    on_retriever_start = on_chain_start
+    on_tool_start = on_chain_start  # type: ignore[assignment]
+    on_retriever_start = on_chain_start  # type: ignore[assignment]
 
     # -- ends: recorded before the run goes on
 
-    def _call_ended(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> _Ending | None:
+    def _call_ended(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> Ending | None:
         """A model call succeeded: what it consumed is recorded before the run returns."""
         return self._end(run_id, observe(response), answers=True)
 
-    def _call_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> _Ending | None:
+    def _call_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Ending | None:
         """A model call failed: what it had consumed by then is recorded; nothing, if it had produced nothing.
 
         A stream that its reader left (GeneratorExit) has answered; any other failure has not.
@@ -244,11 +213,11 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
         left = isinstance(error, GeneratorExit | asyncio.CancelledError)
         return self._end(run_id, observed, answers=left and not observed.is_empty)
 
-    def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> _Ending | None:
+    def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Ending | None:
         """A step ended: if it was the user's message, that is recorded before the run returns."""
         return self._end(run_id, None, answers=False)
 
-    def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> _Ending | None:
+    def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Ending | None:
         """A step failed. A message that failed was not answered; one that waits for a person is not answered yet."""
         with self._lock:
             if type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt"):
@@ -257,129 +226,26 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
                 self._runs.fail(run_id)
         return self._end(run_id, None, answers=False)
 
-    on_llm_end = _DualEvent(_call_ended)  # type: ignore[assignment]
-    on_llm_error = _DualEvent(_call_failed)  # type: ignore[assignment]
-    on_chain_end = _DualEvent(_step_ended)  # type: ignore[assignment]
-    on_chain_error = _DualEvent(_step_failed)  # type: ignore[assignment]
+    on_llm_end = _DualEvent(_call_ended)
+    on_llm_error = _DualEvent(_call_failed)
+    on_chain_end = _DualEvent(_step_ended)
+    on_chain_error = _DualEvent(_step_failed)
     on_tool_end = on_chain_end
     on_tool_error = on_chain_error
     on_retriever_end = on_chain_end
     on_retriever_error = on_chain_error
 
-    def _end(self, run_id: UUID, observed: Observed | None, *, answers: bool) -> _Ending | None:
+    def _end(self, run_id: UUID, observed: Observed | None, *, answers: bool) -> Ending | None:
         with self._lock:
             run = self._runs.end(run_id, self._ledger.now())
             if run is None:
                 return None
             if answers and observed is not None:
-                self._runs.answered(run, _call(run, observed))
+                self._runs.answered(run, call_of(run, observed))
             message = self._runs.take_message(run)
         if message is None and (observed is None or observed.is_empty):
             return None
-        return _Ending(run, observed, message)
-
-    def _settle(self, decide: _Decide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entries: list[Entry] = []
-        try:
-            ending = decide(self, *args, **kwargs)
-            if ending is None:
-                return
-            entries = self._entries(ending)
-            if entries:
-                self._ledger.record(entries)
-        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            self._failed(error, entries)
-        else:
-            self._recorded(entries)
-
-    async def _asettle(self, decide: _Decide, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entries: list[Entry] = []
-        try:
-            ending = decide(self, *args, **kwargs)
-            if ending is None:
-                return
-            if self._is_slow(ending):
-                entries = await asyncio.get_running_loop().run_in_executor(None, self._entries, ending)
-            else:
-                entries = self._entries(ending)
-            if entries:
-                await self._ledger.arecord(entries)
-        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            self._failed(error, entries)
-        else:
-            self._recorded(entries)
-
-    def _is_slow(self, ending: _Ending) -> bool:
-        """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        observed = ending.observed
-        estimates = observed is not None and observed.usage is None and self._on_missing_usage == "estimate"
-        return self._needs_lookup or estimates
-
-    def _recorded(self, entries: Sequence[Entry]) -> None:
-        if not entries:
-            return
-        skipped = sum(entry.state is ReadingState.SKIPPED for entry in entries)
-        if skipped:
-            with self._lock:
-                self._skipped += skipped
-        if self._courier is not None and skipped < len(entries):
-            self._courier.wake()
-
-    def _failed(self, error: Exception, entries: Sequence[Entry]) -> None:
-        """Something could not be recorded: count it, say so once, and tell ``on_error``."""
-        with self._lock:
-            self._unrecorded += max(len(entries), 1)
-        logger.error(
-            "stripe-meter: a run could not be recorded: %s",
-            error if isinstance(error, MeteringError) else type(error).__name__,
-            exc_info=None if isinstance(error, MeteringError) else error,
-        )
-        if self._on_error is not None:
-            wrapped = error if isinstance(error, MeteringError) else LedgerError(f"not recorded: {error!r}")
-            try:
-                self._on_error(wrapped)
-            except Exception as own:  # noqa: BLE001 - nor over its owner's callback
-                logger.error("stripe-meter: on_error itself failed: %s", type(own).__name__)  # noqa: TRY400
-
-    # -- from what ended to ledger entries
-
-    def _entries(self, ending: _Ending) -> list[Entry]:
-        entries: list[Entry] = []
-        run, observed = ending.run, ending.observed
-        if observed is not None and not observed.is_empty and (self._bill_cache_hits or not observed.cached):
-            call = self._complete(_call(run, observed), run, observed)
-            if call is not None:
-                entries += self._make(run, run.facts, self._readings("call", call))
-        if ending.message is not None:
-            call, facts = ending.message
-            entries += self._make(run.top, facts, self._readings("message", call))
-        return entries
-
-    def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
-        """Apply ``on_missing_usage`` to a call whose usage nobody reported."""
-        known = call.usage is not None and call.usage.complete
-        if known or call.doubt is not None or self._on_missing_usage == "hold":
-            return call
-        if self._on_missing_usage == "ignore":
-            return None
-        from langchain_stripe_meter.estimate import estimate_usage
-
-        return replace(call, usage=estimate_usage(run.prompt, run.tools, observed.output, call.model))
-
-    def _readings(self, per: str, call: Call) -> list[Reading]:
-        return [reading for meter in self.meters if meter.per == per for reading in meter.readings(call)]
-
-    def _make(self, run: Run, facts: Facts, readings: Sequence[Reading]) -> list[Entry]:
-        if not readings:
-            return []
-        key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
-        if self._needs_lookup:
-            facts = replace(facts, lead=self.leads.find)
-        return self._make_entries(key, facts, readings, run.ended or self._ledger.now())
-
-    def _make_entries(self, key: str, facts: Facts, readings: Sequence[Reading], at: int) -> list[Entry]:
-        who = self.customer.identify(facts)
-        return [_entry(key, who, reading, at) for reading in readings]
+        return Ending(run, observed, message)
 
     # -- what has no run
 
@@ -402,32 +268,15 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
 
         Unlike a run, this raises: ``MeteringError`` if the input is bad or the ledger cannot store it.
         """
-        entries = self._usage_entries(usage, id, Call(None, model, provider), customer, metadata, at)
-        self._ledger.record(entries)
-        self._recorded(entries)
+        call = Call(None, model, provider)
+        entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, metadata=metadata, at=at)
+        if entries:
+            self._ledger.record(entries)
+        self._recorder.recorded(entries)
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""
         await asyncio.to_thread(self.record_usage, usage, id=id, **options)
-
-    def _usage_entries(
-        self,
-        usage: Mapping[str, Any],
-        id: str,
-        call: Call,
-        customer: CustomerSource | str | None,
-        metadata: Mapping[str, Any] | None,
-        at: int | None,
-    ) -> list[Entry]:
-        if not isinstance(id, str) or not id:
-            raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
-        now = self._ledger.now()
-        counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
-        readings = self._readings("call", replace(call, usage=counted))
-        source = self.customer if customer is None else as_source(customer)
-        who = source.identify(Facts(metadata or {}, lead=self.leads.find))
-        when = now if at is None else check_timestamp(at, now)
-        return [_entry(id, who, reading, when) for reading in readings]
 
     # -- seeing it
 
@@ -462,7 +311,7 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
             delivered=courier.delivered if courier else 0,
             pending=pending,
             held=held,
-            skipped=self._skipped,
+            skipped=self._recorder.skipped,
             rejected=courier.rejected if courier else 0,
             doubtful=doubtful,
         )
@@ -471,8 +320,13 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
         """Counts and ages: the ledger as it stands, and this handler's open, abandoned and unrecorded runs."""
         with self._lock:
             self._runs.sweep(self._ledger.now())
-            mine = {"open_runs": len(self._runs), "abandoned": self._runs.abandoned, "unrecorded": self._unrecorded}
-        return replace(views.status(self._ledger), **mine)
+            open_runs, abandoned = len(self._runs), self._runs.abandoned
+        return replace(
+            views.status(self._ledger),
+            open_runs=open_runs,
+            abandoned=abandoned,
+            unrecorded=self._recorder.unrecorded,
+        )
 
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
@@ -542,58 +396,8 @@ def _default_customer() -> CustomerSource:
     return first_of(from_auth_user("stripe_customer_id"), from_metadata("stripe_customer_id"))
 
 
-def _call(run: Run, observed: Observed) -> Call:
-    return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
-
-
-def _entry(key: str, who: Any, reading: Reading, at: int) -> Entry:
-    """One reading of a run, with what is known of who pays."""
-    entry = Entry(
-        key=derive_identifier(key, reading.event_name, reading.dimensions),
-        event_name=reading.event_name,
-        value=reading.value,
-        at=at,
-        state=ReadingState.HELD,
-        dimensions=reading.dimensions,
-        estimated=reading.estimated,
-        reason=reading.doubt,
-    )
-    if not isinstance(who, Reference):
-        return replace(entry, state=ReadingState.SKIPPED, reason=who.reason)
-    known = {"customer": who.value} if who.by == "id" else {"reference": who}
-    if reading.value is None:
-        return replace(entry, **known)
-    state = ReadingState.RESOLVED if who.by == "id" else ReadingState.RECORDED
-    return replace(entry, state=state, **known)
-
-
 def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
     handler = reference()
-    courier = handler._courier if handler is not None else None  # noqa: SLF001
+    courier = handler._courier if handler is not None else None
     if handler is not None and courier is not None and courier.is_running:
         handler.close(EXIT_SECONDS)
-
-
-_everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, ContextVar[StripeMeterCallbackHandler | None]]
-_everywhere = weakref.WeakKeyDictionary()
-_everywhere_lock = threading.Lock()
-
-
-@contextmanager
-def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCallbackHandler]:
-    """Meter every run in the block, without touching its config.
-
-    It follows context variables: tasks and runnables inside the block are metered, a plain ``threading.Thread`` is
-    not. Blocks may nest; a run is billed once per meter.
-    """
-    with _everywhere_lock:
-        variable = _everywhere.get(handler)
-        if variable is None:
-            variable = ContextVar(f"stripe_meter_{id(handler)}", default=None)
-            register_configure_hook(variable, inheritable=True)
-            _everywhere[handler] = variable
-    token = variable.set(handler)
-    try:
-        yield handler
-    finally:
-        variable.reset(token)

@@ -188,16 +188,20 @@ class Gateway:
         """Let go of the connections."""
         with self._lock:
             client, self._client = self._client, None
-        if client is not None and isinstance(self._given, str):
-            client._requestor._client.close()  # noqa: SLF001 - the SDK has no public way to close its connections
+        http = getattr(getattr(client, "_requestor", None), "_client", None)
+        if http is not None and isinstance(self._given, str):  # the SDK has no public way to close its connections
+            http.close()
 
 
-def check_key(given: str | StripeClient | None) -> str | StripeClient:
-    """A usable key or client; ``ConfigurationError`` says what is wrong without repeating the key."""
+def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str | StripeClient:
+    """A usable key or client; ``ConfigurationError`` says what is wrong without repeating the key.
+
+    ``otherwise`` is what else the caller could do without a key.
+    """
     key: Any = os.environ.get("STRIPE_API_KEY") if given is None else given
     if not key:
         raise ConfigurationError(
-            "No Stripe API key. Set $STRIPE_API_KEY, pass stripe=..., or pass deliver=False to record only."
+f"No Stripe API key. Set $STRIPE_API_KEY or pass stripe=...{otherwise}."
         )
     if isinstance(key, str) and not _KEY.match(key):
         kind = "a publishable key (pk_…)" if key.startswith("pk_") else "no secret or restricted key"

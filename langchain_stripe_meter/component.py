@@ -1,0 +1,170 @@
+"""The "Stripe Meter Event" workflow component: one Runnable that sends one meter event and says what came of it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.runnables import Runnable, RunnableConfig
+from pydantic import BaseModel, Field
+
+from langchain_stripe_meter.core.events import (
+    MeterEvent,
+    check_customer_id,
+    check_event_name,
+    check_identifier,
+    check_timestamp,
+    check_value,
+    number_text,
+)
+from langchain_stripe_meter.core.states import Move
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.gateway.client import Gateway
+
+if TYPE_CHECKING:
+    from stripe import StripeClient
+
+_FIELDS: dict[str, Callable[[Any], Any]] = {
+    "event_name": check_event_name,
+    "customer_id": check_customer_id,
+    "value": check_value,
+}
+
+
+_ERROR_TYPES = {
+    Move.REFUSED: "rejected",
+    Move.UNAUTHORISED: "unauthorised",
+    Move.REFUSED_FOR_NOW: "unavailable",
+    Move.UNKNOWN: "unknown_outcome",
+}
+
+
+class MeterEventInput(BaseModel):
+    """The component's inputs, as a tool's schema shows them; the limits are checked when it runs."""
+
+    event_name: str = Field(description="Event name of the Stripe meter, at most 100 characters.")
+    customer_id: str = Field(description="Stripe customer id, such as 'cus_NffrFeUfNV2Hib'.")
+    value: int | Decimal = Field(description="How much to add, at most 15 significant digits; negative to correct.")
+    identifier: str | None = Field(
+        default=None, description="At most 100 characters; the same identifier is not billed twice. Default: random."
+    )
+    timestamp: int | None = Field(default=None, description="Unix seconds, within the past 35 days; default now.")
+
+
+class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
+    """Sends one meter event to Stripe, at once and without a ledger.
+
+    Input: a mapping (or a graph's state) with ``event_name``, ``customer_id``, ``value`` and optionally ``identifier``
+    and ``timestamp``; other keys are left alone. Output: ``{"success": True, "response": <the event object>}``, or
+    ``{"success": False, "response": {"error": {...}}}`` with ``type``, ``message``, ``field`` (for bad input),
+    ``retryable`` and ``identifier``. It never raises for its input or for Stripe, so that the next step can branch.
+
+    Give an ``identifier`` to make a step repeatable: Stripe remembers it for a day, and a repetition then succeeds
+    without billing again (its response has ``"duplicate": True``). Without one, every call bills.
+
+    ``stripe`` is an API key or a ``stripe.StripeClient``; by default ``$STRIPE_API_KEY``, read when it runs.
+    """
+
+    def __init__(self, *, stripe: str | StripeClient | None = None, clock: Callable[[], float] | None = None) -> None:
+        self.name = "stripe_meter_event"
+        self._stripe = stripe
+        self._clock = clock
+        self._gateway: Gateway | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
+
+    def get_input_schema(self, config: RunnableConfig | None = None) -> type[BaseModel]:
+        """The inputs, for ``as_tool()``."""
+        return MeterEventInput
+
+    def invoke(self, input: Any, config: RunnableConfig | None = None, **kwargs: Any) -> dict[str, Any]:
+        """Send the event that ``input`` describes."""
+        return self._call_with_config(self._run, input, config, run_type="tool")
+
+    def _run(self, given: Any) -> dict[str, Any]:
+        identifier = None
+        try:
+            event = self._event(given)
+            identifier = event.identifier
+            gateway = self._open()
+        except _BadFieldError as bad:
+            return _failure("invalid_input", str(bad), field=bad.field, retryable=False)
+        except ConfigurationError as error:
+            return _failure("configuration", str(error), identifier=identifier, retryable=False)
+        return _send(gateway, event)
+
+    def _open(self) -> Gateway:
+        if self._gateway is None:
+            self._gateway = Gateway(self._stripe)
+        return self._gateway
+
+    def _event(self, given: Any) -> MeterEvent:
+        values = given.model_dump() if isinstance(given, BaseModel) else given
+        if not isinstance(values, Mapping):
+            raise _BadFieldError("input", "the input must be a mapping with event_name, customer_id and value")
+        checked = {name: _checked(name, check, values.get(name)) for name, check in _FIELDS.items()}
+        now = int((self._clock or time.time)())
+        timestamp = values.get("timestamp")
+        identifier = values.get("identifier")
+        return MeterEvent(
+            event_name=checked["event_name"],
+            customer=checked["customer_id"],
+            value=checked["value"],
+            identifier=uuid.uuid4().hex if identifier is None else _checked("identifier", check_identifier, identifier),
+            timestamp=now if timestamp is None else _checked("timestamp", lambda t: check_timestamp(t, now), timestamp),
+        )
+
+
+class _BadFieldError(Exception):
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+def _checked(name: str, check: Callable[[Any], Any], value: Any) -> Any:
+    if value is None:
+        raise _BadFieldError(name, f"{name} is missing")
+    try:
+        return check(value)
+    except InvalidValueError as error:
+        raise _BadFieldError(name, str(error)) from error
+
+
+def _send(gateway: Gateway, event: MeterEvent) -> dict[str, Any]:
+    import stripe
+
+    from langchain_stripe_meter.gateway.replies import classify
+
+    try:
+        return {"success": True, "response": gateway.create_event(event)}
+    except stripe.StripeError as error:
+        outcome = classify(error)
+    if outcome.move is Move.DUPLICATE:
+        return {"success": True, "response": _as_sent(event)}
+    return _failure(
+        _ERROR_TYPES[outcome.move],
+        outcome.message,
+        identifier=event.identifier,
+        retryable=outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW),
+        request_id=outcome.request_id,
+    )
+
+
+def _as_sent(event: MeterEvent) -> dict[str, Any]:
+    """What Stripe has already: it does not return the event again."""
+    return {
+        "object": "billing.meter_event",
+        "event_name": event.event_name,
+        "identifier": event.identifier,
+        "payload": {"stripe_customer_id": event.customer, "value": number_text(event.value)},
+        "duplicate": True,
+    }
+
+
+def _failure(type: str, message: str, **details: Any) -> dict[str, Any]:
+    known = {name: value for name, value in details.items() if value is not None}
+    return {"success": False, "response": {"error": {"type": type, "message": message, **known}}}

@@ -1,0 +1,221 @@
+"""From what ended to the ledger: readings for each meter, who pays, one durable insert.
+
+Faults are counted, logged and told, never raised into a chain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from uuid import UUID
+
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source, needs_lookup
+from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
+from langchain_stripe_meter.core.meters import Call, Meter, Reading
+from langchain_stripe_meter.core.runs import Run
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.usage import usage_from_metadata
+from langchain_stripe_meter.delivery.courier import Courier, OnError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
+from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
+from langchain_stripe_meter.observed import Observed
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+OnMissingUsage = Literal["estimate", "hold", "ignore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """What ended: a model call (``run`` and ``observed``), a message (its answer and who pays), or both."""
+
+    run: Run
+    observed: Observed | None
+    message: tuple[Call, Facts] | None
+
+
+@dataclass
+class Recorder:
+    """Records endings. ``skipped`` counts readings with nobody to bill, ``unrecorded`` what could not be stored."""
+
+    meters: tuple[Meter, ...]
+    customer: CustomerSource
+    ledger: Ledger
+    leads: Leads
+    courier: Courier | None
+    on_missing_usage: OnMissingUsage
+    bill_cache_hits: bool
+    on_error: OnError | None
+    skipped: int = 0
+    unrecorded: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _needs_lookup: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._needs_lookup = needs_lookup(self.customer)
+
+    def settle(self, decide: Callable[[], Ending | None]) -> None:
+        """Record what ``decide`` says has ended; returns when it is durable, and never raises."""
+        entries: list[Entry] = []
+        try:
+            ending = decide()
+            if ending is None:
+                return
+            entries = self._entries(ending)
+            if entries:
+                self.ledger.record(entries)
+        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
+            self._failed(error, entries)
+        else:
+            self.recorded(entries)
+
+    async def asettle(self, decide: Callable[[], Ending | None]) -> None:
+        """As ``settle``, without blocking the event loop."""
+        entries: list[Entry] = []
+        try:
+            ending = decide()
+            if ending is None:
+                return
+            if self._is_slow(ending):
+                entries = await asyncio.to_thread(self._entries, ending)
+            else:
+                entries = self._entries(ending)
+            if entries:
+                await self.ledger.arecord(entries)
+        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
+            self._failed(error, entries)
+        else:
+            self.recorded(entries)
+
+    def _is_slow(self, ending: Ending) -> bool:
+        """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
+        observed = ending.observed
+        estimates = observed is not None and self.on_missing_usage == "estimate" and not _is_known(observed)
+        return self._needs_lookup or estimates
+
+    def recorded(self, entries: Sequence[Entry]) -> None:
+        """``entries`` are durable: count the skipped, and tell the courier of the others."""
+        skipped = sum(entry.state is ReadingState.SKIPPED for entry in entries)
+        if skipped:
+            with self._lock:
+                self.skipped += skipped
+        if self.courier is not None and skipped < len(entries):
+            self.courier.wake()
+
+    def _failed(self, error: Exception, entries: Sequence[Entry]) -> None:
+        with self._lock:
+            self.unrecorded += max(len(entries), 1)
+        if isinstance(error, MeteringError):
+            known = error
+            logger.error("stripe-meter: a run could not be recorded: %s", error)
+        else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
+            known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
+            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, _place(error))
+        if self.on_error is None:
+            return
+        try:
+            self.on_error(known)
+        except Exception as own:  # noqa: BLE001 - nor over its owner's callback
+            logger.error("stripe-meter: on_error itself failed: %s", type(own).__name__)  # noqa: TRY400
+
+    def _entries(self, ending: Ending) -> list[Entry]:
+        entries: list[Entry] = []
+        run, observed = ending.run, ending.observed
+        if observed is not None and not observed.is_empty and (self.bill_cache_hits or not observed.cached):
+            call = self._complete(call_of(run, observed), run, observed)
+            if call is not None:
+                entries += self._of_run(run, run.facts, self._readings("call", call))
+        if ending.message is not None:
+            call, facts = ending.message
+            entries += self._of_run(run.top, facts, self._readings("message", call))
+        return entries
+
+    def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
+        """Apply ``on_missing_usage`` to a call whose usage nobody reported."""
+        if _is_known(observed) or self.on_missing_usage == "hold":
+            return call
+        if self.on_missing_usage == "ignore":
+            return None
+        from langchain_stripe_meter.estimate import estimate_usage
+
+        return replace(call, usage=estimate_usage(run.prompt, run.tools, observed.output, call.model))
+
+    def _readings(self, per: str, call: Call) -> list[Reading]:
+        return [reading for meter in self.meters if meter.per == per for reading in meter.readings(call)]
+
+    def _of_run(self, run: Run, facts: Facts, readings: Sequence[Reading]) -> list[Entry]:
+        if not readings:
+            return []
+        who = self._who(self.customer, facts)
+        key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
+        return [make_entry(key, who, reading, run.ended or run.started) for reading in readings]
+
+    def _who(self, source: CustomerSource, facts: Facts) -> Reference | Skip:
+        return source.identify(replace(facts, lead=self.leads.find) if needs_lookup(source) else facts)
+
+    def usage_entries(
+        self,
+        usage: Mapping[str, Any],
+        *,
+        id: str,
+        call: Call,
+        customer: CustomerSource | str | None,
+        metadata: Mapping[str, Any] | None,
+        at: int | None,
+    ) -> list[Entry]:
+        """Entries for usage that no run reported; raises where the input is bad."""
+        if not isinstance(id, str) or not id:
+            raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
+        now = self.ledger.now()
+        counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
+        readings = self._readings("call", replace(call, usage=counted))
+        who = self._who(self.customer if customer is None else as_source(customer), Facts(metadata or {}))
+        when = now if at is None else check_timestamp(at, now)
+        return [make_entry(id, who, reading, when) for reading in readings]
+
+
+def _is_known(observed: Observed) -> bool:
+    """Whether there is nothing to estimate: the usage is complete, or contradicts itself and must be held."""
+    return observed.doubt is not None or (observed.usage is not None and observed.usage.complete)
+
+
+def _place(error: BaseException) -> str:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+def call_of(run: Run, observed: Observed) -> Call:
+    """The call that ``run`` was: the model that answered, else the one that was asked for."""
+    return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
+
+
+def make_entry(key: str, who: Reference | Skip, reading: Reading, at: int) -> Entry:
+    """One reading of a run, with what is known of who pays."""
+    named = who if isinstance(who, Reference) else None
+    by_id = named is not None and named.by == "id"
+    return Entry(
+        key=derive_identifier(key, reading.event_name, reading.dimensions),
+        event_name=reading.event_name,
+        value=reading.value,
+        at=at,
+        state=_state(who, reading),
+        customer=named.value if named and by_id else None,
+        reference=None if by_id else named,
+        dimensions=reading.dimensions,
+        estimated=reading.estimated,
+        reason=who.reason if isinstance(who, Skip) else reading.doubt,
+    )
+
+
+def _state(who: Reference | Skip, reading: Reading) -> ReadingState:
+    if isinstance(who, Skip):
+        return ReadingState.SKIPPED
+    if reading.value is None:
+        return ReadingState.HELD
+    return ReadingState.RESOLVED if who.by == "id" else ReadingState.RECORDED

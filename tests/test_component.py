@@ -1,0 +1,163 @@
+"""The workflow component: one event in, a success flag and Stripe's answer out."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Iterator
+from typing import Any, TypedDict
+
+import pytest
+from freezegun import freeze_time
+from langchain_core.runnables import RunnableLambda
+from langgraph.graph import END, START, StateGraph
+
+from langchain_stripe_meter import StripeMeterEvent
+from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer
+
+INPUT = {"event_name": "ai_tokens_used", "customer_id": "cus_123", "value": 500, "identifier": "job-42"}
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[StripeSandbox]:
+    with StripeSandbox() as sandbox:
+        for name, value in sandbox.environment().items():
+            monkeypatch.setenv(name, value)
+        sandbox.create_meter("ai_tokens_used")
+        sandbox.create_customer(id="cus_123")
+        yield sandbox
+
+
+def error_of(out: dict[str, Any]) -> dict[str, Any]:
+    assert out["success"] is False
+    error: dict[str, Any] = out["response"]["error"]
+    return error
+
+
+def test_a_good_event_gives_success_and_stripes_own_object(sandbox: StripeSandbox) -> None:
+    out = StripeMeterEvent().invoke(INPUT)
+    assert out["success"] is True
+    assert out["response"]["object"] == "billing.meter_event"
+    assert out["response"]["payload"] == {"stripe_customer_id": "cus_123", "value": "500"}
+    assert sandbox.billed("ai_tokens_used", "cus_123") == 500
+
+
+def test_a_retried_step_with_the_same_identifier_succeeds_and_bills_once(sandbox: StripeSandbox) -> None:
+    event = StripeMeterEvent()
+    first, second = event.invoke(INPUT), event.invoke(INPUT)
+    assert first["success"] is second["success"] is True
+    assert second["response"]["duplicate"] is True
+    assert sandbox.billed("ai_tokens_used", "cus_123") == 500
+
+
+def test_a_step_whose_answer_was_lost_can_be_repeated_safely(sandbox: StripeSandbox) -> None:
+    sandbox.fail(drop_answer(), path="/v1/billing/meter_events")
+    error = error_of(StripeMeterEvent().invoke(INPUT))
+    assert error["type"] == "unknown_outcome"
+    assert error["retryable"] is True
+    again = StripeMeterEvent().invoke({**INPUT, "identifier": error["identifier"]})
+    assert again["success"] is True
+    assert sandbox.billed("ai_tokens_used", "cus_123") == 500
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("event_name", "x" * 101, "101 characters"),
+        ("event_name", None, "missing"),
+        ("customer_id", "ann@example.com", "cus_"),
+        ("customer_id", "cus_1\r\nX-Evil: 1", "cus_"),
+        ("value", float("nan"), "not finite"),
+        ("value", float("inf"), "not finite"),
+        ("value", True, "not a number"),
+        ("value", "many", "not a number"),
+        ("value", 1234567890123456, "16 significant digits"),
+        ("identifier", "x" * 101, "identifier"),
+        ("timestamp", 1_700_000_000, "35 days"),
+        ("timestamp", 4_000_000_000, "5 minutes"),
+        ("timestamp", 1.5, "whole Unix seconds"),
+    ],
+)
+def test_bad_input_is_named_in_the_response_and_nothing_is_sent(
+    sandbox: StripeSandbox, field: str, value: object, says: str
+) -> None:
+    error = error_of(StripeMeterEvent().invoke({**INPUT, field: value}))
+    assert error["type"] == "invalid_input"
+    assert error["field"] == field
+    assert says in error["message"]
+    assert sandbox.events == []
+
+
+def test_the_window_of_timestamps_is_35_days_back_and_5_minutes_ahead(sandbox: StripeSandbox) -> None:
+    with freeze_time("2026-06-01T12:00:00Z", tick=True):
+        now = sandbox.now()
+        for offset, allowed in [(-35 * 86_400 + 60, True), (-35 * 86_400 - 60, False), (240, True), (360, False)]:
+            out = StripeMeterEvent().invoke({**INPUT, "identifier": f"at{offset}", "timestamp": now + offset})
+            assert out["success"] is allowed, offset
+
+
+def test_no_key_a_malformed_key_and_a_wrong_key_are_told_apart(
+    sandbox: StripeSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = error_of(StripeMeterEvent(stripe="sk_test_wrongwrongwrong").invoke(INPUT))
+    assert wrong["type"] == "unauthorised"
+    assert "wrongwrong" not in wrong["message"]
+    publishable = error_of(StripeMeterEvent(stripe="pk_test_123").invoke(INPUT))
+    assert "publishable" in publishable["message"]
+    monkeypatch.delenv("STRIPE_API_KEY")
+    missing = error_of(StripeMeterEvent().invoke(INPUT))
+    assert missing["type"] == "configuration"
+    assert "STRIPE_API_KEY" in missing["message"]
+
+
+def test_an_unknown_meter_is_stripes_no(sandbox: StripeSandbox) -> None:
+    error = error_of(StripeMeterEvent().invoke({**INPUT, "event_name": "nope"}))
+    assert error["type"] == "rejected"
+    assert "nope" in error["message"]
+    assert error["request_id"].startswith("req_")
+
+
+def test_a_meter_with_its_own_payload_keys_gets_them(sandbox: StripeSandbox) -> None:
+    sandbox.create_meter("custom", customer_key="who", value_key="amount")
+    out = StripeMeterEvent().invoke({**INPUT, "event_name": "custom"})
+    assert out["response"]["payload"] == {"who": "cus_123", "amount": "500"}
+
+
+def test_it_is_a_runnable_sync_async_batch_in_a_sequence_and_as_a_tool(sandbox: StripeSandbox) -> None:
+    event = StripeMeterEvent()
+    inputs = [{**INPUT, "identifier": f"batch-{number}"} for number in range(3)]
+    assert all(out["success"] for out in event.batch(inputs))
+    assert asyncio.run(event.ainvoke({**INPUT, "identifier": "async"}))["success"]
+    sequence = (
+        RunnableLambda(lambda n: {**INPUT, "value": n, "identifier": "seq"}) | event | (lambda out: out["success"])
+    )
+    assert sequence.invoke(7) is True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # LangChain calls as_tool() beta
+        tool = event.as_tool()
+    assert set(tool.args) == {"event_name", "customer_id", "value", "identifier", "timestamp"}
+    assert tool.invoke({**INPUT, "identifier": "tool"})["success"]
+    assert sandbox.billed("ai_tokens_used", "cus_123") == 3 * 500 + 500 + 7 + 500
+
+
+class State(TypedDict, total=False):
+    event_name: str
+    customer_id: str
+    value: int
+    answer: str
+    success: bool
+    response: dict[str, Any]
+
+
+def test_as_a_langgraph_node_it_reads_the_state_and_lets_the_next_step_branch(sandbox: StripeSandbox) -> None:
+    graph = StateGraph(State)
+    graph.add_node("meter", StripeMeterEvent())
+    graph.add_edge(START, "meter")
+    graph.add_node("apologise", lambda state: {"answer": state["response"]["error"]["message"]})
+    graph.add_conditional_edges("meter", lambda state: END if state["success"] else "apologise")
+    app = graph.compile()
+    good = app.invoke({"event_name": "ai_tokens_used", "customer_id": "cus_123", "value": 5, "answer": "hi"})
+    bad = app.invoke({"event_name": "nope", "customer_id": "cus_123", "value": 5})
+    assert good["success"]
+    assert good["answer"] == "hi"
+    assert "nope" in bad["answer"]

@@ -1,0 +1,63 @@
+"""The public face as a user's type checker sees it. mypy (strict) must accept this file; it is never run."""
+
+from decimal import Decimal
+from typing import Any
+
+from langchain_core.runnables import Runnable, RunnableConfig
+
+from langchain_stripe_meter import (
+    Cost,
+    Credits,
+    Messages,
+    MeteringError,
+    MeteringSettings,
+    StripeMeterCallbackHandler,
+    StripeMeterEvent,
+    Tokens,
+    first_of,
+    from_auth_user,
+    from_context,
+    from_lead,
+    from_metadata,
+    static,
+    stripe_meter,
+)
+
+
+def told(error: MeteringError) -> None: ...
+
+
+handler = StripeMeterCallbackHandler(
+    Tokens("ai_tokens"),
+    Tokens("units", weights={"input": 1, "cache_read": Decimal("0.1"), "output": 4}),
+    Messages("bot_messages"),
+    Credits("message_credits", {"gpt-4o": 10, "gpt-4o-mini": 1}, default=1),
+    Cost("ai_cost", markup=Decimal("1.3"), unit="micro_usd"),
+    customer=first_of(
+        from_auth_user("id"), from_context("id"), from_metadata("id"), from_lead(by="email"), static(id="cus_1")
+    ),
+    ledger="sqlite:///stripe_meter.db",
+    stripe="sk_test_123",
+    deliver=False,
+    on_missing_usage="hold",
+    on_error=told,
+)
+by_default = StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_123")
+
+
+def use(chain: Runnable[dict[str, str], str]) -> None:
+    config: RunnableConfig = {"callbacks": [handler], "metadata": {"stripe_customer_id": "cus_123"}}
+    chain.invoke({"question": "..."}, config)
+    with stripe_meter(handler) as same:
+        same.leads.capture("session", email="ann@example.com")
+    delivered: int = handler.flush(timeout=10).delivered
+    paused: str | None = handler.status().paused
+    for held in handler.held():
+        handler.assign(held, "cus_123")
+    moved: int = handler.retry()
+    handler.record_usage({"input_tokens": 812}, model="text-embedding-3-small", customer="cus_123", id="job-7")
+    print(delivered, paused, moved)
+
+
+out: dict[str, Any] = StripeMeterEvent().invoke({"event_name": "e", "customer_id": "cus_1", "value": 1})
+again: StripeMeterCallbackHandler = MeteringSettings.model_validate({}).handler()
