@@ -54,9 +54,11 @@ class Recorder:
     unrecorded: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _needs_lookup: bool = field(init=False)
+    _per: dict[str, list[Meter]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._needs_lookup = needs_lookup(self.customer)
+        self._per = {per: [meter for meter in self.meters if meter.per == per] for per in ("call", "message")}
 
     def settle(self, decide: Callable[[], Ending | None]) -> None:
         """Record what ``decide`` says has ended; returns when it is durable, and never raises."""
@@ -145,17 +147,14 @@ class Recorder:
         return replace(call, usage=estimate_usage(run.prompt, run.tools, observed.output, call.model))
 
     def _readings(self, per: str, call: Call) -> list[Reading]:
-        return [reading for meter in self.meters if meter.per == per for reading in meter.readings(call)]
+        return [reading for meter in self._per[per] for reading in meter.readings(call)]
 
     def _of_run(self, run: Run, facts: Facts, readings: Sequence[Reading]) -> list[Entry]:
         if not readings:
             return []
-        who = self._who(self.customer, facts)
+        who = self.customer.identify(replace(facts, lead=self.leads.find) if self._needs_lookup else facts)
         key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
         return [make_entry(key, who, reading, run.ended or run.started) for reading in readings]
-
-    def _who(self, source: CustomerSource, facts: Facts) -> Reference | Skip:
-        return source.identify(replace(facts, lead=self.leads.find) if needs_lookup(source) else facts)
 
     def usage_entries(
         self,
@@ -173,7 +172,8 @@ class Recorder:
         now = self.ledger.now()
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         readings = self._readings("call", replace(call, usage=counted))
-        who = self._who(self.customer if customer is None else as_source(customer), Facts(metadata or {}))
+        source = self.customer if customer is None else as_source(customer)
+        who = source.identify(Facts(metadata or {}, lead=self.leads.find))
         when = now if at is None else check_timestamp(at, now)
         return [make_entry(id, who, reading, when) for reading in readings]
 

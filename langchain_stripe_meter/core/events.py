@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from functools import lru_cache
 
 from langchain_stripe_meter.errors import InvalidValueError
 
@@ -84,10 +85,12 @@ def significant_digits(number: Decimal) -> int:
 
 def number_text(number: Decimal | int) -> str:
     """``number`` as Stripe takes it: plain decimal notation, never an exponent, no idle zeros."""
-    number = Decimal(number)
+    number = number if isinstance(number, Decimal) else Decimal(number)
     if abs(number.adjusted()) > 200 and number != 0:  # "1e999999" would otherwise be a gigabyte of zeros
         raise InvalidValueError(f"The value {number} is far beyond what Stripe can bill.")
-    text = format(number, "f")
+    text = str(number)
+    if "E" in text:
+        text = format(number, "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
     return "0" if text in ("-0", "") else text
@@ -125,14 +128,21 @@ def check_dimensions(dimensions: Mapping[str, str]) -> dict[str, str]:
 def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] | None = None) -> str:
     """The identifier of what ``run`` adds to one meter: the same on every machine and every repetition.
 
-    ``run`` leads, so that identifiers of uuid7 runs are ordered by time and the ledger's unique index
-    stays flat; the rest is a digest of the meter and its dimensions. A run that is no plain name
-    (``record_usage(id=...)`` takes any text) goes into the digest whole.
+    ``run`` leads, so that identifiers of uuid7 runs are ordered by time and the ledger's unique index stays flat;
+    behind it stands a digest of the meter and its dimensions. A run that is no plain name (``record_usage(id=...)``
+    takes any text) becomes a digest too.
     """
-    facts = [run, event_name, *(part for pair in sorted((dimensions or {}).items()) for part in pair)]
-    digest = hashlib.sha256("\0".join(facts).encode("utf-8", "surrogatepass")).hexdigest()
-    lead = run if len(run) <= 60 and _IDENTIFIER.match(run) else "x"
-    return f"{lead}-{digest[:24]}"
+    lead = run if len(run) <= 60 and _IDENTIFIER.match(run) else f"x{_digest(run)}"
+    if not dimensions:
+        return f"{lead}-{_digest(event_name)}"
+    return f"{lead}-{_digest(event_name, *(part for pair in sorted(dimensions.items()) for part in pair))}"
+
+
+@lru_cache(maxsize=1024)
+def _digest(*facts: str) -> str:
+    """24 hexadecimal digits for these facts; their lengths are part of them, so that no two lists collide."""
+    told = "".join(f"{len(fact)}:{fact}" for fact in facts)
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
 
 def _show(value: object) -> str:

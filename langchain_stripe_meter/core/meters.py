@@ -96,17 +96,17 @@ class Tokens:
             return [Reading(self.event_name, None, doubt=call.doubt or "the provider reported no usage")]
         if self.split:
             return self._split(usage, call)
-        return _reading(self.event_name, self._value(usage), usage.estimated)
+        if self.weights is None:
+            return _reading(self.event_name, Decimal(getattr(usage, self.count)), usage.estimated)
+        return _reading(self.event_name, self._weigh(usage, self.weights), usage.estimated)
 
     def _known(self, usage: Usage) -> bool:
         if self.count != "total":
             return getattr(usage, self.count) is not None
         return usage.complete
 
-    def _value(self, usage: Usage) -> Decimal:
-        if self.weights is None:
-            return Decimal(getattr(usage, self.count))
-        weights = _full_weights({kind: Decimal(weight) for kind, weight in self.weights.items()})
+    def _weigh(self, usage: Usage, given: Mapping[str, Number]) -> Decimal:
+        weights = _full_weights({kind: Decimal(weight) for kind, weight in given.items()})
         return sum((weights[kind] * count for kind, count in usage.exclusive().items()), Decimal(0))
 
     def _split(self, usage: Usage, call: Call) -> list[Reading]:
@@ -122,9 +122,7 @@ class Tokens:
             return [Reading(self.event_name, None, doubt="the run has no model name")]
         readings = []
         for kind, count in kinds.items():
-            readings += _reading(
-                self.event_name, Decimal(count), usage.estimated, {"model": model, "token_type": kind}
-            )
+            readings += _reading(self.event_name, Decimal(count), usage.estimated, {"model": model, "token_type": kind})
         return readings
 
 
@@ -231,10 +229,15 @@ class Cost:
 Meter = Tokens | Messages | Credits | Cost
 
 
+_ALWAYS_FITS = Decimal(10**15)
+"""Whole numbers below it have at most 15 digits, so the common case needs no closer look."""
+
+
 def _reading(name: str, value: Decimal, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
     if not value:
         return []
-    check_value(value)
+    if value.as_tuple().exponent or value >= _ALWAYS_FITS:
+        check_value(value)
     return [Reading(name, value, dimensions or {}, estimated)]
 
 

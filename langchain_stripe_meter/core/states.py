@@ -160,9 +160,7 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     if move is Move.UNKNOWN and first_unknown is None:
         first_unknown = attempt.sent_at
     back_in_queue = next_event_state(EventState.SENDING, move) is EventState.PENDING
-    if first_unknown is not None and (
-        move is Move.REFUSED or (back_in_queue and out_of_window(first_unknown, now))
-    ):
+    if first_unknown is not None and (move is Move.REFUSED or (back_in_queue and out_of_window(first_unknown, now))):
         move = Move.OUT_OF_WINDOW
     attempts = attempt.attempts + (move is not Move.UNAUTHORISED)
     delay = max(backoff(attempts, attempt.identifier), outcome.retry_after or 0)

@@ -114,6 +114,8 @@ def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
 
 def _sum(details: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     total = 0
+    if not details:
+        return total
     for key in keys:
         count = details.get(key) or 0
         _check_count(key, count)
@@ -122,7 +124,7 @@ def _sum(details: Mapping[str, Any], keys: tuple[str, ...]) -> int:
 
 
 def _check_count(kind: str, count: object) -> None:
-    if count is None and kind in ("input", "output"):
+    if (type(count) is int and count >= 0) or (count is None and kind in ("input", "output")):
         return
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise UsageError(f"The provider reported {kind} = {count!r}; a token count is a whole number from 0 up.")

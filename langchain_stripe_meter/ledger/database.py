@@ -36,12 +36,21 @@ class Lane:
         self.lock = threading.RLock()
         self._engine = engine
         self._connection: Connection | None = None
+        self._driver: Any = None
+
+    @property
+    def driver(self) -> Any:
+        """The database driver's own connection, for the one statement that runs once per run; hold ``lock``."""
+        if self._driver is None:
+            self._driver = self.connection.connection.driver_connection
+        return self._driver
 
     @property
     def connection(self) -> Connection:
         """The open connection, in autocommit; hold ``lock`` while using it."""
         if self._connection is None or self._connection.closed or self._connection.invalidated:
             self._connection = self._engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            self._driver = None
         return self._connection
 
     @contextmanager
@@ -69,7 +78,7 @@ class Lane:
         with self.lock:
             if self._connection is not None:
                 self._connection.close()
-                self._connection = None
+                self._connection = self._driver = None
 
 
 class Database:
@@ -130,6 +139,7 @@ class Database:
         return engine
 
     def _set_pragmas(self, connection: sqlite3.Connection, _record: Any) -> None:
+        connection.execute("PRAGMA page_size=2048")  # for a new file: a commit writes whole pages, and rows are small
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute("PRAGMA secure_delete=ON")  # what is erased must be gone from the file

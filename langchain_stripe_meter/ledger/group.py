@@ -47,6 +47,12 @@ class GroupCommit(Generic[T]):
         """Return when ``items`` are durable; raises what ``write`` raised for them."""
         if self._pid != os.getpid():
             self._reset()
+        if not self._jobs and self._leader.acquire(blocking=False):  # nobody else is here: nothing to group
+            try:
+                self._write(items)
+            finally:
+                self._leader.release()
+            return
         job = _Job(items)
         self._jobs.append(job)
         while not job.done:

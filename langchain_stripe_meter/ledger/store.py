@@ -73,7 +73,7 @@ class Ledger:
     """
 
     def __init__(
-        self, url: str, *, clock: Callable[[], float] = time.time, synchronous: str = "FULL"
+        self, url: str, *, clock: Callable[[], float] | None = None, synchronous: str = "FULL"
     ) -> None:
         if synchronous not in ("FULL", "NORMAL"):
             raise ConfigurationError(f"synchronous={synchronous!r}: use 'FULL' or 'NORMAL'.")
@@ -84,7 +84,7 @@ class Ledger:
 
     def now(self) -> int:
         """The ledger's clock, in whole Unix seconds."""
-        return int(self._clock())
+        return int((self._clock or time.time)())
 
     def __repr__(self) -> str:
         return f"Ledger({self.database.url.render_as_string(hide_password=True)!r})"
@@ -100,9 +100,8 @@ class Ledger:
     def _write(self, entries: Sequence[Entry]) -> None:
         lane = self.database.lane("record")
         with lane.lock:
-            driver: Any = lane.connection.connection.driver_connection
             try:
-                _execute(driver, self._insert, [entry.row() for entry in entries], sqlite=self.database.is_sqlite)
+                _execute(lane.driver, self._insert, [entry.row() for entry in entries], sqlite=self.database.is_sqlite)
             except Exception as error:
                 raise explain(error) from error
 
