@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from typing import Any
 
@@ -70,7 +70,7 @@ class Held(_Table):
 
     ids: tuple[int, ...]
     event_name: str
-    reference: str | None
+    reference: str | None = field(repr=False)
     customer: str | None
     value: Decimal | None
     reason: str
@@ -80,7 +80,7 @@ class HeldList(list[Held]):
     """Held readings; a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        head = tuple(field.name for field in fields(Held))
+        head = tuple(one.name for one in fields(Held))
         return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
 
 
@@ -164,7 +164,7 @@ def skips(ledger: Ledger) -> dict[str, int]:
     """Why runs were not billed, and how often."""
     query = select(readings.c.reason, func.count()).where(readings.c.state == "skipped").group_by(readings.c.reason)
     with ledger.read() as connection:
-        return {reason: count for reason, count in connection.execute(query)}
+        return {str(reason): int(count) for reason, count in connection.execute(query)}
 
 
 def held(ledger: Ledger) -> HeldList:
