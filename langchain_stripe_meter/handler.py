@@ -10,6 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 from uuid import UUID
 
@@ -29,6 +30,8 @@ from langchain_stripe_meter.recording import Ending, OnMissingUsage, Recorder, c
 
 if TYPE_CHECKING:
     from stripe import StripeClient
+
+    from langchain_stripe_meter.audit.verify import Verification
 
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 EXIT_SECONDS = 2.0
@@ -340,6 +343,22 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
     def retry(self) -> int:
         """Try held and rejected things again, now. Returns how many."""
         return self._moved(views.retry(self._ledger))
+
+    def verify(self, since: datetime | int = 0) -> Verification:
+        """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.
+
+        ``since`` is a datetime with a time zone or Unix seconds. Raises ``StripeError`` where Stripe does not answer,
+        ``ConfigurationError`` for a handler that only records.
+        """
+        if self._courier is None:
+            raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
+        if isinstance(since, datetime):
+            if since.tzinfo is None:
+                raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
+            since = int(since.timestamp())
+        from langchain_stripe_meter.audit.verify import verify
+
+        return verify(self._ledger, self._courier.gateway, since)
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:

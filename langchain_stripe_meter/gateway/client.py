@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
@@ -167,6 +168,22 @@ class Gateway:
                 }
             )
         return _meter_info(made)
+
+    def billed(self, meter_id: str, customer: str, start: int, end: int) -> Decimal | None:
+        """What Stripe has summed up for a customer from ``start`` to ``end`` (Unix seconds, whole minutes).
+
+        None where Stripe does not know the customer. Stripe answers with floats, which are read to 15 digits, the
+        most that it takes in. Sums lag behind what was accepted.
+        """
+        window: Any = {"customer": customer, "start_time": start, "end_time": end, "limit": 100}
+        try:
+            with _as_stripe_error("read the meter's summaries"):
+                listed = self.client.v1.billing.meters.event_summaries.list(meter_id, window).auto_paging_iter()
+                return sum((Decimal(f"{summary.aggregated_value:.15g}") for summary in listed), Decimal(0))
+        except StripeError as error:
+            if getattr(error.__cause__, "http_status", None) in (400, 404):
+                return None
+            raise
 
     def find_customers(self, reference: Reference) -> list[str]:
         """Ids of the customers that are exactly ``reference``; more than one means ambiguous.

@@ -1,0 +1,49 @@
+"""The ledger's totals against Stripe's: what agrees, what is still on its way, what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+from langchain_stripe_meter.core.states import EventState
+
+_ON_THE_WAY = (EventState.SENDING, EventState.DOUBTFUL)
+"""States in which Stripe may have an amount or not: nobody knows yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One customer's usage on one meter: what the ledger says, and what Stripe says.
+
+    ``recorded`` is everything, in whatever state; ``delivered`` what Stripe took; ``uncertain`` what it may or may not
+    have; ``at_stripe`` its own sum, None where it cannot be asked (the customer or the meter is unknown).
+    """
+
+    event_name: str
+    customer: str
+    recorded: Decimal
+    delivered: Decimal
+    uncertain: Decimal
+    at_stripe: Decimal | None
+
+    @property
+    def difference(self) -> Decimal:
+        """How far Stripe's sum lies outside what is possible: positive, it has too much; negative, too little."""
+        at_stripe = Decimal(0) if self.at_stripe is None else self.at_stripe
+        bounds = sorted((self.delivered, self.delivered + self.uncertain))
+        return at_stripe - min(max(at_stripe, bounds[0]), bounds[1])
+
+
+def compare(
+    event_name: str, customer: str, amounts: Mapping[str, Decimal], at_stripe: Decimal | None
+) -> Comparison:
+    """Hold the ledger's ``amounts`` by state against Stripe's sum."""
+    return Comparison(
+        event_name=event_name,
+        customer=customer,
+        recorded=sum(amounts.values(), Decimal(0)),
+        delivered=amounts.get(EventState.DELIVERED, Decimal(0)),
+        uncertain=sum((amounts.get(state, Decimal(0)) for state in _ON_THE_WAY), Decimal(0)),
+        at_stripe=at_stripe,
+    )
