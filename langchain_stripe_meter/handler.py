@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
-from uuid import UUID
 
-from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.outputs import LLMResult
-
+from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
 from langchain_stripe_meter.core.meters import Call, Cost, Meter
-from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Leads, Ledger
-from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run
-from langchain_stripe_meter.recording import Ending, OnMissingUsage, Recorder, call_of
+from langchain_stripe_meter.recording import OnMissingUsage, Recorder
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -37,42 +31,8 @@ DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
-_Decide = Callable[..., Ending | None]
 
-
-class _DualEvent:
-    """An event that is recorded durably before the run goes on, in sync and in async flows.
-
-    LangChain looks the method up for each event, awaits it if it is a coroutine function, and with ``run_inline``
-    calls it directly otherwise. So this gives a coroutine function where an event loop runs in this thread, which
-    waits for the ledger without blocking the loop, and a plain one elsewhere. Everything else stays inline, which is
-    why streamed tokens cost nothing. (A plain handler would hop through a thread for every token.)
-    """
-
-    def __init__(self, decide: _Decide) -> None:
-        self._decide = decide
-        self.__doc__ = decide.__doc__
-
-    def __get__(self, handler: StripeMeterCallbackHandler | None, owner: type | None = None) -> Any:
-        if handler is None:
-            return self
-        decide = self._decide
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-
-            def ended(*args: Any, **kwargs: Any) -> None:
-                handler._recorder.settle(lambda: decide(handler, *args, **kwargs))
-
-            return ended
-
-        async def aended(*args: Any, **kwargs: Any) -> None:
-            await handler._recorder.asettle(lambda: decide(handler, *args, **kwargs))
-
-        return aended
-
-
-class StripeMeterCallbackHandler(BaseCallbackHandler):
+class StripeMeterCallbackHandler(MeteringCallbacks):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -97,11 +57,6 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
     Attach one instance anywhere and as often as you like: on a call, a model, a chain, or with ``stripe_meter``.
     """
 
-    run_inline = True
-    ignore_agent = True
-    ignore_custom_event = True
-    ignore_retry = True
-
     def __init__(
         self,
         *meters: Meter,
@@ -116,7 +71,6 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
         concurrency: int = 16,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__()
         self.meters = _check_meters(meters)
         self.customer = _default_customer() if customer is None else as_source(customer)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
@@ -130,125 +84,16 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
             self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
         self.leads = Leads(self._ledger)
-        self._recorder = Recorder(
+        recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
             on_missing_usage, bill_cache_hits, on_error,
         )  # fmt: skip
-        self._lock = threading.Lock()
-        self._runs = OpenRuns()
+        super().__init__(recorder)
         atexit.register(_close_at_exit, weakref.ref(self))
 
     def __repr__(self) -> str:
         names = ", ".join(meter.event_name for meter in self.meters)
         return f"{type(self).__name__}({names}; {self._ledger!r})"
-
-    # -- starts: only memory is touched
-
-    def on_chat_model_start(
-        self,
-        serialized: dict[str, Any],
-        messages: list[list[Any]],
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """A model call begins: remember who, when, which model, which parent."""
-        self._start_call(run_id, parent_run_id, messages[0] if messages else None, metadata, kwargs)
-
-    def on_llm_start(
-        self,
-        serialized: dict[str, Any],
-        prompts: list[str],
-        *,
-        run_id: UUID,
-        parent_run_id: UUID | None = None,
-        metadata: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """As ``on_chat_model_start``, for text completion models."""
-        self._start_call(run_id, parent_run_id, prompts[0] if prompts else None, metadata, kwargs)
-
-    def _start_call(
-        self, run_id: UUID, parent: UUID | None, prompt: Any, metadata: dict[str, Any] | None, kwargs: dict[str, Any]
-    ) -> None:
-        facts = facts_of(metadata)
-        params = kwargs.get("invocation_params") or {}
-        run = Run(
-            run_id,
-            self._ledger.now(),
-            is_call=True,
-            facts=facts,
-            model=requested_model(facts.metadata, params),
-            provider=facts.metadata.get("ls_provider"),
-            prompt=prompt,
-            tools=params.get("tools"),
-        )
-        self._start(run, parent)
-
-    def _start(self, run: Run, parent: UUID | None) -> None:
-        around = surrounding_run() if parent is None else None
-        with self._lock:
-            self._runs.start(run, parent, around)
-
-    def on_chain_start(
-        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
-    ) -> None:
-        """A step begins that model calls may belong to."""
-        self._start(Run(run_id, self._ledger.now()), parent_run_id)
-
-    on_tool_start = on_chain_start  # type: ignore[assignment]
-    on_retriever_start = on_chain_start  # type: ignore[assignment]
-
-    # -- ends: recorded before the run goes on
-
-    def _call_ended(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> Ending | None:
-        """A model call succeeded: what it consumed is recorded before the run returns."""
-        return self._end(run_id, observe(response), answers=True)
-
-    def _call_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Ending | None:
-        """A model call failed: what it had consumed by then is recorded; nothing, if it had produced nothing.
-
-        A stream that its reader left (GeneratorExit) has answered; any other failure has not.
-        """
-        observed = observe(kwargs.get("response"))
-        left = isinstance(error, GeneratorExit | asyncio.CancelledError)
-        return self._end(run_id, observed, answers=left and not observed.is_empty)
-
-    def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Ending | None:
-        """A step ended: if it was the user's message, that is recorded before the run returns."""
-        return self._end(run_id, None, answers=False)
-
-    def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Ending | None:
-        """A step failed. A message that failed was not answered; one that waits for a person is not answered yet."""
-        with self._lock:
-            if type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt"):
-                self._runs.interrupt(run_id)
-            elif not isinstance(error, GeneratorExit | asyncio.CancelledError):
-                self._runs.fail(run_id)
-        return self._end(run_id, None, answers=False)
-
-    on_llm_end = _DualEvent(_call_ended)
-    on_llm_error = _DualEvent(_call_failed)
-    on_chain_end = _DualEvent(_step_ended)
-    on_chain_error = _DualEvent(_step_failed)
-    on_tool_end = on_chain_end
-    on_tool_error = on_chain_error
-    on_retriever_end = on_chain_end
-    on_retriever_error = on_chain_error
-
-    def _end(self, run_id: UUID, observed: Observed | None, *, answers: bool) -> Ending | None:
-        with self._lock:
-            run = self._runs.end(run_id, self._ledger.now())
-            if run is None:
-                return None
-            if answers and observed is not None:
-                self._runs.answered(run, call_of(run, observed))
-            message = self._runs.take_message(run)
-        if message is None and (observed is None or observed.is_empty):
-            return None
-        return Ending(run, observed, message)
 
     # -- what has no run
 
@@ -289,6 +134,7 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
         With ``deliver=False`` nothing is sent here, so it reports at once.
         """
         deadline = time.monotonic() + timeout
+        self._recorder.settle(self._sweep)
         while self._courier is not None and self._pending():
             self._courier.wake()
             left = deadline - time.monotonic()
@@ -321,8 +167,8 @@ class StripeMeterCallbackHandler(BaseCallbackHandler):
 
     def status(self) -> views.Status:
         """Counts and ages: the ledger as it stands, and this handler's open, abandoned and unrecorded runs."""
+        self._recorder.settle(self._sweep)
         with self._lock:
-            self._runs.sweep(self._ledger.now())
             open_runs, abandoned = len(self._runs), self._runs.abandoned
         return replace(
             views.status(self._ledger),

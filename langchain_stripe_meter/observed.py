@@ -51,12 +51,14 @@ def facts_of(metadata: Mapping[str, Any] | None) -> Facts:
 @dataclass(frozen=True, slots=True)
 class Observed:
     """What the end of a model call says. ``usage`` is None where nothing was reported, ``doubt`` where the report
-    contradicts itself; ``output`` is what came back, whole or in part."""
+    contradicts itself; ``output`` is what came back; ``partial`` marks a call that broke off, so that its report may
+    fall short of what was produced."""
 
     usage: Usage | None = None
     doubt: str | None = None
     model: str | None = None
     cached: bool = False
+    partial: bool = False
     output: Sequence[BaseMessage | str] = field(default=(), repr=False)
 
     @property
@@ -65,8 +67,8 @@ class Observed:
         return self.usage is None and self.doubt is None and not any(_has_content(item) for item in self.output)
 
 
-def observe(response: LLMResult | None) -> Observed:
-    """Read a model call's result, which may be partial or missing after an error.
+def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
+    """Read a model call's result, which may be ``partial`` or missing after an error.
 
     With n > 1 every generation repeats the usage of the whole call, so the first one counts.
     """
@@ -76,12 +78,12 @@ def observe(response: LLMResult | None) -> Observed:
     output = [_output(generation) for generation in generations]
     first = output[0] if isinstance(output[0], BaseMessage) else None
     report = getattr(first, "usage_metadata", None)
-    cached = bool(report) and "total_cost" in report  # LangChain's mark of an answer from its own cache
+    cached = "total_cost" in (report or {})  # LangChain's mark of an answer from its own cache
     model = _model(response, first)
     try:
-        return Observed(_usage(report, response, first), None, model, cached, output)
+        return Observed(_usage(report, response, first), None, model, cached, partial, output)
     except UsageError as error:
-        return Observed(None, str(error), model, cached, output)
+        return Observed(None, str(error), model, cached, partial, output)
 
 
 def _output(generation: Generation) -> BaseMessage | str:

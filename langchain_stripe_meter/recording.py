@@ -18,7 +18,7 @@ from langchain_stripe_meter.core.events import check_timestamp, derive_identifie
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.core.usage import usage_from_metadata
+from langchain_stripe_meter.core.usage import completed, usage_from_metadata
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
 from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
@@ -60,14 +60,11 @@ class Recorder:
         self._needs_lookup = needs_lookup(self.customer)
         self._per = {per: [meter for meter in self.meters if meter.per == per] for per in ("call", "message")}
 
-    def settle(self, decide: Callable[[], Ending | None]) -> None:
+    def settle(self, decide: Callable[[], Sequence[Ending]]) -> None:
         """Record what ``decide`` says has ended; returns when it is durable, and never raises."""
         entries: list[Entry] = []
         try:
-            ending = decide()
-            if ending is None:
-                return
-            entries = self._entries(ending)
+            entries = self._entries(decide())
             if entries:
                 self.ledger.record(entries)
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
@@ -75,17 +72,15 @@ class Recorder:
         else:
             self.recorded(entries)
 
-    async def asettle(self, decide: Callable[[], Ending | None]) -> None:
+    async def asettle(self, decide: Callable[[], Sequence[Ending]]) -> None:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
-            ending = decide()
-            if ending is None:
-                return
-            if self._is_slow(ending):
-                entries = await asyncio.to_thread(self._entries, ending)
+            endings = decide()
+            if endings and self._is_slow(endings):
+                entries = await asyncio.to_thread(self._entries, endings)
             else:
-                entries = self._entries(ending)
+                entries = self._entries(endings)
             if entries:
                 await self.ledger.arecord(entries)
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
@@ -93,11 +88,12 @@ class Recorder:
         else:
             self.recorded(entries)
 
-    def _is_slow(self, ending: Ending) -> bool:
+    def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        observed = ending.observed
-        estimates = observed is not None and self.on_missing_usage == "estimate" and not _is_known(observed)
-        return self._needs_lookup or estimates
+        if self._needs_lookup:
+            return True
+        observed = [ending.observed for ending in endings if ending.observed is not None]
+        return self.on_missing_usage == "estimate" and not all(_is_known(one) for one in observed)
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
@@ -124,7 +120,10 @@ class Recorder:
         except Exception as own:  # noqa: BLE001 - nor over its owner's callback
             logger.error("stripe-meter: on_error itself failed: %s", type(own).__name__)  # noqa: TRY400
 
-    def _entries(self, ending: Ending) -> list[Entry]:
+    def _entries(self, endings: Sequence[Ending]) -> list[Entry]:
+        return [entry for ending in endings for entry in self._of_ending(ending)]
+
+    def _of_ending(self, ending: Ending) -> list[Entry]:
         entries: list[Entry] = []
         run, observed = ending.run, ending.observed
         if observed is not None and not observed.is_empty and (self.bill_cache_hits or not observed.cached):
@@ -137,14 +136,17 @@ class Recorder:
         return entries
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
-        """Apply ``on_missing_usage`` to a call whose usage nobody reported."""
-        if _is_known(observed) or self.on_missing_usage == "hold":
+        """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""
+        if _is_known(observed):
             return call
         if self.on_missing_usage == "ignore":
-            return None
+            return call if observed.usage is not None else None
+        if self.on_missing_usage == "hold":
+            return replace(call, usage=None)
         from langchain_stripe_meter.estimate import estimate_usage
 
-        return replace(call, usage=estimate_usage(run.prompt, run.tools, observed.output, call.model))
+        estimated = estimate_usage(run.prompt, run.tools, observed.output, call.model)
+        return replace(call, usage=completed(observed.usage, estimated))
 
     def _readings(self, per: str, call: Call) -> list[Reading]:
         return [reading for meter in self._per[per] for reading in meter.readings(call)]
@@ -180,7 +182,11 @@ class Recorder:
 
 def _is_known(observed: Observed) -> bool:
     """Whether there is nothing to estimate: the usage is complete, or contradicts itself and must be held."""
-    return observed.doubt is not None or (observed.usage is not None and observed.usage.complete)
+    usage = observed.usage
+    if observed.doubt is not None:
+        return True
+    # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
+    return usage is not None and usage.complete and usage.input != 0 and not observed.partial
 
 
 def _place(error: BaseException) -> str:

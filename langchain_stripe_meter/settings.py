@@ -104,7 +104,7 @@ class MeteringSettings(_Strict):
         return self
 
     def handler(self, **options: Any) -> StripeMeterCallbackHandler:
-        """The handler with these settings; ``options`` are further arguments of its own (``stripe=``, ``on_error=``)."""
+        """The handler with these settings; ``options`` are more of its own arguments (``stripe=``, ``on_error=``)."""
         return StripeMeterCallbackHandler(
             *(meter.build() for meter in self.meters),
             customer=self.customer.build() if self.customer else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -33,10 +34,12 @@ class Reference:
         object.__setattr__(self, "value", normalise(self.by, self.value))
 
 
-def normalise(by: By, value: object) -> str:
-    """The exact form in which a reference is kept and compared.
+def normalise(by: By, value: object, region: str | None = None) -> str:
+    """The exact form in which a reference is kept and compared; it is its own normal form.
 
-    Text is NFKC and trimmed, an e-mail is lower-cased in its domain only (the mailbox may be case-sensitive).
+    A name is NFKC with single spaces. An e-mail keeps its mailbox as it is (Stripe's filter tells ``Ann@`` from
+    ``ann@``) and has its domain in lower case. A phone number becomes E.164; one without a leading ``+`` is read as
+    dialled in ``region`` (``"DE"``), and without a region it is refused. No error repeats the value.
     """
     if by == "id":
         return check_customer_id(value)
@@ -44,25 +47,57 @@ def normalise(by: By, value: object) -> str:
         raise InvalidValueError(f"The customer's {by} must be text, not {type(value).__name__}.")
     if len(value) > MAX_TEXT:
         raise InvalidValueError(f"The customer's {by} has {len(value)} characters; at most {MAX_TEXT} are taken.")
-    text = " ".join(unicodedata.normalize("NFKC", value).split())
+    text = " ".join(value.split())
     if not text or not text.isprintable():
         raise InvalidValueError(f"The customer's {by} is empty or holds control characters.")
-    return _normalise_email(text) if by == "email" else _normalise_phone(text) if by == "phone" else text
+    if by == "email":
+        return _normalise_email(text)
+    return _normalise_phone(text, region) if by == "phone" else _normalise_name(text)
+
+
+def _normalise_name(text: str) -> str:
+    name = " ".join(unicodedata.normalize("NFKC", text).split())
+    if not name or len(name) > MAX_TEXT:  # NFKC can lengthen a text up to eighteenfold
+        raise InvalidValueError(f"The customer's name has {len(name)} characters when normalised, not 1 to {MAX_TEXT}.")
+    return name
 
 
 def _normalise_email(text: str) -> str:
-    mailbox, at, domain = text.rpartition("@")
-    if not at or not mailbox or "." not in domain or " " in text:
+    from email_validator import EmailNotValidError, validate_email
+
+    domain = None
+    with suppress(EmailNotValidError):  # not chained: its text quotes the address
+        domain = validate_email(text, check_deliverability=False).domain
+    if domain is None:
         raise InvalidValueError("The customer's email is not an e-mail address.")
-    return f"{mailbox}@{domain.lower()}"
+    mailbox, _, written = text.rpartition("@")  # the library would lower-case some mailboxes, such as Postmaster
+    return f"{unicodedata.normalize('NFC', mailbox)}@{written.lower() if written.isascii() else domain}"
 
 
-def _normalise_phone(text: str) -> str:
-    digits = "".join(char for char in text if char not in " ()-./")
-    plain = digits.removeprefix("+")
-    if not (plain.isascii() and plain.isdigit() and 6 <= len(plain) <= 15):
-        raise InvalidValueError("The customer's phone is not a phone number of 6 to 15 digits.")
-    return digits
+def _normalise_phone(text: str, region: str | None) -> str:
+    import phonenumbers
+
+    number = None
+    # The library reads letters as keys of a telephone and skips what stands around a number: that would be a guess.
+    if not any(char.isalpha() or char in ";,#/" for char in text) and text.count("+") <= 1:
+        with suppress(phonenumbers.NumberParseException):
+            number = phonenumbers.parse(text, region)
+    possible = phonenumbers.ValidationResult.IS_POSSIBLE
+    if number is None or phonenumbers.is_possible_number_with_reason(number) != possible:
+        raise InvalidValueError(
+            "The customer's phone is not one complete phone number. Write it with + and the country code, such as "
+            "'+49 30 901820', or say where it is dialled with region='DE'."
+        )
+    return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+
+
+def check_region(region: str | None) -> str | None:
+    """A region in which phone numbers are dialled: two capital letters such as ``DE``; None for no region."""
+    import phonenumbers
+
+    if region is not None and region not in phonenumbers.SUPPORTED_REGIONS:
+        raise ConfigurationError(f"region={region!r} is no region of phone numbers; use two letters such as 'DE'.")
+    return region
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +109,9 @@ class Facts:
     session.
     """
 
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    auth_user: Any = None
-    context: Any = None
+    metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    auth_user: Any = field(default=None, repr=False)
+    context: Any = field(default=None, repr=False)
     on_server: bool = False
     lead: Callable[[str], Mapping[str, str] | None] | None = None
 
@@ -149,15 +184,16 @@ class FromLead:
 
     by: By
     trust_client: bool = False
+    region: str | None = None
 
     def identify(self, facts: Facts) -> Reference | Skip:
         captured = facts.lead(facts.session) if facts.lead and facts.session else None
         if captured and captured.get(self.by):
-            return _reference(self.by, captured[self.by], "")
+            return _reference(self.by, captured[self.by], "", self.region)
         if facts.on_server and not self.trust_client:
             return Skip(f"no lead with {self.by} was captured by the server")
         lead = facts.metadata.get("lead")
-        return _reference(self.by, _get(lead, self.by), f"the lead has no {self.by}")
+        return _reference(self.by, _get(lead, self.by), f"the lead has no {self.by}", self.region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,27 +219,36 @@ def _get(source: Any, key: str) -> Any:
     return source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
 
 
-def _reference(by: By, value: Any, missing: str) -> Reference | Skip:
+def _reference(by: By, value: Any, missing: str, region: str | None = None) -> Reference | Skip:
     """An absent value is a skip; a present one that cannot be true is a skip too, for nobody is billed on a guess."""
     if value is None or value == "":
         return Skip(missing)
     try:
-        return Reference(by, value)
+        return Reference(by, normalise(by, value, region))
     except InvalidValueError:
         return Skip(f"the customer's {by} is malformed")
 
 
 def static(
-    *, id: str | None = None, email: str | None = None, name: str | None = None, phone: str | None = None
+    *,
+    id: str | None = None,
+    email: str | None = None,
+    name: str | None = None,
+    phone: str | None = None,
+    region: str | None = None,
 ) -> Static:
-    """One fixed customer pays for everything; exactly one of the four names it."""
+    """One fixed customer pays for everything; exactly one of the first four names it.
+
+    ``region`` (``"DE"``) is where a ``phone`` without a leading ``+`` is dialled.
+    """
     given: list[tuple[By, str]] = []
     for by, value in zip(_FIELDS, (id, email, name, phone), strict=True):
         if value is not None:
             given.append((by, value))
     if len(given) != 1:
         raise ConfigurationError("static() takes exactly one of id=, email=, name= and phone=.")
-    return Static(Reference(*given[0]))
+    by, value = given[0]
+    return Static(Reference(by, normalise(by, value, _phone_region(by, region))))
 
 
 def from_metadata(key: str, *, trust_client: bool = False) -> FromMetadata:
@@ -225,14 +270,21 @@ def from_context(key: str, *, trust_client: bool = False) -> FromContext:
     return FromContext(_key(key), trust_client)
 
 
-def from_lead(by: By = "email", *, trust_client: bool = False) -> FromLead:
+def from_lead(by: By = "email", *, trust_client: bool = False, region: str | None = None) -> FromLead:
     """Read the lead's ``email``, ``name`` or ``phone``: captured for the session, or in ``metadata["lead"]``.
 
     Under an agent server, only a lead that the server's own code captured is believed, unless ``trust_client=True``.
+    ``region`` (``"DE"``) is where a phone number without a leading ``+`` is dialled.
     """
     if by not in ("email", "name", "phone"):
         raise ConfigurationError(f"from_lead(by={by!r}): use 'email', 'name' or 'phone'.")
-    return FromLead(by, trust_client)
+    return FromLead(by, trust_client, _phone_region(by, region))
+
+
+def _phone_region(by: By, region: str | None) -> str | None:
+    if region is not None and by != "phone":
+        raise ConfigurationError(f"region={region!r} is for phone numbers; a customer known by {by} has none.")
+    return check_region(region) if by == "phone" else None
 
 
 def first_of(*sources: CustomerSource) -> FirstOf:

@@ -21,6 +21,7 @@ FUTURE_LIMIT = 5 * 60
 """How far ahead, in seconds, a timestamp may lie."""
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
+_DIGEST_LEAD = re.compile(r"x[0-9a-f]{24}\Z")
 _CUSTOMER_ID = re.compile(r"cus_[A-Za-z0-9_]{1,100}\Z")
 
 
@@ -49,10 +50,13 @@ def check_identifier(identifier: object) -> str:
 
 def check_customer_id(customer: object) -> str:
     """A Stripe customer id: ``cus_`` and what Stripe puts behind it."""
-    if not isinstance(customer, str) or not _CUSTOMER_ID.match(customer):
+    if not isinstance(customer, str):
         raise InvalidValueError(
-            f"{_show(customer)} is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'."
+            f"A Stripe customer id must be text such as 'cus_NffrFeUfNV2Hib', not {type(customer).__name__}."
         )
+    if not _CUSTOMER_ID.match(customer):  # not repeated unless it is nearly one: it could be an e-mail or a name
+        shown = _show(customer) if customer.startswith("cus_") and "@" not in customer else "This text"
+        raise InvalidValueError(f"{shown} is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'.")
     return customer
 
 
@@ -61,39 +65,54 @@ def check_value(value: object) -> Decimal:
 
     ``float`` is taken by its shortest decimal form (0.1 is 0.1), since that is what its author wrote.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | Decimal | str):
-        raise InvalidValueError(f"The value {_show(value)} is not a number. Pass an int or a Decimal.")
-    try:
-        number = Decimal(str(value).strip())
-    except ArithmeticError as error:
-        raise InvalidValueError(f"The value {_show(value)} is not a number. Pass an int or a Decimal.") from error
+    number = _decimal(value)
     if not number.is_finite():
         raise InvalidValueError(f"The value {_show(value)} is not finite; Stripe cannot bill it.")
-    digits = significant_digits(number)
+    text = number_text(number)
+    digits = _count_digits(text)
     if digits > MAX_DIGITS:
         raise InvalidValueError(
             f"The value {_show(value)} has {digits} significant digits; Stripe allows {MAX_DIGITS}. Round it first."
         )
-    return number
+    return Decimal(text)
+
+
+def _decimal(value: object) -> Decimal:
+    if isinstance(value, Decimal):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return Decimal(value)
+    text = str(value).strip() if isinstance(value, float | str) else ""
+    if not text.isascii() or "_" in text:  # Decimal would take '1_000' and digits of any script
+        text = ""
+    try:
+        return Decimal(text)
+    except ArithmeticError:
+        raise InvalidValueError(f"The value {_show(value)} is not a number. Pass an int or a Decimal.") from None
 
 
 def significant_digits(number: Decimal) -> int:
     """Digits that must be written down, without an exponent, to state ``number`` exactly."""
-    text = number_text(number).lstrip("-").replace(".", "").lstrip("0")
-    return len(text)
+    return _count_digits(number_text(number))
+
+
+def _count_digits(text: str) -> int:
+    return len(text.lstrip("-").replace(".", "").lstrip("0"))
 
 
 def number_text(number: Decimal | int) -> str:
     """``number`` as Stripe takes it: plain decimal notation, never an exponent, no idle zeros."""
     number = number if isinstance(number, Decimal) else Decimal(number)
-    if abs(number.adjusted()) > 200 and number != 0:  # "1e999999" would otherwise be a gigabyte of zeros
-        raise InvalidValueError(f"The value {number} is far beyond what Stripe can bill.")
+    if not number:  # whatever its exponent: "0e-999999999" would otherwise be a gigabyte of zeros
+        return "0"
+    if not number.is_finite() or abs(number.adjusted()) > 200:  # as would "1e999999"
+        raise InvalidValueError(f"The value {_show(number)} is far beyond what Stripe can bill.")
     text = str(number)
     if "E" in text:
         text = format(number, "f")
     if "." in text:
         text = text.rstrip("0").rstrip(".")
-    return "0" if text in ("-0", "") else text
+    return text
 
 
 def check_timestamp(timestamp: object, now: int) -> int:
@@ -122,6 +141,8 @@ def check_dimensions(dimensions: Mapping[str, str]) -> dict[str, str]:
             raise InvalidValueError(
                 f"The dimension {_show(key)} and its value must have 1 to {MAX_NAME_LENGTH} characters."
             )
+        if not key.isprintable() or not value.isprintable():
+            raise InvalidValueError(f"The dimension {_show(key)} and its value must be printable text.")
     return dict(dimensions)
 
 
@@ -130,9 +151,10 @@ def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] |
 
     ``run`` leads, so that identifiers of uuid7 runs are ordered by time and the ledger's unique index stays flat;
     behind it stands a digest of the meter and its dimensions. A run that is no plain name (``record_usage(id=...)``
-    takes any text) becomes a digest too.
+    takes any text) becomes a digest too, and so does one that could be taken for such a digest.
     """
-    lead = run if len(run) <= 60 and _IDENTIFIER.match(run) else f"x{_digest(run)}"
+    plain = len(run) <= 60 and _IDENTIFIER.match(run) and not _DIGEST_LEAD.match(run)
+    lead = run if plain else f"x{_digest(run)}"
     if not dimensions:
         return f"{lead}-{_digest(event_name)}"
     return f"{lead}-{_digest(event_name, *(part for pair in sorted(dimensions.items()) for part in pair))}"
@@ -146,6 +168,8 @@ def _digest(*facts: str) -> str:
 
 
 def _show(value: object) -> str:
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write out very long ones
+        return f"of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -35,6 +35,7 @@ class Run:
     prompt: Any = field(default=None, repr=False)
     tools: Any = field(default=None, repr=False)
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
+    received: list[str] = field(default_factory=list, repr=False)
     interrupted: bool = False
     ended: int | None = None
 
@@ -45,6 +46,7 @@ class OpenRuns:
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
         self._starts = 0
+        self._lost: list[Run] = []
         self.abandoned = 0
 
     def __len__(self) -> int:
@@ -76,6 +78,12 @@ class OpenRuns:
             run.ended = now
         return run
 
+    def receive(self, run_id: Hashable, text: str) -> None:
+        """A piece of a streamed answer arrived: all that will be known of it, should its end never be told."""
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.received.append(text)
+
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message."""
         run.top.answer = (call, run.facts)
@@ -101,14 +109,25 @@ class OpenRuns:
         answer, top.answer = top.answer, None
         return answer
 
-    def sweep(self, now: int) -> list[Run]:
-        """Close the runs that ended without saying so, and count the model calls among them."""
-        gone = [run for run in self._runs.values() if _is_abandoned(run, now)]
+    def cut(self, top: Run, now: int) -> None:
+        """A message was cancelled: LangChain will not tell the end of the model calls that were under way for it."""
+        self._abandon([run for run in self._runs.values() if run.top is top], now)
+
+    def sweep(self, now: int) -> None:
+        """Close the runs that ended without saying so."""
+        self._abandon([run for run in self._runs.values() if _is_abandoned(run, now)], now)
+
+    def _abandon(self, gone: list[Run], now: int) -> None:
         for run in gone:
             self.end(run.id, now)
-        calls = [run for run in gone if run.is_call]
-        self.abandoned += len(calls)
-        return calls
+            self.abandoned += run.is_call
+            if run.received:
+                self._lost.append(run)
+
+    def take_lost(self) -> list[Run]:
+        """Abandoned calls that had produced something, each once: they are still to be billed."""
+        lost, self._lost = self._lost, []
+        return lost
 
 
 def _is_abandoned(run: Run, now: int) -> bool:

@@ -16,7 +16,8 @@ SAFE_WINDOW = 23 * 3600
 """Seconds after a first unknown outcome in which the same identifier may be sent again. Stripe promises 24 hours of
 deduplication; the last hour is ours."""
 STALE_AFTER = 34 * 86_400
-"""Age in seconds at which usage is held instead of sent: Stripe refuses it at 35 days, and only a person may re-time it."""
+"""Age in seconds at which usage is held instead of sent. Stripe refuses it at 35 days, and only a person may re-time
+it."""
 FIRST_DELAY = 1
 MAX_DELAY = 600
 
@@ -178,7 +179,7 @@ def backoff(attempts: int, identifier: str) -> int:
     The spread comes from the identifier, not from chance: the same facts always give the same decision, and two
     events never march in step.
     """
-    ceiling = min(MAX_DELAY, FIRST_DELAY * 2 ** min(max(attempts, 1), 20))
+    ceiling = min(MAX_DELAY, FIRST_DELAY << min(max(attempts, 1), 20))
     digest = hashlib.sha256(f"{identifier}/{attempts}".encode()).digest()
     return ceiling // 2 + int.from_bytes(digest[:4], "big") % (ceiling - ceiling // 2 + 1)
 

@@ -35,9 +35,7 @@ class Comparison:
         return at_stripe - min(max(at_stripe, bounds[0]), bounds[1])
 
 
-def compare(
-    event_name: str, customer: str, amounts: Mapping[str, Decimal], at_stripe: Decimal | None
-) -> Comparison:
+def compare(event_name: str, customer: str, amounts: Mapping[str, Decimal], at_stripe: Decimal | None) -> Comparison:
     """Hold the ledger's ``amounts`` by state against Stripe's sum."""
     return Comparison(
         event_name=event_name,

@@ -7,7 +7,7 @@ parts of ``input_tokens`` and ``output_tokens``). Unknown is ``None``, never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from langchain_stripe_meter.errors import UsageError
@@ -73,6 +73,18 @@ class Usage:
             "reasoning": self.reasoning,
             "audio_output": self.audio_output,
         }
+
+
+def completed(reported: Usage | None, estimated: Usage) -> Usage:
+    """What was reported, with the estimate where it is silent, or where a broken-off report falls short of what came.
+
+    A report of no input at all is silence too: some gateways leave it out of a stream, and no prompt costs nothing.
+    """
+    if reported is None:
+        return estimated
+    output = max(reported.output or 0, estimated.output or 0)
+    usage = replace(reported, input=reported.input or estimated.input, output=output)
+    return usage if usage == reported else replace(usage, estimated=True)
 
 
 def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:

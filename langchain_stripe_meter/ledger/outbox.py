@@ -81,7 +81,9 @@ def resolve(connection: Connection, reference: Reference, customer: str) -> int:
             update(readings)
             .where(readings.c.state == state.value, readings.c.reference == _text(reference))
             .where(readings.c.value.is_not(None))
-            .values(state=next_reading_state(state, move).value, customer=customer, reference=None, reason=None, due=None)
+            .values(
+                state=next_reading_state(state, move).value, customer=customer, reference=None, reason=None, due=None
+            )
         )
         moved += connection.execute(statement).rowcount
     return moved

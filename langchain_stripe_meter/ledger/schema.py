@@ -28,8 +28,12 @@ readings = Table(
     Column("due", BigInteger),  # when a held reading is looked at again
     Column("tries", Integer, nullable=False, server_default=text("0")),
     Column("event_id", BigInteger),
-    Index("readings_open", "id", sqlite_where=text("state IN ('recorded', 'resolved')"),
-          postgresql_where=text("state IN ('recorded', 'resolved')")),
+    Index(
+        "readings_open",
+        "id",
+        sqlite_where=text("state IN ('recorded', 'resolved')"),
+        postgresql_where=text("state IN ('recorded', 'resolved')"),
+    ),
     Index("readings_held", "due", sqlite_where=text("state = 'held'"), postgresql_where=text("state = 'held'")),
 )
 
@@ -54,10 +58,19 @@ events = Table(
     Column("error", Text),
     Column("request_id", Text),
     Index("events_pending", "id", sqlite_where=text("state = 'pending'"), postgresql_where=text("state = 'pending'")),
-    Index("events_sending", "customer", "event_name", sqlite_where=text("state = 'sending'"),
-          postgresql_where=text("state = 'sending'")),
-    Index("events_attention", "state", sqlite_where=text("state IN ('doubtful', 'rejected')"),
-          postgresql_where=text("state IN ('doubtful', 'rejected')")),
+    Index(
+        "events_sending",
+        "customer",
+        "event_name",
+        sqlite_where=text("state = 'sending'"),
+        postgresql_where=text("state = 'sending'"),
+    ),
+    Index(
+        "events_attention",
+        "state",
+        sqlite_where=text("state IN ('doubtful', 'rejected')"),
+        postgresql_where=text("state IN ('doubtful', 'rejected')"),
+    ),
 )
 
 leads = Table(

@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, Insert
+from sqlalchemy import Connection, select
 from sqlalchemy import delete as sql_delete
-from sqlalchemy import select
 from sqlalchemy.dialects import postgresql, sqlite
 
 from langchain_stripe_meter.core.customers import By, Reference, normalise
@@ -72,9 +71,7 @@ class Ledger:
     last moments before a power loss (not before a crash) for speed, on SQLite only.
     """
 
-    def __init__(
-        self, url: str, *, clock: Callable[[], float] | None = None, synchronous: str = "FULL"
-    ) -> None:
+    def __init__(self, url: str, *, clock: Callable[[], float] | None = None, synchronous: str = "FULL") -> None:
         if synchronous not in ("FULL", "NORMAL"):
             raise ConfigurationError(f"synchronous={synchronous!r}: use 'FULL' or 'NORMAL'.")
         self.database = Database(url, synchronous=synchronous)
@@ -181,7 +178,7 @@ class Leads:
         values = {**fields, "captured_at": self._ledger.now()}
         with self._ledger.database.lane("record").transaction() as connection:
             insert = _dialect_insert(connection, leads).values(session=session, **values)
-            connection.execute(insert.on_conflict_do_update(index_elements=["session"], set_=values))  # type: ignore[attr-defined]
+            connection.execute(insert.on_conflict_do_update(index_elements=["session"], set_=values))
 
     def find(self, session: str) -> dict[str, str] | None:
         """The lead of ``session``, or None."""
@@ -201,6 +198,5 @@ def _session(session: object) -> str:
     return session
 
 
-def _dialect_insert(connection: Connection, table: Any) -> Insert:
-    return (sqlite if connection.dialect.name == "sqlite" else postgresql).insert(table)
-
+def _dialect_insert(connection: Connection, table: Any) -> Any:
+    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)

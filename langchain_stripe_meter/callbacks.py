@@ -1,0 +1,197 @@
+"""The LangChain side of the handler: starts are remembered, ends are recorded before the run goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.outputs import LLMResult
+
+from langchain_stripe_meter.core.runs import OpenRuns, Run
+from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run
+from langchain_stripe_meter.recording import Ending, Recorder, call_of
+
+_Decide = Callable[..., Sequence[Ending]]
+
+
+class _DualEvent:
+    """An event that is recorded durably before the run goes on, in sync and in async flows.
+
+    LangChain looks the method up for each event, awaits it if it is a coroutine function, and with ``run_inline``
+    calls it directly otherwise. So this gives a coroutine function where an event loop runs in this thread, which
+    waits for the ledger without blocking the loop, and a plain one elsewhere. Everything else stays inline, which is
+    why streamed tokens cost nothing. (A plain handler would hop through a thread for every token.)
+    """
+
+    def __init__(self, decide: _Decide) -> None:
+        self._decide = decide
+        self.__doc__ = decide.__doc__
+
+    def __get__(self, handler: MeteringCallbacks | None, owner: type | None = None) -> Any:
+        if handler is None:
+            return self
+        decide = self._decide
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+
+            def ended(*args: Any, **kwargs: Any) -> None:
+                handler._recorder.settle(lambda: decide(handler, *args, **kwargs))
+
+            return ended
+
+        async def aended(*args: Any, **kwargs: Any) -> None:
+            await handler._recorder.asettle(lambda: decide(handler, *args, **kwargs))
+
+        return aended
+
+
+class MeteringCallbacks(BaseCallbackHandler):
+    """Follows runs and hands what ended to the recorder. Starts touch only memory; no event ever raises."""
+
+    run_inline = True
+    ignore_agent = True
+    ignore_custom_event = True
+    ignore_retry = True
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+        self._lock = threading.Lock()
+        self._runs = OpenRuns()
+
+    # -- starts: only memory is touched
+
+    def on_chat_model_start(
+        self,
+        serialized: dict[str, Any],
+        messages: list[list[Any]],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A model call begins: remember who, when, which model, which parent."""
+        self._start_call(run_id, parent_run_id, messages[0] if messages else None, metadata, kwargs)
+
+    def on_llm_start(
+        self,
+        serialized: dict[str, Any],
+        prompts: list[str],
+        *,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """As ``on_chat_model_start``, for text completion models."""
+        self._start_call(run_id, parent_run_id, prompts[0] if prompts else None, metadata, kwargs)
+
+    def _start_call(
+        self, run_id: UUID, parent: UUID | None, prompt: Any, metadata: dict[str, Any] | None, kwargs: dict[str, Any]
+    ) -> None:
+        facts = facts_of(metadata)
+        params = kwargs.get("invocation_params") or {}
+        run = Run(
+            run_id,
+            self._recorder.ledger.now(),
+            is_call=True,
+            facts=facts,
+            model=requested_model(facts.metadata, params),
+            provider=facts.metadata.get("ls_provider"),
+            prompt=prompt,
+            tools=params.get("tools"),
+        )
+        self._start(run, parent)
+
+    def _start(self, run: Run, parent: UUID | None) -> None:
+        around = surrounding_run() if parent is None else None
+        with self._lock:
+            self._runs.start(run, parent, around)
+
+    def on_chain_start(
+        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+    ) -> None:
+        """A step begins that model calls may belong to."""
+        self._start(Run(run_id, self._recorder.ledger.now()), parent_run_id)
+
+    on_tool_start = on_chain_start  # type: ignore[assignment]
+    on_retriever_start = on_chain_start  # type: ignore[assignment]
+
+    def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """A streamed piece arrived; kept only in case the end is never told (a cancelled ``ainvoke``)."""
+        if token and isinstance(token, str):
+            self._runs.receive(run_id, token)
+
+    # -- ends: recorded before the run goes on
+
+    def _call_ended(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
+        """A model call succeeded: what it consumed is recorded before the run returns."""
+        return self._end(run_id, observe(response), answers=True)
+
+    def _call_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
+        """A model call failed: what it had consumed by then is recorded; nothing, if it had produced nothing.
+
+        A stream that its reader left (GeneratorExit) has answered; any other failure has not.
+        """
+        observed = observe(kwargs.get("response"), partial=True)
+        left = isinstance(error, GeneratorExit | asyncio.CancelledError)
+        return self._end(run_id, observed, answers=left and not observed.is_empty)
+
+    def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
+        """A step ended: if it was the user's message, that is recorded before the run returns."""
+        return self._end(run_id, None, answers=False)
+
+    def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
+        """A step failed. A message that failed was not answered; one that waits for a person is not answered yet."""
+        cancelled = isinstance(error, GeneratorExit | asyncio.CancelledError)
+        with self._lock:
+            if type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt"):
+                self._runs.interrupt(run_id)
+            elif not cancelled:
+                self._runs.fail(run_id)
+        return self._end(run_id, None, answers=False, cancelled=cancelled)
+
+    on_llm_end = _DualEvent(_call_ended)
+    on_llm_error = _DualEvent(_call_failed)
+    on_chain_end = _DualEvent(_step_ended)
+    on_chain_error = _DualEvent(_step_failed)
+    on_tool_end = on_chain_end
+    on_tool_error = on_chain_error
+    on_retriever_end = on_chain_end
+    on_retriever_error = on_chain_error
+
+    def _end(
+        self, run_id: UUID, observed: Observed | None, *, answers: bool, cancelled: bool = False
+    ) -> Sequence[Ending]:
+        now = self._recorder.ledger.now()
+        with self._lock:
+            run = self._runs.end(run_id, now)
+            if run is None:
+                return ()
+            if answers and observed is not None:
+                self._runs.answered(run, call_of(run, observed))
+            if cancelled and run.top is run:
+                self._runs.cut(run, now)
+            message = self._runs.take_message(run)
+            lost = self._runs.take_lost()
+        endings = [_lost_ending(one) for one in lost] if lost else []
+        if message is not None or (observed is not None and not observed.is_empty):
+            endings.append(Ending(run, observed, message))
+        return endings
+
+    def _sweep(self) -> Sequence[Ending]:
+        """Calls that ended without saying so, as far as that is known by now."""
+        with self._lock:
+            self._runs.sweep(self._recorder.ledger.now())
+            return [_lost_ending(run) for run in self._runs.take_lost()]
+
+
+def _lost_ending(run: Run) -> Ending:
+    """An abandoned call, as far as it is known: what was received of its answer."""
+    return Ending(run, Observed(partial=True, output=["".join(run.received)]), None)

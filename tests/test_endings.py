@@ -1,0 +1,224 @@
+"""How runs end without saying so, and what is billed then: through the real clients, against the providers' wire."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.messages import AIMessage
+from langchain_core.runnables import RunnableLambda
+from providers import AnthropicServer, OpenAIServer, ProviderServer, Reply
+
+from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.core.runs import ABANDONED_AFTER, ORPHANED_AFTER
+from langchain_stripe_meter.ledger.views import Row, tail
+
+
+class Clock:
+    """Time that moves only when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1_790_000_000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def handler(tmp_path: Path, clock: Clock) -> Iterator[StripeMeterCallbackHandler]:
+    with StripeMeterCallbackHandler(
+        Tokens("tokens"), Tokens("output", count="output"), Messages("messages"),
+        customer="cus_1", deliver=False, ledger=f"sqlite:///{tmp_path}/l.db", clock=clock,
+    ) as handler:  # fmt: skip
+        yield handler
+
+
+@pytest.fixture(params=[OpenAIServer, AnthropicServer], ids=["openai", "anthropic"])
+def server(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with request.param() as server:
+        yield server
+
+
+def billed(handler: StripeMeterCallbackHandler) -> dict[str, Row]:
+    rows = {row.event_name: row for row in tail(handler._ledger, 100)}
+    assert len(rows) == len(tail(handler._ledger, 100))
+    return rows
+
+
+def config(handler: StripeMeterCallbackHandler) -> dict[str, Any]:
+    return {"callbacks": [handler]}
+
+
+def test_a_stream_that_its_reader_leaves_is_billed_as_an_estimate_of_what_came(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    server.reply(Reply("one two three four five six seven"))
+    stream = server.chat().stream("Count to seven, please.", config(handler))
+    for _ in range(4):
+        next(stream)
+    stream.close()
+    rows = billed(handler)
+    assert rows["tokens"].estimated
+    assert 1 <= int(rows["output"].value or 0) <= 7
+    assert rows["messages"].value == 1
+    assert handler.status().open_runs == 0
+
+
+def test_a_stream_that_the_provider_cuts_is_billed_as_an_estimate_and_is_no_answered_message(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    server.reply(Reply("one two three four", break_after=2))
+    with pytest.raises(Exception, match="."):
+        list(server.chat().stream("Count!", config(handler)))
+    rows = billed(handler)
+    assert rows["output"].estimated
+    assert "messages" not in rows
+
+
+def test_a_call_that_failed_before_it_produced_anything_bills_nothing(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    server.reply(Reply(status=500))
+    with pytest.raises(Exception, match="."):
+        server.chat().invoke("Hello", config(handler))
+    assert billed(handler) == {}
+
+
+async def cancel_after_first_piece(run: Any, server: ProviderServer) -> None:
+    """Cancel ``run`` once the provider has sent a piece and is waiting."""
+    arrived = asyncio.Event()
+
+    async def watched() -> None:
+        await run(arrived)
+
+    task = asyncio.create_task(watched())
+    await asyncio.wait_for(arrived.wait(), 10)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+class Arrival(StripeMeterCallbackHandler):
+    """Ours, and it tells when a piece of text has arrived."""
+
+    arrived: asyncio.Event
+
+    def on_llm_new_token(self, token: Any, **kwargs: Any) -> None:
+        super().on_llm_new_token(token, **kwargs)
+        if token:
+            self.arrived.set()
+
+
+@pytest.fixture
+def arrival(tmp_path: Path, clock: Clock) -> Iterator[Arrival]:
+    with Arrival(
+        Tokens("tokens"), Tokens("output", count="output"), Messages("messages"),
+        customer="cus_1", deliver=False, ledger=f"sqlite:///{tmp_path}/a.db", clock=clock,
+    ) as handler:  # fmt: skip
+        yield handler
+
+
+def cancelled_ainvoke(arrival: Arrival, server: Any, *, in_chain: bool) -> None:
+    gate = threading.Event()
+    server.reply(Reply("one two three", gate=gate))
+    model = server.chat(streaming=True)
+    runnable = (RunnableLambda(lambda x: x) | model) if in_chain else model
+
+    async def run(arrived: asyncio.Event) -> None:
+        arrival.arrived = arrived
+        await runnable.ainvoke("Count!", config(arrival))
+
+    try:
+        asyncio.run(cancel_after_first_piece(run, server))
+    finally:
+        gate.set()
+
+
+def test_a_cancelled_ainvoke_inside_a_chain_is_found_by_its_parents_end(arrival: Arrival, server: Any) -> None:
+    cancelled_ainvoke(arrival, server, in_chain=True)
+    rows = billed(arrival)
+    assert rows["output"].estimated
+    assert rows["output"].value == 1
+    assert "messages" not in rows
+    assert arrival.status().abandoned == 1
+    assert arrival.status().open_runs == 0
+
+
+def test_a_cancelled_bare_ainvoke_is_found_after_a_deadline(arrival: Arrival, server: Any, clock: Clock) -> None:
+    cancelled_ainvoke(arrival, server, in_chain=False)
+    assert billed(arrival) == {}
+    assert arrival.status().open_runs == 1
+    clock.now += ABANDONED_AFTER + 1
+    status = arrival.status()
+    assert (status.abandoned, status.open_runs) == (1, 0)
+    assert billed(arrival)["output"].estimated
+
+
+def test_a_call_that_times_out_inside_a_node_that_goes_on_is_found_a_while_after_the_message_ends(
+    arrival: Arrival, server: Any, clock: Clock
+) -> None:
+    gate = threading.Event()
+    server.reply(Reply("one two three", gate=gate))
+    model = server.chat(streaming=True)
+
+    async def node(question: str, config: Any) -> str:
+        task = asyncio.create_task(model.ainvoke(question, config))
+        await asyncio.wait_for(arrival.arrived.wait(), 10)
+        task.cancel()
+        await asyncio.wait([task])
+        return "sorry, too slow"
+
+    async def main() -> str:
+        arrival.arrived = asyncio.Event()
+        answer: str = await RunnableLambda(node).ainvoke("Count!", config(arrival))
+        return answer
+
+    try:
+        assert asyncio.run(main()) == "sorry, too slow"
+    finally:
+        gate.set()
+    assert billed(arrival) == {}
+    clock.now += ORPHANED_AFTER + 1
+    assert arrival.status().abandoned == 1
+    assert billed(arrival)["output"].estimated
+
+
+def test_an_abandoned_stream_of_a_chain_is_billed_once_though_the_chain_ends_before_its_model(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    server.reply(Reply("one two three four five"))
+    stream = (RunnableLambda(lambda x: x) | server.chat()).stream("Count!", config(handler))
+    for _ in range(3):
+        next(stream)
+    stream.close()
+    rows = billed(handler)
+    assert rows["output"].estimated
+    assert rows["messages"].value == 1
+    assert handler.status().open_runs == 0
+
+
+def test_in_a_batch_whose_second_item_fails_the_first_is_billed(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    model = server.chat()
+    server.reply(Reply("fine"), Reply(status=400))
+    outcomes = model.batch(["a", "b"], {**config(handler), "max_concurrency": 1}, return_exceptions=True)
+    assert isinstance(outcomes[0], AIMessage)
+    assert isinstance(outcomes[1], Exception)
+    assert billed(handler)["messages"].value == 1
+
+
+def test_the_same_end_told_twice_counts_once(handler: StripeMeterCallbackHandler, server: Any) -> None:
+    model = server.chat()
+    server.reply(Reply("fine"))
+    model.with_config(callbacks=[handler]).invoke("Hello", {"callbacks": [handler, handler]})
+    assert billed(handler)["messages"].value == 1
