@@ -37,15 +37,20 @@ def facts_of(metadata: Mapping[str, Any] | None) -> Facts:
     """Who could pay for the run that is starting, as far as LangChain and LangGraph know."""
     config = var_child_runnable_config.get()
     if not config:
-        return Facts(metadata or {})
+        return Facts(metadata or {}, on_server=_on_server(metadata, {}))
     configurable = config.get("configurable") or {}
     runtime = configurable.get(_RUNTIME)
     return Facts(
         metadata=merged(config.get("metadata"), metadata),
         auth_user=configurable.get(_AUTH_USER),
         context=getattr(runtime, "context", None),
-        on_server=any(key in configurable for key in _SERVER_KEYS),
+        on_server=_on_server(metadata, configurable),
     )
+
+
+def _on_server(metadata: Mapping[str, Any] | None, configurable: Mapping[str, Any]) -> bool:
+    """Whether an agent server runs this: it marks every run, even one without authentication."""
+    return "langgraph_api_version" in (metadata or ()) or any(key in configurable for key in _SERVER_KEYS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -59,7 +60,9 @@ def typed(schema: Any, value: Any) -> Any:
 def schema_of(spec: Any, method: str, path: str) -> Any:
     for template, operations in spec["paths"].items():
         parts, names = path.split("/"), template.split("/")
-        if len(parts) == len(names) and all(n in (p, *["{"]) or n.startswith("{") for p, n in zip(parts, names, strict=True)):
+        if len(parts) == len(names) and all(
+            n in (p, *["{"]) or n.startswith("{") for p, n in zip(parts, names, strict=True)
+        ):
             return operations.get(method.lower())
     return None
 
@@ -182,3 +185,13 @@ def test_no_message_or_repr_shows_the_key(sandbox: StripeSandbox, tmp_path: Path
     )
     with handler:
         assert "verysecret" not in repr(handler) + repr(handler.leads) + repr(handler.status())
+
+
+def test_nothing_of_a_customer_reaches_any_log_while_strangers_requests_are_still_logged(
+    gateway: Gateway, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    assert gateway.find_customers(Reference("email", "ann@example.com")) == ["cus_1"]
+    assert "ann" not in caplog.text
+    gateway.client.v1.customers.list({"email": "somebody.else@example.com"})
+    assert "somebody.else" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import threading
@@ -50,6 +51,32 @@ class MeterInfo:
         if self.window:
             return f"the meter {self.event_name!r} has an event_time_window ({self.window}); make one without"
         return None
+
+
+class _Quiet(logging.Filter):
+    """Keeps what the client libraries say of our requests out of the log: their addresses and bodies name people."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ours = threading.local()
+        for name in ("stripe", "urllib3.connectionpool"):
+            logging.getLogger(name).addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.WARNING or not getattr(self.ours, "now", False)
+
+
+_QUIET = _Quiet()
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    before = getattr(_QUIET.ours, "now", False)
+    _QUIET.ours.now = True
+    try:
+        yield
+    finally:
+        _QUIET.ours.now = before
 
 
 class Gateway:
@@ -118,7 +145,8 @@ class Gateway:
             "timestamp": event.timestamp,
             "payload": event.payload(*self._payload_keys(event.event_name)),
         }
-        return self.client.v1.billing.meter_events.create(params, options)
+        with _quietly():
+            return self.client.v1.billing.meter_events.create(params, options)
 
     def _payload_keys(self, event_name: str) -> tuple[str, str]:
         info = self.meter(event_name)
@@ -259,6 +287,7 @@ def _as_stripe_error(doing: str) -> Iterator[None]:
     from langchain_stripe_meter.gateway.replies import explain
 
     try:
-        yield
+        with _quietly():
+            yield
     except stripe.StripeError as error:
         raise StripeError(f"Stripe did not let us {doing}: {explain(error)}") from error
