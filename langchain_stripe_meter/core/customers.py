@@ -75,19 +75,27 @@ def _normalise_email(text: str) -> str:
 
 
 def _normalise_phone(text: str, region: str | None) -> str:
-    import phonenumbers
-
-    number = None
-    # The library reads letters as keys of a telephone and skips what stands around a number: that would be a guess.
-    if not any(char.isalpha() or char in ";,#/" for char in text) and text.count("+") <= 1:
-        with suppress(phonenumbers.NumberParseException):
-            number = phonenumbers.parse(text, region)
-    possible = phonenumbers.ValidationResult.IS_POSSIBLE
-    if number is None or phonenumbers.is_possible_number_with_reason(number) != possible:
+    number = _e164(text, region)
+    if number is None or number != _e164(number):  # oddities such as +49 0000 shrink each time that they are read
         raise InvalidValueError(
             "The customer's phone is not one complete phone number. Write it with + and the country code, such as "
             "'+49 30 901820', or say where it is dialled with region='DE'."
         )
+    return number
+
+
+def _e164(text: str, region: str | None = None) -> str | None:
+    import phonenumbers
+
+    # The library reads letters as keys of a telephone and skips what stands around a number: that would be a guess.
+    if any(char.isalpha() or char in ";,#/" for char in text) or text.count("+") > 1:
+        return None
+    try:
+        number = phonenumbers.parse(text, region)
+    except phonenumbers.NumberParseException:
+        return None
+    if phonenumbers.is_possible_number_with_reason(number) != phonenumbers.ValidationResult.IS_POSSIBLE:
+        return None
     return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
 
 
@@ -287,8 +295,8 @@ def _phone_region(by: By, region: str | None) -> str | None:
     return check_region(region) if by == "phone" else None
 
 
-def first_of(*sources: CustomerSource) -> FirstOf:
-    """Try the sources in order; the first that names somebody decides."""
+def first_of(*sources: CustomerSource | str) -> FirstOf:
+    """Try the sources (a plain string is a ``cus_…`` id) in order; the first that names somebody decides."""
     if not sources:
         raise ConfigurationError("first_of() takes at least one source.")
     return FirstOf(tuple(as_source(source) for source in sources))

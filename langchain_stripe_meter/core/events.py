@@ -170,7 +170,7 @@ def _digest(*facts: str) -> str:
 def _show(value: object) -> str:
     if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write out very long ones
         return f"of {value.bit_length()} bits"
-    text = repr(value)
+    text = str(value) if isinstance(value, Decimal) else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

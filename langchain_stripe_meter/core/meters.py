@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from typing import ClassVar, Literal
 
-from langchain_stripe_meter.core.events import check_event_name, check_value, significant_digits
+from langchain_stripe_meter.core.events import check_dimensions, check_event_name, check_value, significant_digits
 from langchain_stripe_meter.core.usage import INPUT_PARTS, KINDS, OUTPUT_PARTS, Usage
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 Number = int | Decimal
 Pricer = Callable[[Usage, str, str | None], Decimal]
@@ -61,15 +61,25 @@ def _full_weights(weights: Mapping[str, Decimal]) -> dict[str, Decimal]:
     return full
 
 
+_EXACT = Context(prec=100)
+"""The application may have set a coarse precision for its own sums; bills are worked out in this context."""
+
+
+def _weighted(given: Mapping[str, Number], usage: Usage) -> Decimal:
+    weights = _full_weights({kind: Decimal(weight) for kind, weight in given.items()})
+    with localcontext(_EXACT):
+        return sum((weights[kind] * count for kind, count in usage.exclusive().items()), Decimal(0))
+
+
 @dataclass(frozen=True)
 class Tokens:
     """Tokens of every model call.
 
     ``count`` is ``"total"``, ``"input"`` or ``"output"`` (full sums). ``weights`` instead bills a weighted sum of
     exclusive parts: ``input`` is then what was neither read from nor written to a cache; a part without a weight of
-    its own takes that of its whole, ``input`` or ``output``; a whole without one is not billed. ``split=True`` sends
-    one event per kind with ``model`` (``provider/model``) and ``token_type`` in the payload, as Stripe's token
-    billing expects.
+    its own takes that of its whole, ``input`` or ``output``; a whole without one is not billed; the sum is rounded to
+    15 significant digits, Stripe's limit. ``split=True`` sends one event per kind with
+    ``model`` (``provider/model``) and ``token_type`` in the payload, as Stripe's token billing expects.
     """
 
     event_name: str
@@ -106,20 +116,23 @@ class Tokens:
         return usage.complete
 
     def _weigh(self, usage: Usage, given: Mapping[str, Number]) -> Decimal:
-        weights = _full_weights({kind: Decimal(weight) for kind, weight in given.items()})
-        return sum((weights[kind] * count for kind, count in usage.exclusive().items()), Decimal(0))
+        return round_digits(_weighted(given, usage))
 
     def _split(self, usage: Usage, call: Call) -> list[Reading]:
         parts = usage.exclusive()
         kinds = {
             "input": parts["input"] + parts["audio_input"],
-            "cache_read": parts["cache_read"],
-            "cache_write": parts["cache_write"],
+            "cached_input": parts["cache_read"],
+            "cached_write": parts["cache_write"],
             "output": usage.output or 0,
         }
         model = token_billing_model(call.provider, call.model)
         if model is None:
             return [Reading(self.event_name, None, doubt="the run has no model name")]
+        try:
+            check_dimensions({"model": model})  # Bedrock's ARNs can be too long
+        except InvalidValueError as error:
+            return [Reading(self.event_name, None, doubt=str(error))]
         readings = []
         for kind, count in kinds.items():
             readings += _reading(self.event_name, Decimal(count), usage.estimated, {"model": model, "token_type": kind})
@@ -164,6 +177,7 @@ class Credits:
             raise ConfigurationError("Credits takes credits for at least one model or a default, none below 0.")
         checked = {model: check_value(value) for model, value in self.credits.items()}
         object.__setattr__(self, "credits", checked)
+        object.__setattr__(self, "default", None if self.default is None else check_value(self.default))
 
     def readings(self, call: Call) -> list[Reading]:
         """``call`` is the one that answered (or, with ``per="call"``, each one)."""
@@ -198,6 +212,7 @@ class Cost:
             raise ConfigurationError(f"Cost(unit={self.unit!r}): use {', '.join(UNITS)}.")
         if check_value(self.markup) < 0:
             raise ConfigurationError(f"Cost(markup={self.markup}) must not be below 0.")
+        object.__setattr__(self, "markup", check_value(self.markup))
         checked = {model: _weights(kinds) for model, kinds in self.prices.items()}
         object.__setattr__(self, "prices", checked)
 
@@ -210,17 +225,16 @@ class Cost:
             dollars = self._dollars(usage, call)
         except LookupError:
             return [Reading(self.event_name, None, doubt=f"no price is known for the model {call.model!r}")]
-        return _reading(
-            self.event_name, round_digits(dollars * Decimal(self.markup) * UNITS[self.unit]), usage.estimated
-        )
+        with localcontext(_EXACT):
+            value = dollars * Decimal(self.markup) * UNITS[self.unit]
+        return _reading(self.event_name, round_digits(value), usage.estimated)
 
     def _dollars(self, usage: Usage, call: Call) -> Decimal:
         if not call.model:
             raise LookupError
         own = self.prices.get(call.model) or self.prices.get(plain_model(call.model))
         if own is not None:
-            weights = _full_weights({kind: Decimal(price) for kind, price in own.items()})
-            return sum((weights[kind] * n for kind, n in usage.exclusive().items()), Decimal(0)) / 1_000_000
+            return _weighted(own, usage).scaleb(-6, _EXACT)
         if self.pricer is None:
             raise LookupError
         return self.pricer(usage, call.model, call.provider)
@@ -242,26 +256,40 @@ def _reading(name: str, value: Decimal, estimated: bool, dimensions: Mapping[str
 
 
 def round_digits(value: Decimal, digits: int = 15) -> Decimal:
-    """``value`` to at most ``digits`` significant digits, half to even."""
+    """``value`` to at most ``digits`` significant digits, half to even.
+
+    Whole numbers stay whole: what has more digits before the point is too large for Stripe, and rounding hides nothing.
+    """
     if significant_digits(value) <= digits:
         return value
-    exponent = min(value.adjusted(), 0) - digits + 1 if value.adjusted() < 0 else value.adjusted() - digits + 1
-    return value.quantize(Decimal(1).scaleb(min(exponent, 0)), rounding=ROUND_HALF_EVEN)
+    exponent = min(value.adjusted() - digits + 1, 0)
+    return value.quantize(Decimal((0, (1,), exponent)), ROUND_HALF_EVEN, _WIDE)
 
 
-_DATE = re.compile(r"[-@]?(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
+_WIDE = Context(prec=300)
+_DATE = re.compile(r"(?<=.)[-@]?(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
+_SHORT_DATE = re.compile(r"(?<=.)-(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\Z")
 
 
 def plain_model(model: str) -> str:
-    """A model's name without its date suffix: ``gpt-4o-2024-08-06`` is ``gpt-4o``."""
-    return _DATE.sub("", model)
+    """A model's name without its date suffix: ``gpt-4o-2024-08-06`` is ``gpt-4o``, ``gpt-4-0613`` is ``gpt-4``."""
+    return _SHORT_DATE.sub("", _DATE.sub("", model))
 
 
 def token_billing_model(provider: str | None, model: str | None) -> str | None:
-    """``provider/model`` as Stripe's token billing names it: no date, no ``-latest``, dots in Claude's versions."""
+    """``provider/model`` as Stripe's token billing names it (after @stripe/token-meter, Stripe's own sender): no date
+    in OpenAI's and Anthropic's names, no ``-latest`` in Claude's and dots in its versions; Google's names as they are.
+    """
     if not provider or not model:
         return None
-    name = plain_model(model).removesuffix("-latest")
+    provider = _TOKEN_BILLING_PROVIDERS.get(provider, provider)
     if provider == "anthropic":
-        name = re.sub(r"-(\d+)-(\d{1,2})\Z", r"-\1.\2", name)
-    return f"{provider}/{name}"
+        model = _CLAUDE_VERSION.sub(r"-\1.\2", _DATE.sub("", model).removesuffix("-latest"))
+    elif provider == "openai" and model != "gpt-4o-2024-05-13":  # priced apart from gpt-4o
+        model = _DATE.sub("", model)
+    return f"{provider}/{model}"
+
+
+_CLAUDE_VERSION = re.compile(r"-(\d+)-(\d{1,2})(?!\d)")
+_TOKEN_BILLING_PROVIDERS = {"google_genai": "google", "google_vertexai": "google"}
+"""LangChain's names for providers, where Stripe has others."""

@@ -14,9 +14,10 @@ from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.meters import Call
 
 ABANDONED_AFTER = 3600
-"""Seconds after which an open run is taken to have ended without saying so."""
-ORPHANED_AFTER = 60
-"""The same for a run whose message has ended: LangChain may still report it a moment later (abandoned streams)."""
+"""Seconds without a start or an end inside it after which an open run is taken to have ended without saying so."""
+ORPHANED_AFTER = 900
+"""The same for a run whose message has ended: it may still report (abandoned streams, background tasks), and the
+providers' clients wait ten minutes for an answer."""
 SWEEP_EVERY = 256
 """Runs started between two looks for abandoned ones, so that they never accumulate."""
 
@@ -37,7 +38,20 @@ class Run:
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
     interrupted: bool = False
+    taken: bool = False
     ended: int | None = None
+    parent: Run | None = field(default=None, repr=False)
+    active: int = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.active = self.started
+
+    def touch(self, now: int) -> None:
+        """Something happened in this run: it and those around it are alive."""
+        run: Run | None = self
+        while run is not None:
+            run.active = max(run.active, now)
+            run = run.parent
 
 
 class OpenRuns:
@@ -65,6 +79,8 @@ class OpenRuns:
             return False
         parent = next((self._runs[p] for p in parents if p in self._runs), None)
         run.top = parent.top if parent else run
+        run.parent = parent
+        run.touch(run.started)
         self._runs[run.id] = run
         self._starts += 1
         if self._starts % SWEEP_EVERY == 0:
@@ -76,6 +92,7 @@ class OpenRuns:
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.ended = now
+            run.touch(now)
         return run
 
     def receive(self, run_id: Hashable, text: str) -> None:
@@ -104,9 +121,9 @@ class OpenRuns:
     def take_message(self, run: Run) -> tuple[Call, Facts] | None:
         """The answer of the message that ``run`` belongs to, once: when the message has ended."""
         top = run.top
-        if top.ended is None or top.interrupted or top.answer is None:
+        if top.ended is None or top.interrupted or top.answer is None or top.taken:
             return None
-        answer, top.answer = top.answer, None
+        answer, top.answer, top.taken = top.answer, None, True
         return answer
 
     def cut(self, top: Run, now: int) -> None:
@@ -119,7 +136,8 @@ class OpenRuns:
 
     def _abandon(self, gone: list[Run], now: int) -> None:
         for run in gone:
-            self.end(run.id, now)
+            del self._runs[run.id]
+            run.ended = now
             self.abandoned += run.is_call
             if run.received:
                 self._lost.append(run)
@@ -131,7 +149,7 @@ class OpenRuns:
 
 
 def _is_abandoned(run: Run, now: int) -> bool:
-    if now - run.started >= ABANDONED_AFTER:
+    if now - run.active >= ABANDONED_AFTER:
         return True
     return run.top.ended is not None and now - run.top.ended >= ORPHANED_AFTER
 

@@ -18,8 +18,12 @@ deduplication; the last hour is ours."""
 STALE_AFTER = 34 * 86_400
 """Age in seconds at which usage is held instead of sent. Stripe refuses it at 35 days, and only a person may re-time
 it."""
+CLOCK_MARGIN = 3600
+"""Seconds by which our clock may run back unnoticed: the last hour of Stripe's 24."""
 FIRST_DELAY = 1
 MAX_DELAY = 600
+MAX_WISH = 6 * 3600
+"""The longest ``Retry-After`` that is obeyed, in seconds: a broken one must not park an event until it is too old."""
 
 
 class ReadingState(StrEnum):
@@ -163,14 +167,14 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     back_in_queue = next_event_state(EventState.SENDING, move) is EventState.PENDING
     if first_unknown is not None and (move is Move.REFUSED or (back_in_queue and out_of_window(first_unknown, now))):
         move = Move.OUT_OF_WINDOW
-    attempts = attempt.attempts + (move is not Move.UNAUTHORISED)
-    delay = max(backoff(attempts, attempt.identifier), outcome.retry_after or 0)
+    attempts = attempt.attempts + (outcome.move is not Move.UNAUTHORISED)
+    delay = max(backoff(attempts, attempt.identifier), min(outcome.retry_after or 0, MAX_WISH))
     return Settlement(next_event_state(EventState.SENDING, move), attempts, now + delay, first_unknown)
 
 
 def out_of_window(first_unknown_at: int, now: int) -> bool:
     """Whether Stripe may have forgotten the identifier. A clock that ran backwards errs to the safe side."""
-    return abs(now - first_unknown_at) >= SAFE_WINDOW
+    return not -CLOCK_MARGIN < now - first_unknown_at < SAFE_WINDOW
 
 
 def backoff(attempts: int, identifier: str) -> int:

@@ -95,8 +95,8 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
     """
     if not report:
         return None
-    inputs = report.get("input_token_details") or {}
-    outputs = report.get("output_token_details") or {}
+    inputs = _details(report, "input_token_details")
+    outputs = _details(report, "output_token_details")
     return Usage(
         input=report.get("input_tokens"),
         output=report.get("output_tokens"),
@@ -110,10 +110,10 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
 
 def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
     """Read the ``llm_output["token_usage"]`` of a legacy LLM (OpenAI's names)."""
-    if not report or ("prompt_tokens" not in report and "completion_tokens" not in report):
+    if not isinstance(report, Mapping) or ("prompt_tokens" not in report and "completion_tokens" not in report):
         return None
-    prompt = report.get("prompt_tokens_details") or {}
-    completion = report.get("completion_tokens_details") or {}
+    prompt = _details(report, "prompt_tokens_details")
+    completion = _details(report, "completion_tokens_details")
     return Usage(
         input=report.get("prompt_tokens"),
         output=report.get("completion_tokens"),
@@ -124,12 +124,21 @@ def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
     )
 
 
+def _details(report: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    details = report.get(key)
+    if details is not None and not isinstance(details, Mapping):
+        raise UsageError(f"The provider reported {key} as {type(details).__name__}, not as counts by name.")
+    return details or {}
+
+
 def _sum(details: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     total = 0
     if not details:
         return total
     for key in keys:
-        count = details.get(key) or 0
+        count = details.get(key)
+        if count is None:
+            continue
         _check_count(key, count)
         total += count
     return total

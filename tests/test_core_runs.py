@@ -1,0 +1,262 @@
+"""Open runs: what belongs to which message, and what becomes of runs that never end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.meters import Call
+from langchain_stripe_meter.core.runs import ABANDONED_AFTER, ORPHANED_AFTER, SWEEP_EVERY, OpenRuns, Run, merged
+
+NOW = 1_780_000_000
+ANSWER = Call(None, "gpt-4o")
+
+
+@pytest.fixture
+def runs() -> OpenRuns:
+    return OpenRuns()
+
+
+def start(runs: OpenRuns, name: str, *parents: str | None, call: bool = False, at: int = NOW) -> Run:
+    run = Run(name, at, is_call=call, facts=Facts({"who": name}))
+    assert runs.start(run, *parents)
+    return run
+
+
+def end(runs: OpenRuns, run: Run, *, answer: Call | None = None, at: int = NOW) -> tuple[Call, Facts] | None:
+    """End a run as the handler does; the message's answer if this was the moment to bill it."""
+    if runs.end(run.id, at) is None:
+        return None
+    if answer is not None:
+        runs.answered(run, answer)
+    return runs.take_message(run)
+
+
+def test_a_call_by_itself_is_its_own_message(runs: OpenRuns) -> None:
+    call = start(runs, "call", call=True)
+    assert call.top is call
+    assert end(runs, call, answer=ANSWER) == (ANSWER, call.facts)
+    assert len(runs) == 0
+
+
+def test_a_message_counts_once_when_its_topmost_run_ends(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    node = start(runs, "node", "root")
+    for n in range(3):
+        assert end(runs, start(runs, f"call {n}", "node", call=True), answer=Call(None, f"m{n}")) is None
+    assert end(runs, node) is None
+    message = end(runs, root)
+    assert message is not None
+    assert message[0].model == "m2"  # the call that succeeded last is the one that answered
+    assert message[1].metadata == {"who": "call 2"}
+
+
+def test_a_second_start_of_the_same_run_changes_nothing(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    call = start(runs, "call", "root", call=True)
+    assert not runs.start(Run("call", NOW + 5))
+    assert runs.end("call", NOW) is call
+    assert call.top is root
+
+
+def test_the_first_end_of_a_run_wins(runs: OpenRuns) -> None:
+    call = start(runs, "call", call=True)
+    assert end(runs, call, answer=ANSWER) is not None
+    assert runs.end("call", NOW + 9) is None
+    assert call.ended == NOW
+    assert runs.end("never seen", NOW) is None
+
+
+def test_a_run_that_langchain_reports_as_a_root_is_adopted_by_the_run_around_it(runs: OpenRuns) -> None:
+    root = start(runs, "fallbacks")
+    first = start(runs, "first", None, "fallbacks", call=True)
+    assert end(runs, first) is None  # it failed
+    second = start(runs, "second", None, "fallbacks", call=True)
+    assert second.top is root
+    assert end(runs, second, answer=ANSWER) is None
+    assert end(runs, root) == (ANSWER, second.facts)
+
+
+def test_the_told_parent_comes_before_the_surrounding_run(runs: OpenRuns) -> None:
+    start(runs, "around")
+    parent = start(runs, "parent")
+    assert start(runs, "child", "parent", "around").top is parent
+    assert start(runs, "other", "unseen", "unseen too").top.id == "other"
+
+
+def test_a_message_without_an_answer_is_not_counted(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    assert end(runs, start(runs, "call", "root", call=True)) is None
+    assert end(runs, root) is None
+
+
+def test_an_interrupted_message_is_not_counted_until_the_resumed_run_ends(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    node = start(runs, "node", "root")
+    end(runs, start(runs, "call", "node", call=True), answer=ANSWER)
+    runs.interrupt("node")
+    assert end(runs, node) is None
+    assert end(runs, root) is None
+    resumed = start(runs, "resumed")
+    end(runs, start(runs, "call again", "resumed", call=True), answer=ANSWER)
+    assert end(runs, resumed) is not None
+
+
+def test_a_message_that_failed_is_not_counted_even_if_a_call_answers_late(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    early = start(runs, "early", "root", call=True)
+    late = start(runs, "late", "root", call=True)
+    end(runs, early, answer=ANSWER)
+    runs.fail("root")
+    assert end(runs, root) is None
+    assert end(runs, late, answer=ANSWER) is None
+
+
+def test_a_step_that_failed_inside_does_not_spoil_the_message(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    tool = start(runs, "tool", "root")
+    end(runs, start(runs, "call", "root", call=True), answer=ANSWER)
+    runs.fail("tool")
+    end(runs, tool)
+    assert end(runs, root) is not None
+
+
+def test_interrupting_or_failing_an_unknown_run_does_nothing(runs: OpenRuns) -> None:
+    runs.interrupt("unknown")
+    runs.fail("unknown")
+    runs.receive("unknown", "text")
+    assert len(runs) == 0
+
+
+def test_an_abandoned_stream_is_counted_when_its_call_ends_after_its_root(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    call = start(runs, "call", "root", call=True)
+    assert end(runs, root) is None
+    assert end(runs, call, answer=ANSWER) == (ANSWER, call.facts)
+
+
+def test_a_call_that_ends_after_its_message_was_counted_does_not_count_it_again(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    background = start(runs, "background", "root", call=True)
+    end(runs, start(runs, "call", "root", call=True), answer=ANSWER)
+    assert end(runs, root) is not None
+    assert end(runs, background, answer=ANSWER) is None
+
+
+# -- runs that never say that they ended
+
+
+def test_a_silent_run_is_abandoned_after_an_hour_and_counted_if_it_was_a_call(runs: OpenRuns) -> None:
+    start(runs, "root")
+    start(runs, "call", "root", call=True)
+    runs.sweep(NOW + ABANDONED_AFTER - 1)
+    assert len(runs) == 2
+    runs.sweep(NOW + ABANDONED_AFTER)
+    assert (len(runs), runs.abandoned) == (0, 1)
+
+
+def test_a_long_message_is_not_abandoned_while_things_happen_inside_it(runs: OpenRuns) -> None:
+    root, now = start(runs, "root"), NOW
+    node = start(runs, "node", "root")
+    for n in range(20):
+        call = start(runs, f"call {n}", "node", call=True, at=now)
+        now += ABANDONED_AFTER // 2
+        end(runs, call, answer=ANSWER, at=now)
+        now += ABANDONED_AFTER // 4
+        runs.sweep(now)
+    end(runs, node, at=now)
+    assert end(runs, root, at=now) is not None
+    assert runs.abandoned == 0
+
+
+def test_a_call_that_was_lost_inside_a_living_message_is_let_go(runs: OpenRuns) -> None:
+    start(runs, "root")
+    start(runs, "lost", "root", call=True)
+    start(runs, "alive", "root", call=True, at=NOW + ABANDONED_AFTER - 1)
+    runs.sweep(NOW + ABANDONED_AFTER)
+    assert "lost" not in runs
+    assert "alive" in runs
+    assert "root" in runs
+
+
+def test_a_call_whose_message_has_ended_may_still_report_for_longer_than_providers_answer(runs: OpenRuns) -> None:
+    assert ORPHANED_AFTER > 600
+    root = start(runs, "root")
+    start(runs, "call", "root", call=True)
+    end(runs, root, at=NOW + 5)
+    runs.sweep(NOW + 5 + ORPHANED_AFTER - 1)
+    assert "call" in runs
+    runs.sweep(NOW + 5 + ORPHANED_AFTER)
+    assert (len(runs), runs.abandoned) == (0, 1)
+
+
+def test_what_an_abandoned_call_had_produced_is_handed_over_once(runs: OpenRuns) -> None:
+    start(runs, "silent", call=True)
+    told = start(runs, "told", call=True)
+    runs.receive("told", "Hel")
+    runs.receive("told", "lo")
+    runs.sweep(NOW + ABANDONED_AFTER)
+    assert runs.take_lost() == [told]
+    assert told.received == ["Hel", "lo"]
+    assert runs.take_lost() == []
+
+
+def test_cutting_a_message_abandons_its_runs_and_no_others(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    call = start(runs, "call", "root", call=True)
+    runs.receive("call", "Hel")
+    other = start(runs, "other", call=True)
+    runs.cut(root, NOW + 1)
+    assert runs.take_lost() == [call]
+    assert "call" not in runs
+    assert other.id in runs
+    assert runs.abandoned == 1
+
+
+def test_a_clock_that_runs_backwards_abandons_nothing(runs: OpenRuns) -> None:
+    start(runs, "root", at=NOW)
+    runs.sweep(NOW - 10 * ABANDONED_AFTER)
+    assert "root" in runs
+
+
+def test_memory_stays_flat_however_many_runs_never_end(runs: OpenRuns) -> None:
+    most = 0
+    for n in range(50_000):
+        start(runs, f"call {n}", call=True, at=NOW + n * 10)
+        most = max(most, len(runs))
+    assert most <= ABANDONED_AFTER // 10 + SWEEP_EVERY + 1
+    assert runs.abandoned == 50_000 - len(runs)
+
+
+@given(st.lists(st.tuples(st.sampled_from("SEAIF"), st.integers(0, 7), st.integers(-1, 7)), max_size=60))
+def test_whatever_happens_each_message_counts_at_most_once(steps: list[tuple[str, int, int]]) -> None:
+    runs, seen = OpenRuns(), {}
+    counted: list[Run] = []
+    for now, (what, which, parent) in enumerate(steps, NOW):
+        if what == "S" and which not in seen:
+            seen[which] = Run(which, now, is_call=which % 2 == 1)
+            runs.start(seen[which], parent)
+        elif what == "I":
+            runs.interrupt(which)
+        elif what == "F":
+            runs.fail(which)
+        elif what in "EA" and (run := runs.end(which, now)) is not None:
+            if what == "A" and run.is_call:
+                runs.answered(run, ANSWER)
+            if runs.take_message(run) is not None:
+                counted.append(run.top)
+    assert len({run.id for run in counted}) == len(counted)
+    assert all(run.top is run and run.ended is not None for run in counted)
+    assert len(runs) == sum(run.ended is None for run in seen.values())
+
+
+# -- metadata
+
+
+def test_a_runs_own_metadata_lies_over_that_of_the_run_around_it() -> None:
+    assert merged({"a": 1, "b": 1}, {"b": 2}) == {"a": 1, "b": 2}
+    assert merged(None, {"a": 1}) == {"a": 1}
+    assert merged({"a": 1}, None) == {"a": 1}
+    assert merged(None, None) == {}
