@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import UUID
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import LLMResult
 
+from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run
 from langchain_stripe_meter.recording import Ending, Recorder, call_of
@@ -50,11 +53,34 @@ class _DualEvent:
         return aended
 
 
+@dataclass(eq=False)
+class _Batch:
+    """Prompts that a text completion model sends in one request. LangChain tells the usage of all with the first end,
+    and an empty report with the others."""
+
+    params: Any
+    facts: list[Facts] = field(default_factory=list)
+    reported: bool = False
+
+    def share(self, observed: Observed) -> Observed:
+        """What one prompt comes to: the first stands for all, unless somebody else might pay for another of them."""
+        if observed.usage is not None and not observed.partial:
+            self.reported = all(facts == self.facts[0] for facts in self.facts)
+            return observed if self.reported else replace(observed, usage=None)
+        return replace(observed, output=()) if self.reported else observed
+
+
+@dataclass(slots=True)
+class _Completion(Run):
+    """A call of a text completion model that belongs to a batch."""
+
+    batch: _Batch | None = field(default=None, repr=False)
+
+
 class MeteringCallbacks(BaseCallbackHandler):
     """Follows runs and hands what ended to the recorder. Starts touch only memory; no event ever raises."""
 
     run_inline = True
-    ignore_agent = True
     ignore_custom_event = True
     ignore_retry = True
 
@@ -63,6 +89,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         self._recorder = recorder
         self._lock = threading.Lock()
         self._runs = OpenRuns()
+        self._batches: weakref.WeakValueDictionary[int, _Batch] = weakref.WeakValueDictionary()
 
     # -- starts: only memory is touched
 
@@ -97,7 +124,8 @@ class MeteringCallbacks(BaseCallbackHandler):
     ) -> None:
         facts = facts_of(metadata)
         params = kwargs.get("invocation_params") or {}
-        run = Run(
+        kind = _Completion if kwargs.get("batch_size", 1) > 1 and isinstance(prompt, str) and params else Run
+        run = kind(
             run_id,
             self._recorder.ledger.now(),
             is_call=True,
@@ -107,21 +135,24 @@ class MeteringCallbacks(BaseCallbackHandler):
             prompt=prompt,
             tools=params.get("tools"),
         )
-        self._start(run, parent)
+        self._start(run, parent, params)
 
-    def _start(self, run: Run, parent: UUID | None) -> None:
+    def _start(self, run: Run, parent: UUID | None, params: Any = None) -> None:
         around = surrounding_run() if parent is None else None
         with self._lock:
-            self._runs.start(run, parent, around)
+            if self._runs.start(run, parent, around) and isinstance(run, _Completion):
+                # One request has one object of parameters; the batch keeps it, so that its id stays its own.
+                run.batch = self._batches.setdefault(id(params), _Batch(params))
+                run.batch.facts.append(run.facts)
 
     def on_chain_start(
-        self, serialized: Any, inputs: Any, *, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
+        self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
-        """A step begins that model calls may belong to."""
+        """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
         self._start(Run(run_id, self._recorder.ledger.now()), parent_run_id)
 
-    on_tool_start = on_chain_start  # type: ignore[assignment]
-    on_retriever_start = on_chain_start  # type: ignore[assignment]
+    on_tool_start = on_chain_start
+    on_retriever_start = on_chain_start
 
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """A streamed piece arrived; kept only in case the end is never told (a cancelled ``ainvoke``)."""
@@ -141,7 +172,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         """
         observed = observe(kwargs.get("response"), partial=True)
         left = isinstance(error, GeneratorExit | asyncio.CancelledError)
-        return self._end(run_id, observed, answers=left and not observed.is_empty)
+        return self._end(run_id, observed, answers=left)
 
     def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step ended: if it was the user's message, that is recorded before the run returns."""
@@ -174,7 +205,8 @@ class MeteringCallbacks(BaseCallbackHandler):
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
-            if answers and observed is not None:
+            observed = _as_told(run, observed)
+            if answers and observed is not None and not (observed.partial and observed.is_empty):
                 self._runs.answered(run, call_of(run, observed))
             if cancelled and run.top is run:
                 self._runs.cut(run, now)
@@ -190,6 +222,16 @@ class MeteringCallbacks(BaseCallbackHandler):
         with self._lock:
             self._runs.sweep(self._recorder.ledger.now())
             return [_lost_ending(run) for run in self._runs.take_lost()]
+
+
+def _as_told(run: Run, observed: Observed | None) -> Observed | None:
+    """The end of a call in the light of what was told before it."""
+    if observed is None:
+        return None
+    if observed.partial and observed.is_empty and run.received:  # a text completion's error may leave out what came
+        return replace(observed, output=["".join(run.received)])
+    batch = run.batch if isinstance(run, _Completion) else None
+    return observed if batch is None else batch.share(observed)
 
 
 def _lost_ending(run: Run) -> Ending:

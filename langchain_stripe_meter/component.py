@@ -135,14 +135,9 @@ def _checked(name: str, check: Callable[[Any], Any], value: Any) -> Any:
 
 
 def _send(gateway: Gateway, event: MeterEvent) -> dict[str, Any]:
-    import stripe
-
-    from langchain_stripe_meter.gateway.replies import classify
-
-    try:
-        return {"success": True, "response": gateway.create_event(event)}
-    except stripe.StripeError as error:
-        outcome = classify(error)
+    outcome, answer = gateway.send_once(event)
+    if outcome.move is Move.ACCEPTED:
+        return {"success": True, "response": answer}
     if outcome.move is Move.DUPLICATE:
         return {"success": True, "response": _as_sent(event)}
     return _failure(

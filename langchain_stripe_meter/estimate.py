@@ -10,7 +10,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import BaseMessage, HumanMessage
@@ -24,13 +24,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("langchain_stripe_meter")
 
 LOAD_SECONDS = 3.0
-"""How long one estimate waits for a vocabulary that is being loaded."""
+"""How long estimates wait for a vocabulary, counted from when its loading began."""
 RETRY_SECONDS = 600.0
-"""How long a failed load is remembered."""
+"""How long a load that failed, or hangs, is remembered."""
 PER_MESSAGE = 3
 PER_REPLY = 3
+PER_TOOLS = 12
 PER_TOOL = 7
-"""Tokens that a chat prompt costs beyond its text, per message, per reply and per tool (OpenAI's cookbook)."""
+PER_LINE = 3
+"""Tokens that a chat prompt costs beyond its text: per message and reply, for having tools at all, and for each tool
+and each line of its schema (fitted by OpenAI's cookbook for the gpt-4o family; earlier models take 3 more a tool)."""
 
 
 class Encodings:
@@ -46,13 +49,16 @@ class Encodings:
         encoding = self._loaded.get(name)
         if encoding is not None:
             return encoding
+        now = time.monotonic()
         with self._lock:
-            ready, since = self._loading.get(name, (None, 0.0))
-            if ready is None or (ready.is_set() and time.monotonic() - since > RETRY_SECONDS):
-                ready = threading.Event()
-                self._loading[name] = (ready, time.monotonic())
-                threading.Thread(target=self._load, args=(name, ready), daemon=True).start()
-        ready.wait(LOAD_SECONDS)
+            ready, since = self._loading.get(name, (None, now))
+            if ready is None or now - since > RETRY_SECONDS:
+                ready, since = threading.Event(), now
+                self._loading[name] = (ready, since)
+                threading.Thread(
+                    target=self._load, args=(name, ready), name="stripe-meter-tiktoken", daemon=True
+                ).start()
+        ready.wait(max(since + LOAD_SECONDS - now, 0))
         return self._loaded.get(name)
 
     def _load(self, name: str, ready: threading.Event) -> None:
@@ -67,6 +73,11 @@ class Encodings:
 
 
 _ENCODINGS = Encodings()
+
+
+def has_vocabulary() -> bool:
+    """Whether estimates can be close: whether the vocabulary of current models is here, or could be downloaded."""
+    return _ENCODINGS.get("o200k_base") is not None
 
 
 def encoding_name(model: str | None) -> str:
@@ -84,7 +95,7 @@ def estimate_usage(prompt: Any, tools: Any, output: Sequence[BaseMessage | str],
     came back, whole or in part. Never raises for lack of a vocabulary; never waits longer than a few seconds."""
     encoding = _ENCODINGS.get(encoding_name(model))
     return Usage(
-        input=_count_prompt(_as_messages(prompt), encoding) + _count_tools(tools, encoding),
+        input=_count_prompt(prompt, encoding) + _count_tools(tools, encoding),
         output=sum(_count_output(item, encoding) for item in output),
         estimated=True,
     )
@@ -95,7 +106,10 @@ def _as_messages(prompt: Any) -> list[BaseMessage]:
     return [item if isinstance(item, BaseMessage) else HumanMessage(str(item)) for item in items if item is not None]
 
 
-def _count_prompt(messages: list[BaseMessage], encoding: Encoding | None) -> int:
+def _count_prompt(prompt: Any, encoding: Encoding | None) -> int:
+    if isinstance(prompt, str):  # a text completion: nothing is put around it
+        return _count_text(prompt, encoding)
+    messages = _as_messages(prompt)
     if encoding is None:
         return count_tokens_approximately(messages)
     total = PER_REPLY
@@ -114,7 +128,34 @@ def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
 def _count_tools(tools: Any, encoding: Encoding | None) -> int:
     if not tools:
         return 0
-    return sum(PER_TOOL + _count_text(json.dumps(tool, default=str), encoding) for tool in tools)
+    return PER_TOOLS + sum(PER_TOOL + _count_tool(tool, encoding) for tool in tools)
+
+
+def _count_tool(tool: Any, encoding: Encoding | None) -> int:
+    """Providers render a tool as a signature, so its names, types and descriptions count, and JSON's marks do not."""
+    if not isinstance(tool, Mapping):
+        return _count_text(json.dumps(tool, default=str), encoding)
+    tool = tool.get("function") or tool
+    title = f"{tool.get('name') or tool.get('type')}:{tool.get('description') or ''}".removesuffix(".")
+    lines = _schema_lines(tool.get("parameters") or tool.get("input_schema"))
+    return _count_text(title, encoding) + sum(PER_LINE + _count_text(line, encoding) for line in lines)
+
+
+def _schema_lines(schema: Any) -> Iterator[str]:
+    """One line for each property and each value of an enumeration, at any depth."""
+    if isinstance(schema, list):
+        for part in schema:
+            yield from _schema_lines(part)
+    if not isinstance(schema, Mapping):
+        return
+    for value in schema.get("enum") or ():
+        yield str(value)
+    for name, part in {**(schema.get("properties") or {}), **(schema.get("$defs") or {})}.items():
+        about = part if isinstance(part, Mapping) else {}
+        yield f"{name}:{about.get('type') or ''}:{about.get('description') or ''}".removesuffix(".")
+        yield from _schema_lines(part)
+    for key in ("items", "anyOf", "allOf", "oneOf"):
+        yield from _schema_lines(schema.get(key))
 
 
 def _count_text(text: str, encoding: Encoding | None) -> int:
@@ -126,4 +167,4 @@ def _count_text(text: str, encoding: Encoding | None) -> int:
 def _message_text(message: BaseMessage) -> str:
     text = str(message.text)
     calls = getattr(message, "tool_calls", None)
-    return text + json.dumps([[call["name"], call["args"]] for call in calls]) if calls else text
+    return text + json.dumps([[call["name"], call["args"]] for call in calls], default=str) if calls else text

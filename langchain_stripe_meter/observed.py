@@ -68,8 +68,10 @@ class Observed:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the call produced nothing that could be billed."""
-        return self.usage is None and self.doubt is None and not any(_has_content(item) for item in self.output)
+        """Whether there is nothing to bill. An answer without content still cost its prompt; a failure did not."""
+        if self.usage is not None or self.doubt is not None:
+            return False
+        return not any(_has_content(item) for item in self.output) if self.partial else not self.output
 
 
 def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
@@ -79,7 +81,7 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
     """
     generations = [generation for prompt in (response.generations if response else []) for generation in prompt]
     if response is None or not generations:
-        return Observed()
+        return Observed(partial=partial)
     output = [_output(generation) for generation in generations]
     first = output[0] if isinstance(output[0], BaseMessage) else None
     report = getattr(first, "usage_metadata", None)

@@ -171,6 +171,12 @@ class Recorder:
         """Entries for usage that no run reported; raises where the input is bad."""
         if not isinstance(id, str) or not id:
             raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
+        if not isinstance(usage, Mapping) or not {"input_tokens", "output_tokens"} & usage.keys():
+            said = ", ".join(map(str, usage)) if isinstance(usage, Mapping) else type(usage).__name__
+            raise ConfigurationError(
+                "record_usage() takes usage shaped like LangChain's usage_metadata, with input_tokens, output_tokens "
+                f"or both; this has {said or 'neither'}."
+            )
         now = self.ledger.now()
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         readings = self._readings("call", replace(call, usage=counted))

@@ -54,7 +54,9 @@ def verify(
     for done, ((event_name, customer), states) in enumerate(sorted(amounts.items()), 1):
         meter = gateway.meter(event_name)
         if meter is None and not gateway.can_read_meters():
-            raise StripeError("The key may not read meters, so there is nothing to compare with. Give it that permission.")
+            raise StripeError(
+                "The key may not read meters, so there is nothing to compare with. Give it that permission."
+            )
         at_stripe = gateway.billed(meter.id, customer, start, end) if meter else None
         comparisons.append(compare(event_name, customer, states, at_stripe))
         if progress is not None:

@@ -7,7 +7,6 @@ happens to it, the ledger knows what to do next.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.errors import MeteringError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox
+from langchain_stripe_meter.ledger.forks import renew_after_fork
 from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -27,21 +27,33 @@ logger = logging.getLogger("langchain_stripe_meter")
 
 IDLE_SECONDS = 5.0
 """How often a courier with nothing to do looks whether another process has recorded something."""
+BLOCKED_SECONDS = 0.2
+"""How often it looks at what is due but may not be sent yet, such as while another process sends for the customer."""
 PAUSE_SECONDS = 30
 """How long everything rests after Stripe refused the key, before one event tries it again."""
+QUIET_SECONDS = 2
+"""How long everything rests when Stripe did not take even one event at a time."""
 RESOLVE_PAUSE_SECONDS = 5
 """How long lookups rest after one that Stripe did not answer."""
+LOOKUPS_AT_ONCE = 4
+"""Customer searches in flight; Stripe allows 20 a second."""
 CUSTOMERS_CACHED_SECONDS = 300
+RESTING_AT_MOST = 100
+LAST_SECONDS = 1.0
+"""How much longer than its deadline ``close`` waits for the ledger to be told what was still in flight."""
 PAUSED = "paused"
 """The ledger's note that says why sending is paused."""
 
 OnError = Callable[[MeteringError], None]
+Job = Claimed | Reference
+Result = tuple[Claimed, Outcome] | tuple[Reference, list[str] | StripeError]
 
 
 class Courier:
-    """Delivers what the ledger holds. ``wake`` starts its thread when there is work; after a fork it starts anew.
+    """Delivers what the ledger holds. ``wake`` starts its thread when there is work; a forked child gets its own.
 
-    ``concurrency`` is how many requests are in flight at once; one customer and meter never has more than one.
+    ``concurrency`` is how many events are in flight at once; one customer and meter never has more than one. Fewer
+    are, down to one, while Stripe refuses or does not answer.
     """
 
     def __init__(
@@ -56,33 +68,49 @@ class Courier:
         self.gateway = gateway
         self._concurrency = concurrency
         self._on_error = on_error or (lambda _error: None)
-        self._customers: TTLCache[Reference, list[str]] = TTLCache(10_000, CUSTOMERS_CACHED_SECONDS)
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Everything that belongs to this process alone."""
         self.delivered = 0
         self.rejected = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        """Everything that belongs to this process alone."""
-        self._pid = os.getpid()
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._closing = threading.Event()
-        self._work: SimpleQueue[Claimed | None] = SimpleQueue()
-        self._results: SimpleQueue[tuple[Claimed, Outcome] | None] = SimpleQueue()
+        self._deadline = 0.0
+        self._work: SimpleQueue[Job | None] = SimpleQueue()
+        self._results: SimpleQueue[Result | None] = SimpleQueue()
         self._senders = 0
-        self._in_flight = 0
-        self._paused_until = 0
+        self._sending: dict[str, Claimed] = {}
+        self._asking: set[Reference] = set()
+        self._sent: list[tuple[Claimed, Outcome]] = []
+        self._found: list[tuple[Reference, list[str]]] = []
+        self._customers: TTLCache[Reference, list[str]] = TTLCache(10_000, CUSTOMERS_CACHED_SECONDS)
+        self._limit = self._concurrency
+        self._quiet_until = 0
+        self._resting: dict[tuple[str, str], int] = {}
         self._resolve_after = 0
+        self._pause_noted: bool | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait for Stripe's answer."""
+        return len(self._sending) + len(self._asking)
 
     def wake(self) -> None:
         """There may be something to deliver: start the thread if need be."""
-        if self._pid != os.getpid():
-            self._reset()
-        self._wake.set()
-        self._results.put(None)  # it may be waiting for an answer
+        if self._closing.is_set():
+            return
+        self._nudge()
         if self._thread is None or not self._thread.is_alive():
             self._start()
+
+    def _nudge(self) -> None:
+        if not self._wake.is_set():  # else the next turn has not begun, and will see what is new
+            self._wake.set()
+            self._results.put(None)  # it may be waiting for an answer
 
     def _start(self) -> None:
         with self._starting:
@@ -100,120 +128,182 @@ class Courier:
         while not self._closing.is_set():
             self._wake.clear()
             try:
-                moved = self.turn()
+                if not self.turn() and not self.in_flight:
+                    self._rest()
             except Exception as error:  # noqa: BLE001 - the courier must outlive any fault; it is reported
                 self._report(error)
                 self._closing.wait(1)
-                continue
-            if not moved and not self._in_flight:
-                self._rest()
-        self._drain_in_flight()
+        try:
+            self._finish()
+        except Exception as error:  # noqa: BLE001 - the leases of what could not be settled run out by themselves
+            self._report(error)
 
     def _rest(self) -> None:
         """Wait until woken, or until something is due, without the ledger being asked in vain."""
         now = self.ledger.now()
-        with self.ledger.deliver_lane().lock:
-            due = outbox.next_due(self.ledger.deliver_lane().connection)
-        wait = IDLE_SECONDS if due is None else min(max(due - now, 0.05), IDLE_SECONDS)
-        if self._paused_until > now:
-            wait = min(self._paused_until - now, IDLE_SECONDS)
+        with self.ledger.deliver_lane().transaction() as connection:
+            due = outbox.next_due(connection)
+        wait = IDLE_SECONDS if due is None else min(max(due - now, BLOCKED_SECONDS), IDLE_SECONDS)
+        if self._quiet_until > now:
+            wait = min(self._quiet_until - now, IDLE_SECONDS)
         self._wake.wait(wait)
 
     def turn(self) -> int:
         """One round: settle what came back, look up who is unknown, seal, claim and send. Returns what moved."""
-        results = self._collect()
+        self._collect(0.5)
+        moved = self._settle()
         now = self.ledger.now()
-        moved = len(results) + self._resolve(now)
-        slots = self._slots(now)
+        moved += self._look_up(now)
         self._check_meters(now)
+        slots = self._slots(now)
         with self.ledger.deliver_lane().transaction() as connection:
-            states = outbox.finish(connection, results, now)
             moved += outbox.reap(connection, now)
             moved += outbox.seal(connection, now)
-            claimed = outbox.claim(connection, slots, now) if slots > 0 else []
-        self._account(results, states)
+            claimed = outbox.claim(connection, slots, now, self._at_rest(now)) if slots > 0 else []
         for item in claimed:
+            self._sending[item.lease] = item
             self._dispatch(item)
         return moved + len(claimed)
 
     def _slots(self, now: int) -> int:
-        """How many requests may start: none during a pause, and one to try the key after it."""
-        if now < self._paused_until:
-            return 0
-        if self._paused_until:
-            return 1 - self._in_flight
-        return self._concurrency - self._in_flight
+        """How many events may start now."""
+        return 0 if now < self._quiet_until else self._limit - len(self._sending)
 
-    def _collect(self) -> list[tuple[Claimed, Outcome]]:
-        """Answers that have arrived; waits for the first one while requests are in flight."""
-        results: list[tuple[Claimed, Outcome]] = []
-        block = self._in_flight > 0 and not self._wake.is_set()
+    def _at_rest(self, now: int) -> list[tuple[str, str]]:
+        """Customers and meters of which Stripe wants to hear nothing yet; the newest, if there are very many."""
+        self._resting = {pair: until for pair, until in self._resting.items() if until > now}
+        return list(self._resting)[-RESTING_AT_MOST:]
+
+    def _collect(self, patience: float) -> None:
+        """Take in the answers that have arrived; wait for the first one while requests are in flight."""
+        block = self.in_flight > 0 and not self._wake.is_set()
         while True:
             try:
-                item = self._results.get(block=block, timeout=0.5 if block else None)
+                result = self._results.get(block=block, timeout=patience if block else None)
             except Empty:
-                break
+                return
             block = False
-            if item is not None:
-                results.append(item)
-        self._in_flight -= len(results)
-        return results
+            if result is not None:
+                self._take(result)
 
-    def _dispatch(self, claimed: Claimed) -> None:
-        self._in_flight += 1
-        if self._senders < min(self._in_flight, self._concurrency):
-            self._senders += 1
-            threading.Thread(target=self._send_loop, name="stripe-meter-sender", daemon=True).start()
-        self._work.put(claimed)
+    def _take(self, result: Result) -> None:
+        asked, answer = result
+        if isinstance(asked, Claimed):
+            assert isinstance(answer, Outcome)  # noqa: S101 - as Result says
+            self._sending.pop(asked.lease, None)
+            self._sent.append((asked, answer))
+            return
+        self._asking.discard(asked)
+        if isinstance(answer, list):
+            self._found.append((asked, answer))
+        elif isinstance(answer, StripeError):
+            self._resolve_after = self.ledger.now() + RESOLVE_PAUSE_SECONDS
+            self._report(answer)
+
+    def _settle(self) -> int:
+        """Store what the answers came to. They are kept until the ledger has them: it may be busy, or full."""
+        if not self._sent and not self._found:
+            return 0
+        now, moved = self.ledger.now(), len(self._sent)
+        with self.ledger.deliver_lane().transaction() as connection:
+            states = outbox.finish(connection, self._sent, now)
+            for reference, found in self._found:
+                if len(found) == 1:
+                    self._customers[reference] = found
+                    moved += outbox.resolve(connection, reference, found[0])
+                else:
+                    moved += outbox.hold(connection, reference, _why_held(reference, found), now)
+        sent, self._sent, self._found = self._sent, [], []
+        self.delivered += states.count(EventState.DELIVERED)
+        self.rejected += states.count(EventState.REJECTED)
+        for (claimed, outcome), state in zip(sent, states, strict=True):
+            self._account(claimed, outcome, state, now)
+        return moved
+
+    def _dispatch(self, job: Job) -> None:
+        if self._senders < self.in_flight:
+            try:
+                threading.Thread(target=self._send_loop, name="stripe-meter-sender", daemon=True).start()
+            except RuntimeError:  # no more threads, or the interpreter is shutting down
+                if not self._senders:
+                    self._results.put(_not_done(job))
+                    return
+            else:
+                self._senders += 1
+        self._work.put(job)
 
     def _send_loop(self) -> None:
         work, results = self._work, self._results
-        while (claimed := work.get()) is not None:
-            results.put((claimed, self.gateway.send(claimed.event, claimed.attempt.attempts)))
+        while (job := work.get()) is not None:
+            results.put(self._ask_stripe(job))
 
-    def _account(self, results: list[tuple[Claimed, Outcome]], states: list[EventState | None]) -> None:
-        """Count what became of the attempts, and pause or resume as the key was refused or accepted."""
-        for (claimed, outcome), state in zip(results, states, strict=True):
-            self.delivered += state is EventState.DELIVERED
-            if outcome.move is Move.UNAUTHORISED:
-                self._pause(outcome.message)
-            elif self._paused_until and outcome.move in (Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED):
-                self._paused_until = 0
-                self.ledger.set_note(PAUSED, None)
-            if state in (EventState.REJECTED, EventState.DOUBTFUL):
-                self.rejected += state is EventState.REJECTED
-                self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
+    def _ask_stripe(self, job: Job) -> Result:
+        if isinstance(job, Claimed):
+            try:
+                return job, self.gateway.send(job.event, job.attempt.attempts)
+            except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
+                return job, Outcome(Move.UNKNOWN, type(error).__name__)
+        try:
+            return job, self.gateway.find_customers(job)
+        except StripeError as error:
+            return job, error
+        except Exception as error:  # noqa: BLE001 - as above
+            return job, StripeError(f"A customer could not be looked up: {type(error).__name__}.")
 
-    def _pause(self, message: str) -> None:
-        first = not self._paused_until
-        self._paused_until = self.ledger.now() + PAUSE_SECONDS
+    def _account(self, claimed: Claimed, outcome: Outcome, state: EventState | None, now: int) -> None:
+        """Slow down, pause or resume as Stripe answered; tell what needs a person."""
+        if outcome.move in (Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED):
+            self._resume()
+        elif outcome.move is Move.UNAUTHORISED:
+            self._pause(outcome.message, now)
+        else:
+            self._slow_down(claimed, outcome, now)
+        if state in (EventState.REJECTED, EventState.DOUBTFUL):
+            self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
+
+    def _resume(self) -> None:
+        self._limit = min(self._limit + 1, self._concurrency)
+        self._quiet_until = 0
+        if self._pause_noted is None:  # an earlier process may have left it
+            self._pause_noted = self.ledger.note(PAUSED) is not None
+        if self._pause_noted:
+            self.ledger.set_note(PAUSED, None)
+            self._pause_noted = False
+
+    def _pause(self, message: str, now: int) -> None:
+        """Everything rests, and then one event at a time tries the key."""
+        first = not self._pause_noted
+        self._limit = 1
+        self._quiet_until = now + PAUSE_SECONDS
         self.ledger.set_note(PAUSED, message)
+        self._pause_noted = True
         if first:
             self._report(
                 StripeError(f"Stripe refused the key; sending is paused, nothing is lost. {message}. Check the key.")
             )
 
-    def _resolve(self, now: int) -> int:
-        """Look up whom readings name by e-mail, name or phone; hold what Stripe does not know exactly once."""
-        if now < max(self._paused_until, self._resolve_after):
+    def _slow_down(self, claimed: Claimed, outcome: Outcome, now: int) -> None:
+        """Halve what is in flight; where Stripe says how long to wait, this customer and meter does."""
+        if outcome.retry_after:
+            self._resting[claimed.event.customer, claimed.event.event_name] = now + outcome.retry_after
+        if self._limit == 1:
+            self._quiet_until = max(self._quiet_until, now + QUIET_SECONDS)
+        self._limit = max(self._limit // 2, 1)
+
+    def _look_up(self, now: int) -> int:
+        """Ask Stripe whom readings name by e-mail, name or phone; what is known already is settled at once."""
+        if now < max(self._quiet_until, self._resolve_after):
             return 0
         with self.ledger.deliver_lane().transaction() as connection:
             references = outbox.unresolved(connection, now)
-        moved = 0
+            known = {reference: self._customers[reference] for reference in references if reference in self._customers}
+            moved = sum(outbox.resolve(connection, reference, found[0]) for reference, found in known.items())
         for reference in references:
-            try:
-                found = self._customers.get(reference) or self.gateway.find_customers(reference)
-            except StripeError as error:  # those whose customer is known must not wait for this
-                self._resolve_after = now + RESOLVE_PAUSE_SECONDS
-                self._report(error)
+            if len(self._asking) >= LOOKUPS_AT_ONCE:
                 break
-            if len(found) == 1:
-                self._customers[reference] = found
-            with self.ledger.deliver_lane().transaction() as connection:
-                if len(found) == 1:
-                    moved += outbox.resolve(connection, reference, found[0])
-                else:
-                    moved += outbox.hold(connection, reference, _why_held(reference, found), now)
+            if reference not in known and reference not in self._asking:
+                self._asking.add(reference)
+                self._dispatch(reference)
         return moved
 
     def _check_meters(self, now: int) -> None:
@@ -246,35 +336,38 @@ class Courier:
     @property
     def is_running(self) -> bool:
         """Whether this process's courier has been started and still runs."""
-        return self._pid == os.getpid() and self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and self._thread.is_alive()
 
     def close(self, timeout: float) -> None:
-        """Stop after what is in flight, or when ``timeout`` seconds are up."""
+        """Stop after what is in flight, or when ``timeout`` seconds are up; then its outcome is stored as unknown."""
+        timeout = max(timeout, 0)
+        self._deadline = time.monotonic() + timeout
         self._closing.set()
-        self._wake.set()
-        self._results.put(None)
+        self._nudge()
         thread = self._thread
-        if thread is not None and self._pid == os.getpid() and thread is not threading.current_thread():
-            thread.join(max(timeout, 0))
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(timeout + LAST_SECONDS)
 
-    def _drain_in_flight(self) -> None:
+    def _finish(self) -> None:
         """Settle what was being sent when the courier was told to stop."""
-        deadline = time.monotonic() + 5
-        try:
-            while self._in_flight and time.monotonic() < deadline:
-                self._wake.clear()
-                results = self._collect()
-                with self.ledger.deliver_lane().transaction() as connection:
-                    states = outbox.finish(connection, results, self.ledger.now())
-                self._account(results, states)
-        except MeteringError as error:
-            self._report(error)
+        while self._sending and (left := self._deadline - time.monotonic()) > 0:
+            self._wake.clear()
+            self._collect(left)
+            self._settle()
+        lost = Outcome(Move.UNKNOWN, "the courier was closed before Stripe answered")
+        self._sent += [(claimed, lost) for claimed in self._sending.values()]
+        self._sending.clear()
+        self._settle()
         for _ in range(self._senders):
             self._work.put(None)
+
+
+def _not_done(job: Job) -> Result:
+    why = "no thread could be started for the request"
+    return (job, Outcome(Move.REFUSED_FOR_NOW, why)) if isinstance(job, Claimed) else (job, StripeError(why))
 
 
 def _why_held(reference: Reference, found: list[str]) -> str:
     if not found:
         return f"Stripe has no customer with this {reference.by}"
     return f"Stripe has {len(found)} customers with this {reference.by}: {', '.join(sorted(found)[:10])}"
-

@@ -97,6 +97,12 @@ class Gateway:
         return f"Gateway(api_base={self._api_base!r})"
 
     @property
+    def is_test(self) -> bool:
+        """Whether the key is one for test mode."""
+        key = self._given if isinstance(self._given, str) else self._given._requestor.api_key
+        return "_test_" in str(key)
+
+    @property
     def client(self) -> StripeClient:
         """The official client, made when first needed (importing it costs a third of a second)."""
         with self._lock:
@@ -121,22 +127,23 @@ class Gateway:
         The idempotency key changes with every attempt: Stripe would replay a stored 500 under the old one for a day.
         The identifier stays, and is what protects from billing twice.
         """
+        options = {"idempotency_key": f"{event.identifier}.{attempt}", "max_network_retries": 0}
+        outcome, answer = self._try(event, options)
+        if outcome.move is Move.ACCEPTED and answer.get("identifier") != event.identifier:
+            return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event")
+        return outcome
+
+    def send_once(self, event: MeterEvent) -> tuple[Outcome, dict[str, Any]]:
+        """Send one meter event outside any ledger: what came of it, and Stripe's own object where it was accepted."""
+        return self._try(event, {"max_network_retries": 0})
+
+    def _try(self, event: MeterEvent, options: Any) -> tuple[Outcome, dict[str, Any]]:
         try:
-            sent = self._create(event, {"idempotency_key": f"{event.identifier}.{attempt}", "max_network_retries": 0})
-            answered = sent.identifier
+            return Outcome(Move.ACCEPTED), self._create(event, options).to_dict()
         except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is stored
             from langchain_stripe_meter.gateway.replies import classify
 
-            return classify(error)
-        if answered != event.identifier:
-            return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event")
-        return Outcome(Move.ACCEPTED)
-
-    def create_event(self, event: MeterEvent) -> dict[str, Any]:
-        """Send one meter event and return Stripe's own object; raises the ``stripe`` client's errors."""
-        sent = self._create(event, {"max_network_retries": 0})
-        plain: dict[str, Any] = sent.to_dict()
-        return plain
+            return classify(error), {}
 
     def _create(self, event: MeterEvent, options: Any) -> Any:
         params: Any = {

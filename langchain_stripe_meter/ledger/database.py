@@ -10,10 +10,11 @@ import ctypes
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
@@ -22,28 +23,24 @@ from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
 
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.ledger.forks import renew_after_fork
 from langchain_stripe_meter.ledger.schema import HEAD
 
 BUSY_SECONDS = 5
-"""How long a write waits for another process before it gives up."""
+"""How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
 VERSION_TABLE = "stripe_meter_version"
+_POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
+"""A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
 
 
 class Lane:
-    """One connection for writing, one writer at a time."""
+    """One connection for writing, one writer at a time. A connection that died is replaced by the next use."""
 
     def __init__(self, engine: Engine) -> None:
         self.lock = threading.RLock()
         self._engine = engine
         self._connection: Connection | None = None
         self._driver: Any = None
-
-    @property
-    def driver(self) -> Any:
-        """The database driver's own connection, for the one statement that runs once per run; hold ``lock``."""
-        if self._driver is None:
-            self._driver = self.connection.connection.driver_connection
-        return self._driver
 
     @property
     def connection(self) -> Connection:
@@ -53,26 +50,70 @@ class Lane:
             self._driver = None
         return self._connection
 
+    def run(self, work: Callable[[Any], None]) -> None:
+        """Give ``work`` the driver's own connection, for the one statement that runs once per run.
+
+        If the server turns out to have gone away, ``work`` is done once more on a new connection, so it must change
+        nothing when it is repeated.
+        """
+        with self.lock:
+            try:
+                work(self._open_driver())
+            except Exception:
+                dead = getattr(self._driver, "closed", False)
+                if dead or getattr(self._driver, "in_transaction", False):
+                    self.drop()
+                if not dead:
+                    raise
+                work(self._open_driver())
+
+    def _open_driver(self) -> Any:
+        if self._driver is None:
+            self._driver = self.connection.connection.driver_connection
+        return self._driver
+
     @contextmanager
     def transaction(self) -> Iterator[Connection]:
         """All or nothing; on SQLite the write lock is taken at once, so that what is read stays true."""
-        with self.lock, _clear_errors():
-            connection = self.connection
-            connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN")
+        with self.lock, clear_errors():
+            connection = self._begin()
             try:
                 yield connection
                 connection.exec_driver_sql("COMMIT")
             except BaseException:
-                self._roll_back()
+                self._roll_back(connection)
                 raise
 
-    def _roll_back(self) -> None:
-        connection = self._connection
-        if connection is None or connection.closed or connection.invalidated:
-            return
-        if connection.dialect.name == "sqlite" and not connection.connection.driver_connection.in_transaction:  # type: ignore[union-attr]
-            return  # SQLite has rolled back by itself (disk full, I/O error)
-        connection.exec_driver_sql("ROLLBACK")
+    def _begin(self) -> Connection:
+        connection = self.connection
+        begin = "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN ISOLATION LEVEL READ COMMITTED"
+        try:
+            connection.exec_driver_sql(begin)
+        except DBAPIError as error:
+            if not error.connection_invalidated:
+                raise
+            self.drop()
+            connection = self.connection
+            connection.exec_driver_sql(begin)
+        return connection
+
+    def _roll_back(self, connection: Connection) -> None:
+        try:
+            driver: Any = connection.connection.driver_connection
+            if getattr(driver, "in_transaction", True):  # SQLite may have rolled back by itself (disk full, I/O error)
+                connection.exec_driver_sql("ROLLBACK")
+        except Exception:  # noqa: BLE001 - the error that led here is the one to be told
+            self.drop()
+
+    def drop(self) -> None:
+        """Give the connection up, whatever state it is in."""
+        with self.lock:
+            connection, self._connection, self._driver = self._connection, None, None
+            if connection is not None:
+                with suppress(Exception):
+                    connection.invalidate()
+                with suppress(Exception):
+                    connection.close()
 
     def close(self) -> None:
         with self.lock:
@@ -81,16 +122,44 @@ class Lane:
                 self._connection = self._driver = None
 
 
+class _Opening:
+    """Ledgers are opened one after the other: Alembic keeps global state while it migrates."""
+
+    def __init__(self) -> None:
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        self.lock = threading.Lock()
+
+
+_opening = _Opening()
+
+
+class _Opened(NamedTuple):
+    engine: Engine
+    lanes: dict[str, Lane]
+
+
 class Database:
     """A process's connections to one ledger. After a fork, the child opens its own."""
 
     def __init__(self, url: str, *, synchronous: str = "FULL") -> None:
         self.url = parse_url(url)
         self._synchronous = synchronous
-        self._opening = threading.Lock()
-        self._pid = -1
-        self._engine: Engine | None = None
-        self._lanes: dict[str, Lane] = {}
+        self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
+        self._opened: _Opened | None = None
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """Keep a parent's connections alive in the child for good.
+
+        Closing a SQLite handle that came through a fork can corrupt the database of the parent, and garbage
+        collection closes; so the child takes a reference that is never given back.
+        """
+        if self._opened is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._opened))
+            self._opened = None
 
     @property
     def is_sqlite(self) -> bool:
@@ -99,60 +168,63 @@ class Database:
     @property
     def engine(self) -> Engine:
         """For reading. Opens the ledger, and brings its schema up to date, when first asked."""
-        if self._pid != os.getpid():
-            self._open()
-        assert self._engine is not None  # noqa: S101 - _open has set it or raised
-        return self._engine
+        return (self._opened or self._open()).engine
 
     def lane(self, name: str) -> Lane:
         """The connection for ``"record"`` or ``"deliver"``; the same one on SQLite."""
-        if self._pid != os.getpid():
-            self._open()
-        return self._lanes[name]
+        return (self._opened or self._open()).lanes[name]
 
-    def _open(self) -> None:
-        with self._opening:
-            if self._pid == os.getpid():
-                return
-            if self._engine is not None:
-                _leave_to_parent(self._engine, self._lanes)
-            with _clear_errors():
-                engine = self._make_engine()
-                lane = Lane(engine)
-                lanes = {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)}
-                try:
-                    bring_up_to_date(lane, automatic=self.is_sqlite)
-                except BaseException:
-                    lane.close()
-                    engine.dispose()
-                    raise
-            self._engine, self._lanes, self._pid = engine, lanes, os.getpid()
+    def _open(self) -> _Opened:
+        with _opening.lock, clear_errors():
+            if self._opened is not None:
+                return self._opened
+            engine = self._make_engine()
+            lane = Lane(engine)
+            try:
+                bring_up_to_date(lane, automatic=self.automatic)
+            except BaseException:
+                lane.drop()
+                engine.dispose()
+                raise
+            self._opened = _Opened(engine, {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)})
+            return self._opened
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
-            return create_engine(self.url, pool_pre_ping=True)
-        _prepare_file(self.url)
-        engine = create_engine(
-            self.url, poolclass=NullPool, connect_args={"check_same_thread": False, "timeout": BUSY_SECONDS}
-        )
+            return _postgres_engine(self.url)
+        _prepare_file(Path(str(self.url.database)))
+        patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
+        engine = create_engine(self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience})
         event.listen(engine, "connect", self._set_pragmas)
         return engine
 
     def _set_pragmas(self, connection: sqlite3.Connection, _record: Any) -> None:
         connection.execute("PRAGMA page_size=2048")  # for a new file: a commit writes whole pages, and rows are small
-        connection.execute("PRAGMA journal_mode=WAL")
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute("PRAGMA secure_delete=ON")  # what is erased must be gone from the file
 
     def close(self) -> None:
         """Close what this process opened; the next use opens it again."""
-        with self._opening:
-            if self._engine is None or self._pid != os.getpid():
-                return
-            for lane in self._lanes.values():
-                lane.close()
-            self._engine.dispose()
-            self._engine, self._lanes, self._pid = None, {}, -1
+        with _opening.lock:
+            opened, self._opened = self._opened, None
+            if opened is not None:
+                for lane in opened.lanes.values():
+                    lane.close()
+                opened.engine.dispose()
+
+
+def _postgres_engine(url: URL) -> Engine:
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    try:
+        return create_engine(
+            url.update_query_dict({name: value for name, value in _POSTGRES_PATIENCE.items() if name not in url.query}),
+            pool_pre_ping=True,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
+        ) from error
 
 
 def parse_url(url: str) -> URL:
@@ -168,6 +240,10 @@ def parse_url(url: str) -> URL:
         ) from error
     if backend not in ("sqlite", "postgresql"):
         raise ConfigurationError(f"ledger= takes SQLite or PostgreSQL, not {backend}.")
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg"):
+        raise ConfigurationError(
+            f"ledger= cannot use {parsed.drivername}; use 'sqlite:///…' or 'postgresql+psycopg://…' (psycopg 3)."
+        )
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
     return parsed
@@ -178,13 +254,19 @@ def _without_password(url: str) -> str:
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
 
 
-def _prepare_file(url: URL) -> None:
-    """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere."""
-    path = Path(str(url.database))
+def _prepare_file(path: Path) -> None:
+    """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere.
+
+    A file that exists is not opened here: closing it again would drop the locks that SQLite holds on it for another
+    ledger in this process (POSIX), and a third process could then throw its write-ahead log away.
+    """
     if path.is_symlink():
         raise LedgerError(f"The ledger {path} is a symbolic link; give the real path of the file.")
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR | getattr(os, "O_NOFOLLOW", 0), 0o600))
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(0, "it is no file that may be read and written")
     except OSError as error:
         raise LedgerError(
             f"The ledger {path} cannot be opened for writing: {error.strerror}. "
@@ -192,18 +274,8 @@ def _prepare_file(url: URL) -> None:
         ) from error
 
 
-def _leave_to_parent(*objects: object) -> None:
-    """Keep a parent's connections alive in the child for good.
-
-    Closing a SQLite handle that came through a fork can corrupt the database of the parent, and garbage collection
-    closes; so the child takes a reference that is never given back.
-    """
-    for item in objects:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(item))
-
-
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def clear_errors() -> Iterator[None]:
     """Database errors as ``LedgerError``, with what to do."""
     try:
         yield
@@ -224,6 +296,7 @@ def explain(error: BaseException) -> LedgerError:
         "locked": "Another process holds it; try again, or find the process.",
         "full": "Free some disk space; what is stored is safe.",
         "readonly": "Make the file and its folder writable.",
+        "unable to open": "Make the file and its folder writable.",
     }
     hint = next((text for word, text in advice.items() if word in said), "See the cause for details.")
     return LedgerError(f"The ledger's database says: {said}. {hint}")
@@ -234,18 +307,33 @@ def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
 
     With ``automatic`` False (PostgreSQL), an older ledger is refused too: an operator runs the migration.
     """
-    if _version(lane.connection) == HEAD:
+    version = _version(lane.connection)
+    _refuse_unknown(lane.connection, version)
+    if lane.connection.dialect.name == "sqlite":
+        _write_ahead(lane.connection)
+    if version == HEAD:
         return
+    if not automatic:
+        raise LedgerError(
+            "The ledger's tables are missing or older than this package. Run: stripe-meter ledger upgrade"
+        )
     with lane.transaction() as connection:
         version = _version(connection)  # another process may have been faster
-        if version == HEAD:
-            return
         _refuse_unknown(connection, version)
-        if not automatic:
-            raise LedgerError(
-                "The ledger's tables are missing or older than this package. Run: stripe-meter ledger upgrade"
-            )
-        migrate(connection)
+        if version != HEAD:
+            migrate(connection)
+
+
+def _write_ahead(connection: Connection) -> None:
+    """Switch the file to WAL, which it then stays in. SQLite does not wait by itself for others who do the same."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        except DBAPIError as error:
+            if "locked" not in str(error.orig) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _version(connection: Connection) -> str | None:
@@ -257,13 +345,25 @@ def _version(connection: Connection) -> str | None:
 def _refuse_unknown(connection: Connection, version: str | None) -> None:
     if version is not None and version > HEAD:
         raise NewerLedgerError(
-            f"The ledger has schema {version}; this version of langchain_stripe_meter knows {HEAD}. Upgrade the package."
+            f"The ledger has schema {version}; this version of langchain_stripe_meter knows {HEAD}. "
+            "Upgrade the package."
         )
     tables = inspect(connection).get_table_names()
     if version is None and connection.dialect.name == "sqlite" and tables:
         raise ForeignLedgerError(
-            f"The database holds tables of something else ({', '.join(sorted(tables)[:3])}). Give the ledger its own file."
+            f"The database holds tables of something else ({', '.join(sorted(tables)[:3])}). "
+            "Give the ledger its own file."
         )
+
+
+def upgrade(url: str) -> None:
+    """Bring the ledger at ``url`` up to date, or make it: for an operator, and for PostgreSQL."""
+    database = Database(url)
+    database.automatic = True
+    try:
+        database.lane("deliver")
+    finally:
+        database.close()
 
 
 def migrate(connection: Connection) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Generic, TypeVar
+
+from langchain_stripe_meter.errors import LedgerError
+from langchain_stripe_meter.ledger.forks import renew_after_fork
 
 T = TypeVar("T")
 
@@ -26,8 +28,9 @@ class _Job(Generic[T]):
 
 
 class GroupCommit(Generic[T]):
-    """Writes items in batches through ``write``, which returns when they are durable.
+    """Writes items in batches through ``write``, which returns when they are durable and changes nothing when repeated.
 
+    A ``LedgerError`` from it concerns everybody in the batch; anything else only whoever brought the bad item.
     ``submit`` blocks its thread; ``asubmit`` waits without blocking its event loop, and its writing is done by one
     helper thread that is started when first needed and again after a fork.
     """
@@ -35,18 +38,17 @@ class GroupCommit(Generic[T]):
     def __init__(self, write: Callable[[Sequence[T]], None], *, most: int = 500) -> None:
         self._write = write
         self._most = most
-        self._reset()
+        self.after_fork()
+        renew_after_fork(self)
 
-    def _reset(self) -> None:
-        self._pid = os.getpid()
+    def after_fork(self) -> None:
+        """What waits belongs to the parent's threads, and the helper is gone."""
         self._jobs: deque[_Job[T]] = deque()
         self._leader = threading.Lock()
         self._executor: Executor | None = None
 
     def submit(self, items: Sequence[T]) -> None:
         """Return when ``items`` are durable; raises what ``write`` raised for them."""
-        if self._pid != os.getpid():
-            self._reset()
         if not self._jobs and self._leader.acquire(blocking=False):  # nobody else is here: nothing to group
             try:
                 self._write(items)
@@ -64,8 +66,6 @@ class GroupCommit(Generic[T]):
 
     async def asubmit(self, items: Sequence[T]) -> None:
         """As ``submit``, for a coroutine."""
-        if self._pid != os.getpid():
-            self._reset()
         job = _Job(items, asyncio.get_running_loop().create_future())
         self._jobs.append(job)
         self._wake_helper()
@@ -87,28 +87,33 @@ class GroupCommit(Generic[T]):
 
     def _write_batch(self) -> None:
         jobs: list[_Job[T]] = []
+        try:
+            self._take(jobs)
+            if jobs:
+                self._write_all(jobs)
+        except BaseException:  # Ctrl-C reached whoever was writing: the others' items must not go with it
+            self._jobs.extendleft(reversed(jobs))
+            self._wake_helper()
+            raise
+        self._report(jobs)
+
+    def _take(self, jobs: list[_Job[T]]) -> None:
         size = 0
         while self._jobs and size < self._most:
             jobs.append(self._jobs.popleft())
             size += len(jobs[-1].items)
-        if not jobs:
-            return
+
+    def _write_all(self, jobs: list[_Job[T]]) -> None:
+        """Write for all; where one brought a bad item, for each alone, so that it fails nobody else."""
         try:
             self._write([item for job in jobs for item in job.items])
-        except BaseException as error:  # noqa: BLE001 - handed to the callers it concerns
-            self._write_singly(jobs, error)
-        self._report(jobs)
-
-    def _write_singly(self, jobs: list[_Job[T]], error: BaseException) -> None:
-        """A batch failed: one caller's bad row must not fail the others."""
-        if len(jobs) == 1:
-            jobs[0].error = error
-            return
-        for job in jobs:
-            try:
-                self._write(job.items)
-            except BaseException as own_error:  # noqa: BLE001 - handed to its caller
-                job.error = own_error
+        except Exception as error:  # noqa: BLE001 - handed to the callers it concerns
+            if len(jobs) == 1 or isinstance(error, LedgerError):  # each alone would only wait for the same again
+                for job in jobs:
+                    job.error = error
+                return
+            for job in jobs:
+                self._write_all([job])
 
     @staticmethod
     def _report(jobs: list[_Job[T]]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, func, insert, or_, select, text, tuple_, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, MeterEvent
@@ -27,6 +29,7 @@ from langchain_stripe_meter.core.states import (
     out_of_window,
     settle,
 )
+from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.schema import events, readings
 
 LEASE_SECONDS = 120
@@ -37,6 +40,13 @@ HELD_RETRY = (60, 300, 900, 3600)
 """Seconds between looks at a held reading whose customer Stripe did not know."""
 
 _BOOT = f"{time.time_ns():x}"
+_CLAIMS = itertools.count(1)
+_CLAIM_LOCK = text("SELECT pg_advisory_xact_lock(7382910546)")
+"""PostgreSQL couriers claim one after the other: two that look at the same time would not see each other's claims, and
+could both send for one customer and meter."""
+_MALFORMED = (ValueError, ArithmeticError, MeteringError)
+
+logger = logging.getLogger("langchain_stripe_meter")
 _OPEN_READINGS = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.RESOLVED.value])
 
 
@@ -65,12 +75,20 @@ def unresolved(connection: Connection, now: int) -> list[Reference]:
     for condition in (newly, due_again):
         query = select(readings.c.reference).where(condition).group_by(readings.c.reference)
         found += connection.execute(query.order_by(func.min(readings.c.id)).limit(RESOLVE_AT_MOST)).scalars()
-    return [_reference(text) for text in dict.fromkeys(found)]
+    return [reference for told in dict.fromkeys(found) if (reference := _reference(connection, told)) is not None]
 
 
-def _reference(text: str) -> Reference:
-    by, _, value = text.partition(":")
-    return Reference(by, value)  # type: ignore[arg-type]
+def _reference(connection: Connection, told: str) -> Reference | None:
+    """The reference in a reading; one that is none can only be settled by a person."""
+    by, _, value = told.partition(":")
+    try:
+        return Reference(by, value)  # type: ignore[arg-type]
+    except MeteringError:
+        held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
+        waiting = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.HELD.value])
+        statement = update(readings).where(readings.c.reference == told, waiting)
+        connection.execute(statement.values(state=held, reason="the customer's name is malformed", due=None))
+        return None
 
 
 def resolve(connection: Connection, reference: Reference, customer: str) -> int:
@@ -158,15 +176,39 @@ def seal(connection: Connection, now: int) -> int:
     if connection.dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
     rows = connection.execute(query).mappings().all()
-    if not rows:
-        return 0
-    connection.execute(insert(events), [_event_row(row, now) for row in rows])
-    sealed = next_reading_state(ReadingState.RESOLVED, Move.SEAL).value
-    connection.execute(
-        update(readings).where(readings.c.id == bindparam("row_id")).values(state=sealed),
-        [{"row_id": row["id"]} for row in rows],
-    )
+    sound = [row for row in rows if _is_sound(connection, row)]
+    if sound:
+        connection.execute(insert(events), [_event_row(row, now) for row in sound])
+        sealed = next_reading_state(ReadingState.RESOLVED, Move.SEAL).value
+        connection.execute(
+            update(readings).where(readings.c.id == bindparam("row_id")).values(state=sealed),
+            [{"row_id": row["id"]} for row in sound],
+        )
     return len(rows)
+
+
+def _is_sound(connection: Connection, row: Mapping[Any, Any]) -> bool:
+    """Whether Stripe could take it at all; what it could not is held, and stops nobody else."""
+    try:
+        _meter_event(row, row["key"])
+    except _MALFORMED as error:
+        held = next_reading_state(ReadingState.RESOLVED, Move.HOLD).value
+        statement = update(readings).where(readings.c.id == row["id"])
+        connection.execute(statement.values(state=held, reason=str(error)[:300], due=None))
+        logger.warning("stripe-meter: the reading %s is held: %s", row["key"], error)
+        return False
+    return True
+
+
+def _meter_event(row: Mapping[Any, Any], identifier: str) -> MeterEvent:
+    return MeterEvent(
+        event_name=row["event_name"],
+        customer=row["customer"],
+        value=Decimal(row["value"]),
+        identifier=identifier,
+        timestamp=row["at"],
+        dimensions=json.loads(row["dimensions"]) if row["dimensions"] else {},
+    )
 
 
 def _event_row(row: Mapping[Any, Any], now: int) -> dict[str, Any]:
@@ -187,16 +229,23 @@ def _hold_stale(connection: Connection, now: int) -> None:
     connection.execute(statement)
 
 
-def claim(connection: Connection, slots: int, now: int) -> list[Claimed]:
-    """Take up to ``slots`` due events, one per customer and meter, and store the intent to send them."""
-    _expire_doubtful(connection, now)
+def claim(connection: Connection, slots: int, now: int, resting: Collection[tuple[str, str]] = ()) -> list[Claimed]:
+    """Take up to ``slots`` due events, one per customer and meter, and store the intent to send them.
+
+    ``resting`` are customers and meters (event names) that are left alone. What Stripe may have forgotten becomes
+    doubtful instead of being sent again.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(_CLAIM_LOCK)
     lease = owner()
     claimed: list[Claimed] = []
     while len(claimed) < slots:
-        rows = _claimable(connection, slots - len(claimed), now)
+        rows = _claimable(connection, slots - len(claimed), now, resting)
         if not rows:
             break
-        batch = [_claimed(row, lease, now) for row in rows]
+        batch = [item for row in rows if (item := _claimed(connection, row, lease, now)) is not None]
+        if not batch:
+            continue
         connection.execute(
             update(events)
             .where(events.c.id == bindparam("row_id"))
@@ -212,7 +261,9 @@ def claim(connection: Connection, slots: int, now: int) -> list[Claimed]:
     return claimed
 
 
-def _claimable(connection: Connection, most: int, now: int) -> list[Mapping[Any, Any]]:
+def _claimable(
+    connection: Connection, most: int, now: int, resting: Collection[tuple[str, str]]
+) -> list[Mapping[Any, Any]]:
     """Due events of customers and meters that nobody is sending for, at most one each."""
     other = events.alias("other")
     busy = select(other.c.id).where(
@@ -226,6 +277,8 @@ def _claimable(connection: Connection, most: int, now: int) -> list[Mapping[Any,
         .order_by(events.c.id)
         .limit(most)
     )
+    if resting:
+        query = query.where(tuple_(events.c.customer, events.c.event_name).not_in(resting))
     if connection.dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
     first: dict[tuple[str, str], Mapping[Any, Any]] = {}
@@ -234,74 +287,70 @@ def _claimable(connection: Connection, most: int, now: int) -> list[Mapping[Any,
     return list(first.values())
 
 
-def _claimed(row: Mapping[Any, Any], lease: str, now: int) -> Claimed:
-    event = MeterEvent(
-        event_name=row["event_name"],
-        customer=row["customer"],
-        value=Decimal(row["value"]),
-        identifier=row["identifier"],
-        timestamp=row["at"],
-        dimensions=json.loads(row["dimensions"]) if row["dimensions"] else {},
-    )
+def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: int) -> Claimed | None:
+    """The claim on an event; None where it must not, or can never, be sent."""
+    if row["first_unknown_at"] is not None and out_of_window(row["first_unknown_at"], now):
+        _set_aside(connection, row, next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW), row["error"], now)
+        return None
+    try:
+        event = _meter_event(row, row["identifier"])
+    except _MALFORMED as error:
+        sending = next_event_state(EventState.PENDING, Move.SEND)
+        _set_aside(connection, row, next_event_state(sending, Move.REFUSED), str(error)[:300], now)
+        return None
     attempt = Attempt(row["identifier"], row["attempts"], now, row["first_unknown_at"])
-    return Claimed(row["id"], event, attempt, f"{lease}/{row['attempts']}/{now}")
+    return Claimed(row["id"], event, attempt, f"{lease}/{next(_CLAIMS)}")
 
 
-def _expire_doubtful(connection: Connection, now: int) -> None:
-    """Pending events with an unknown outcome that Stripe may have forgotten must not be sent again."""
-    query = select(events.c.id, events.c.first_unknown_at).where(
-        events.c.state == EventState.PENDING.value, events.c.first_unknown_at.is_not(None)
-    )
-    stale = [row.id for row in connection.execute(query) if out_of_window(row.first_unknown_at, now)]
-    if stale:
-        doubtful = next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW).value
-        connection.execute(
-            update(events).where(events.c.id == bindparam("row_id")).values(state=doubtful),
-            [{"row_id": row_id} for row_id in stale],
-        )
+def _set_aside(connection: Connection, row: Mapping[Any, Any], state: EventState, why: str | None, now: int) -> None:
+    logger.warning("stripe-meter: meter event %s is %s: %s", row["identifier"], state, why)
+    statement = update(events).where(events.c.id == row["id"])
+    connection.execute(statement.values(state=state.value, error=why, settled_at=now))
 
 
 def finish(connection: Connection, results: Iterable[tuple[Claimed, Outcome]], now: int) -> list[EventState | None]:
     """Store what attempts came to; None where the lease was lost, so that a late answer changes nothing."""
-    states: list[EventState | None] = []
-    for claimed, outcome in results:
-        after = settle(claimed.attempt, outcome, now)
-        final = after.state is not EventState.PENDING
-        statement = (
-            update(events)
-            .where(events.c.id == claimed.id, events.c.lease == claimed.lease)
-            .where(events.c.state == EventState.SENDING.value)
-            .values(
-                state=after.state.value,
-                attempts=after.attempts,
-                due=after.due,
-                first_unknown_at=after.first_unknown_at,
-                settled_at=now if final else None,
-                error=outcome.message or None,
-                request_id=outcome.request_id,
-                lease=None,
-                lease_until=None,
-            )
+    return [
+        _finish(connection, (claimed.id, claimed.lease), claimed.attempt, outcome, now) for claimed, outcome in results
+    ]
+
+
+def _finish(
+    connection: Connection, claim: tuple[int, str], attempt: Attempt, outcome: Outcome, now: int
+) -> EventState | None:
+    row_id, lease = claim
+    after = settle(attempt, outcome, now)
+    statement = (
+        update(events)
+        .where(events.c.id == row_id, events.c.lease == lease, events.c.state == EventState.SENDING.value)
+        .values(
+            state=after.state.value,
+            attempts=after.attempts,
+            due=after.due,
+            first_unknown_at=after.first_unknown_at,
+            settled_at=None if after.state is EventState.PENDING else now,
+            error=outcome.message or None,
+            request_id=outcome.request_id,
+            lease=None,
+            lease_until=None,
         )
-        states.append(after.state if connection.execute(statement).rowcount else None)
-    return states
+    )
+    return after.state if connection.execute(statement).rowcount else None
 
 
 def reap(connection: Connection, now: int) -> int:
     """Events that somebody began to send and never settled: their outcome is unknown."""
     query = select(events).where(events.c.state == EventState.SENDING.value)
     dead = [row for row in connection.execute(query).mappings() if _is_dead(row["lease"], row["lease_until"], now)]
+    outcome = Outcome(Move.UNKNOWN, "the courier that was sending it died")
     orphans = [
-        Claimed(
-            row["id"],
-            MeterEvent(row["event_name"], row["customer"], Decimal(row["value"]), row["identifier"], row["at"]),
+        (
+            (row["id"], row["lease"]),
             Attempt(row["identifier"], row["attempts"], row["sent_at"], row["first_unknown_at"]),
-            row["lease"],
         )
         for row in dead
     ]
-    outcome = Outcome(Move.UNKNOWN, "the courier that was sending it died")
-    return len(finish(connection, [(orphan, outcome) for orphan in orphans], now))
+    return sum(_finish(connection, *orphan, outcome, now) is not None for orphan in orphans)
 
 
 def _is_dead(lease: str, lease_until: int, now: int) -> bool:
@@ -316,6 +365,8 @@ def _is_dead(lease: str, lease_until: int, now: int) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # there, signal 0 is Ctrl-C: wait for the lease to end instead
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -16,8 +17,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger.database import Database, Lane, explain
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
+from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.schema import leads, notes, readings
 
@@ -95,20 +96,24 @@ class Ledger:
         await self._group.asubmit(entries)
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        lane = self.database.lane("record")
-        with lane.lock:
-            try:
-                _execute(lane.driver, self._insert, [entry.row() for entry in entries], sqlite=self.database.is_sqlite)
-            except Exception as error:
-                raise explain(error) from error
+        rows = [entry.row() for entry in entries]
+        is_sqlite = self.database.is_sqlite
+        try:
+            self.database.lane("record").run(lambda driver: _execute(driver, self._insert, rows, sqlite=is_sqlite))
+        except MeteringError:
+            raise
+        except Exception as error:
+            raise _unstorable(error) if _is_the_rows_fault(error) else explain(error) from error
 
     def deliver_lane(self) -> Lane:
         """The connection that couriers write through."""
         return self.database.lane("deliver")
 
-    def read(self) -> Any:
-        """A connection for reading, as a context manager."""
-        return self.database.engine.connect()
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """A connection for reading."""
+        with clear_errors(), self.database.engine.connect() as connection:
+            yield connection
 
     def note(self, name: str) -> str | None:
         """A fact about the ledger itself."""
@@ -119,9 +124,12 @@ class Ledger:
     def set_note(self, name: str, value: str | None) -> None:
         """Remember a fact about the ledger itself; ``None`` forgets it."""
         with self.deliver_lane().transaction() as connection:
-            connection.execute(sql_delete(notes).where(notes.c.name == name))
-            if value is not None:
-                connection.execute(notes.insert().values(name=name, value=value, at=self.now()))
+            if value is None:
+                connection.execute(sql_delete(notes).where(notes.c.name == name))
+                return
+            values = {"value": value, "at": self.now()}
+            insert = _dialect_insert(connection, notes).values(name=name, **values)
+            connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
 
     def close(self) -> None:
         """Close the connections; a later use opens them again."""
@@ -151,6 +159,16 @@ def _execute(driver: Any, statement: str, rows: list[tuple[Any, ...]], *, sqlite
         return
     with driver.transaction(), driver.cursor() as cursor:
         cursor.executemany(statement, rows)
+
+
+def _is_the_rows_fault(error: Exception) -> bool:
+    """Whether the database is well and only could not take a value; both drivers name their errors alike."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return not names.isdisjoint({"DataError", "IntegrityError", "ProgrammingError", "UnicodeError", "OverflowError"})
+
+
+def _unstorable(error: Exception) -> InvalidValueError:
+    return InvalidValueError(f"The ledger cannot store one of the values ({type(error).__name__}); it was refused.")
 
 
 class Leads:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from decimal import Decimal
+from decimal import Context, Decimal
+from functools import reduce
 from typing import Any
 
-from sqlalchemy import Connection, func, or_, select, update
+from sqlalchemy import Connection, func, select, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import check_value, number_text
@@ -16,6 +17,11 @@ from langchain_stripe_meter.core.states import EventState, Move, ReadingState, n
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.schema import events, notes, readings
 from langchain_stripe_meter.ledger.store import Ledger
+
+_EXACT = Context(prec=250)
+"""Python rounds sums of decimals to 28 digits unless told."""
+_IDS_AT_ONCE = 10_000
+"""Databases take only so many bound values in one statement."""
 
 
 class _Table:
@@ -180,7 +186,7 @@ def held(ledger: Ledger) -> HeldList:
 
 def _held(rows: list[Any]) -> Held:
     first = rows[0]
-    value = None if first.value is None else sum((Decimal(row.value) for row in rows), Decimal(0))
+    value = None if first.value is None else reduce(_EXACT.add, (Decimal(row.value) for row in rows), Decimal(0))
     ids = tuple(row.id for row in rows)
     return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "")
 
@@ -195,16 +201,21 @@ def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: obje
     changes: dict[str, Any] = {}
     if customer is not None:
         changes |= {"customer": Reference("id", customer).value, "reference": None}
+    amount = None if value is None else number_text(check_value(value))
     with ledger.deliver_lane().transaction() as connection:
-        mine = (readings.c.id.in_(list(ids)), readings.c.state == ReadingState.HELD.value)
-        if changes:
-            connection.execute(update(readings).where(*mine).values(**changes))
-        if value is not None:
-            unknown = update(readings).where(*mine, readings.c.value.is_(None))
-            connection.execute(unknown.values(value=number_text(check_value(value))))
-        ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
-        resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
-        return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
+        parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+        return sum(_assign(connection, part, changes, amount) for part in parts)
+
+
+def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:
+    mine = (readings.c.id.in_(ids), readings.c.state == ReadingState.HELD.value)
+    if changes:
+        connection.execute(update(readings).where(*mine).values(**changes))
+    if amount is not None:
+        connection.execute(update(readings).where(*mine, readings.c.value.is_(None)).values(value=amount))
+    ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
+    resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
+    return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
 
 
 def retry(ledger: Ledger) -> int:
@@ -213,29 +224,37 @@ def retry(ledger: Ledger) -> int:
     A rejected event is known not to be billed, so it may go out again under its own identifier.
     """
     with ledger.deliver_lane().transaction() as connection:
-        again = (
-            update(readings)
-            .where(readings.c.state == ReadingState.HELD.value, readings.c.value.is_not(None))
-            .where(or_(readings.c.reference.is_not(None), readings.c.customer.is_not(None)))
-            .values(due=ledger.now())
-        )
-        moved = connection.execute(again).rowcount
+        moved = 0
+        for known, move in ((readings.c.reference, Move.TRY_AGAIN), (readings.c.customer, Move.ASSIGN)):
+            again = update(readings).where(readings.c.state == ReadingState.HELD.value, known.is_not(None))
+            state = next_reading_state(ReadingState.HELD, move).value
+            moved += connection.execute(
+                again.where(readings.c.value.is_not(None)).values(state=state, due=None)
+            ).rowcount
         resend = update(events).where(events.c.state == EventState.REJECTED.value)
-        state = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
-        return moved + connection.execute(resend.values(state=state, due=ledger.now(), settled_at=None)).rowcount
+        pending_again = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
+        return (
+            moved + connection.execute(resend.values(state=pending_again, due=ledger.now(), settled_at=None)).rowcount
+        )
+
+
+def _rows_query() -> Any:
+    joined = readings.outerjoin(events, events.c.identifier == readings.c.key)
+    return select(readings, events.c.state.label("event_state"), events.c.error).select_from(joined)
 
 
 def tail(ledger: Ledger, most: int = 20) -> list[Row]:
     """The newest readings, oldest first."""
-    query = (
-        select(readings, events.c.state.label("event_state"), events.c.error)
-        .select_from(readings.outerjoin(events, events.c.identifier == readings.c.key))
-        .order_by(readings.c.id.desc())
-        .limit(most)
-    )
     with ledger.read() as connection:
-        rows = connection.execute(query).all()
+        rows = connection.execute(_rows_query().order_by(readings.c.id.desc()).limit(most)).all()
     return [_row(row) for row in reversed(rows)]
+
+
+def every(ledger: Ledger) -> Iterator[Row]:
+    """All readings, oldest first, without holding them all in memory."""
+    with ledger.read() as connection:
+        for row in connection.execution_options(yield_per=1000).execute(_rows_query().order_by(readings.c.id)):
+            yield _row(row)
 
 
 def _row(row: Any) -> Row:
@@ -263,5 +282,5 @@ def totals(ledger: Ledger, since: int = 0) -> dict[tuple[str, str], dict[str, De
         for name, customer, value, state, event_state in connection.execute(query):
             by_state = amounts.setdefault((name, customer or "?"), {})
             shown = event_state or state
-            by_state[shown] = by_state.get(shown, Decimal(0)) + Decimal(value)
+            by_state[shown] = _EXACT.add(by_state.get(shown, Decimal(0)), Decimal(value))
     return amounts

