@@ -8,6 +8,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,11 +17,11 @@ from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
 from langchain_stripe_meter.core.meters import Call, Cost, Meter
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Leads, Ledger
-from langchain_stripe_meter.recording import OnMissingUsage, Recorder
+from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -217,19 +218,25 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
         What was not delivered stays in the ledger, and is sent after the next start.
         """
         deadline = time.monotonic() + timeout
-        report = self.flush(timeout)
-        if self._courier is not None:
-            self._courier.close(deadline - time.monotonic())
-            report = self._report()
-            self._courier.gateway.close()
-        self._ledger.close()
-        return report
+        with ExitStack() as stack:
+            stack.callback(self._ledger.close)
+            if self._courier is not None:
+                stack.callback(self._courier.gateway.close)
+            try:
+                self.flush(timeout)
+            finally:
+                if self._courier is not None:
+                    self._courier.close(deadline - time.monotonic())
+            return self._report()
 
     def __enter__(self) -> StripeMeterCallbackHandler:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
+        try:
+            self.close()
+        except MeteringError as error:  # what the block did matters more, and what it recorded is still in the ledger
+            logger.error("stripe-meter: closing failed: %s", error)
 
 
 def _check_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
