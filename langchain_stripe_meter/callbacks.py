@@ -15,7 +15,7 @@ from langchain_core.outputs import LLMResult
 
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
-from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run
+from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run, text_of
 from langchain_stripe_meter.recording import Ending, Recorder, call_of
 
 _Decide = Callable[..., Sequence[Ending]]
@@ -156,8 +156,8 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """A streamed piece arrived; kept only in case the end is never told (a cancelled ``ainvoke``)."""
-        if token and isinstance(token, str):
-            self._runs.receive(run_id, token)
+        if token:
+            self._runs.receive(run_id, token if isinstance(token, str) else text_of(token))
 
     # -- ends: recorded before the run goes on
 
@@ -171,8 +171,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         A stream that its reader left (GeneratorExit) has answered; any other failure has not.
         """
         observed = observe(kwargs.get("response"), partial=True)
-        left = isinstance(error, GeneratorExit | asyncio.CancelledError)
-        return self._end(run_id, observed, answers=left)
+        return self._end(run_id, observed, answers=isinstance(error, GeneratorExit))
 
     def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step ended: if it was the user's message, that is recorded before the run returns."""
@@ -180,13 +179,13 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step failed. A message that failed was not answered; one that waits for a person is not answered yet."""
-        cancelled = isinstance(error, GeneratorExit | asyncio.CancelledError)
+        left = isinstance(error, GeneratorExit)
         with self._lock:
             if type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt"):
                 self._runs.interrupt(run_id)
-            elif not cancelled:
+            elif not left:
                 self._runs.fail(run_id)
-        return self._end(run_id, None, answers=False, cancelled=cancelled)
+        return self._end(run_id, None, answers=left, cut=left or isinstance(error, asyncio.CancelledError))
 
     on_llm_end = _DualEvent(_call_ended)
     on_llm_error = _DualEvent(_call_failed)
@@ -197,9 +196,7 @@ class MeteringCallbacks(BaseCallbackHandler):
     on_retriever_end = on_chain_end
     on_retriever_error = on_chain_error
 
-    def _end(
-        self, run_id: UUID, observed: Observed | None, *, answers: bool, cancelled: bool = False
-    ) -> Sequence[Ending]:
+    def _end(self, run_id: UUID, observed: Observed | None, *, answers: bool, cut: bool = False) -> Sequence[Ending]:
         now = self._recorder.ledger.now()
         with self._lock:
             run = self._runs.end(run_id, now)
@@ -208,11 +205,14 @@ class MeteringCallbacks(BaseCallbackHandler):
             observed = _as_told(run, observed)
             if answers and observed is not None and not (observed.partial and observed.is_empty):
                 self._runs.answered(run, call_of(run, observed))
-            if cancelled and run.top is run:
+            if cut and run.top is run:
                 self._runs.cut(run, now)
+            lost = [_lost_ending(one) for one in self._runs.take_lost()]
+            for one in lost:
+                if answers and one.run.top is run and one.observed is not None:
+                    self._runs.answered(one.run, call_of(one.run, one.observed))
             message = self._runs.take_message(run)
-            lost = self._runs.take_lost()
-        endings = [_lost_ending(one) for one in lost] if lost else []
+        endings = lost
         if message is not None or (observed is not None and not observed.is_empty):
             endings.append(Ending(run, observed, message))
         return endings

@@ -123,3 +123,8 @@ def requested_model(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> s
     """The model that was asked for, for results that do not name theirs."""
     name = metadata.get("ls_model_name") or params.get("model") or params.get("model_name")
     return str(name) if name else None
+
+
+def text_of(blocks: Any) -> str:
+    """The text of a streamed piece that came as content blocks (OpenAI's Responses)."""
+    return "".join(str(block.get("text") or "") for block in blocks if isinstance(block, Mapping))

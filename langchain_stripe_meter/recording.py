@@ -78,11 +78,15 @@ class Recorder:
         try:
             endings = decide()
             if endings and self._is_slow(endings):
-                entries = await asyncio.to_thread(self._entries, endings)
-            else:
-                entries = self._entries(endings)
+                loop = asyncio.get_running_loop()  # shielded: a cancelled task must not take what it owes with it
+                await asyncio.shield(loop.run_in_executor(None, self.settle, lambda: endings))
+                return
+            entries = self._entries(endings)
             if entries:
                 await self.ledger.arecord(entries)
+        except asyncio.CancelledError:  # the ledger stores it all the same
+            self.recorded(entries)
+            raise
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
             self._failed(error, entries)
         else:

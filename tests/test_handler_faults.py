@@ -1,0 +1,300 @@
+"""What may go wrong around the handler: chains never break, nothing is lost in silence, nobody is mixed up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from metering import ONE_ANSWER, Shop, paid_by
+from providers import OpenAIServer, Reply
+
+from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
+from langchain_stripe_meter.ledger import database
+from langchain_stripe_meter.ledger.views import FlushReport, tail
+
+CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
+"""What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    with Shop(tmp_path) as shop:
+        yield shop
+
+
+@pytest.fixture
+def server() -> Iterator[OpenAIServer]:
+    with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+def recorder(path: Path, *meters: Any, **options: Any) -> StripeMeterCallbackHandler:
+    """A handler that only records."""
+    defaults: dict[str, Any] = {"customer": from_metadata("stripe_customer_id"), "deliver": False}
+    return StripeMeterCallbackHandler(
+        *(meters or (Tokens("tokens"),)), ledger=f"sqlite:///{path}", **{**defaults, **options}
+    )
+
+
+# Faults of the ledger
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up at once on a database that another process holds."""
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+
+
+@contextmanager
+def in_a_missing_folder(path: Path) -> Iterator[Path]:
+    yield path.parent / "missing" / "ledger.db"
+
+
+@contextmanager
+def corrupt(path: Path) -> Iterator[Path]:
+    path.write_bytes(b"this is no database at all" * 100)
+    yield path
+    assert path.read_bytes() == b"this is no database at all" * 100
+
+
+@contextmanager
+def of_somebody_else(path: Path) -> Iterator[Path]:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE theirs (id INTEGER)")
+    yield path
+
+
+@contextmanager
+def locked_by_another_process(path: Path) -> Iterator[Path]:
+    recorder(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield path
+        other.execute("ROLLBACK")
+
+
+@contextmanager
+def without_its_table(path: Path) -> Iterator[Path]:
+    with recorder(path) as handler:
+        handler.record_usage({"input_tokens": 1}, id="first", customer="cus_1")
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DROP TABLE readings")
+    yield path
+
+
+FAULTS = [in_a_missing_folder, corrupt, of_somebody_else, locked_by_another_process, without_its_table]
+
+
+@pytest.mark.usefixtures("impatient")
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_ledger_that_cannot_store_never_breaks_a_chain_and_is_never_silent(
+    fault: Callable[[Path], Any],
+    asynchronous: bool,
+    path: Path,
+    server: OpenAIServer,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    server.reply(Reply("canary answer"))
+    config: Any = {"metadata": {"stripe_customer_id": "cus_canary", "lead": {"email": "canary@example.com"}}}
+    told: list[MeteringError] = []
+    with fault(path) as where:
+        handler = recorder(where, on_error=told.append)
+        config["callbacks"] = [handler]
+        with caplog.at_level(logging.DEBUG):
+            if asynchronous:
+                answer = asyncio.run(server.chat().ainvoke("canary prompt", config))
+            else:
+                answer = server.chat().invoke("canary prompt", config)
+        assert answer.text == "canary answer"
+        assert handler._recorder.unrecorded == 1
+        handler._ledger.close()
+    (error,) = told
+    assert isinstance(error, LedgerError)
+    (line,) = [record for record in caplog.records if record.name.startswith("langchain_stripe_meter")]
+    assert line.levelno == logging.ERROR
+    assert "\n" not in line.getMessage()
+    ours = [record for record in caplog.records if not record.name.startswith(("openai", "httpcore", "httpx"))]
+    assert not [record for record in ours if any(word in caplog.handler.format(record) for word in CANARIES)]
+
+
+@pytest.mark.parametrize("fault", [corrupt, without_its_table])
+def test_a_block_around_a_chain_ends_as_the_chain_did_though_its_ledger_is_broken(
+    fault: Callable[[Path], Any], path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = threading.active_count()
+    with fault(path) as where:
+        with recorder(where, deliver=True, stripe="sk_test_1") as handler:
+            answer = server.chat().invoke("Hi", paid_by("cus_1", handler))
+        assert answer.text == "Hello!"
+        with pytest.raises(ValueError, match="of the block"):
+            fail_inside(recorder(where))
+    assert "closing failed" in caplog.text
+    assert threading.active_count() <= before
+
+
+def fail_inside(handler: StripeMeterCallbackHandler) -> None:
+    with handler:
+        raise ValueError("of the block")
+
+
+def test_a_ledger_that_recovers_records_again(
+    path: Path, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    with locked_by_another_process(path) as where:
+        handler = recorder(where)
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+    server.chat().invoke("Hi", paid_by("cus_1", handler))
+    status = handler.status()
+    assert (status.unrecorded, status.pending) == (1, 1)
+    handler.close()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_an_on_error_that_raises_never_breaks_a_chain(
+    asynchronous: bool, path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_error(error: MeteringError) -> None:
+        raise ValueError("canary prompt")
+
+    path.write_bytes(b"no database" * 100)
+    config: Any = paid_by("cus_1", recorder(path, on_error=on_error))
+    answer = asyncio.run(server.chat().ainvoke("Hi", config)) if asynchronous else server.chat().invoke("Hi", config)
+    assert answer.text == "Hello!"
+    assert "on_error itself failed: ValueError" in caplog.text
+    assert "canary" not in caplog.text
+
+
+def test_metadata_that_is_no_customer_is_skipped_with_a_reason_that_does_not_repeat_it(
+    path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with recorder(path) as handler:
+        for value in ("canary@example.com", 7, ["cus_1"], "cus_1; DROP TABLE", "CUS_1", ""):
+            server.chat().invoke("Hi", {"callbacks": [handler], "metadata": {"stripe_customer_id": value}})
+        assert {row.state for row in tail(handler._ledger)} == {"skipped"}
+        assert "canary" not in str(tail(handler._ledger)) + caplog.text
+        assert handler.flush() == FlushReport(delivered=0, pending=0, held=0, skipped=6, rejected=0, doubtful=0)
+
+
+# What a provider does not report
+
+
+@pytest.mark.parametrize(
+    ("policy", "states"), [("estimate", {"tokens": "resolved"}), ("hold", {"tokens": "held"}), ("ignore", {})]
+)
+def test_missing_usage_is_estimated_held_or_ignored_and_the_message_counts(
+    policy: Any, states: dict[str, str], path: Path, server: OpenAIServer
+) -> None:
+    server.reply(Reply("one two three", usage=None))
+    with recorder(path, Tokens("tokens"), Messages("messages"), on_missing_usage=policy) as handler:
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        rows = {row.event_name: row for row in tail(handler._ledger)}
+    assert {name: row.state for name, row in rows.items()} == {**states, "messages": "resolved"}
+    if policy == "estimate":
+        assert rows["tokens"].value == 11
+        assert rows["tokens"].estimated
+    if policy == "hold":
+        assert (rows["tokens"].value, rows["tokens"].reason) == (None, "the provider reported no usage")
+
+
+def test_a_held_call_is_billed_once_a_person_says_how_much(shop: Shop, server: OpenAIServer) -> None:
+    handler = shop.another_handler(on_missing_usage="hold")
+    server.reply(Reply(usage=None))
+    server.chat().invoke("Hi", shop.config(callbacks=[handler]))
+    for held in handler.held():
+        handler.assign(held, value=7)
+    assert shop.billed() == {"in": 7, "out": 7, "messages": 1}
+
+
+# Refused when it is made
+
+
+class NoMeter:
+    """Anything else."""
+
+
+@pytest.mark.parametrize(
+    ("meters", "options", "named"),
+    [
+        ((), {}, "at least one meter"),
+        ((NoMeter(),), {}, "NoMeter"),
+        ((Tokens("tokens"), Messages("tokens")), {}, "'tokens'"),
+        ((Tokens("tokens"),), {"stripe": None}, "STRIPE_API_KEY"),
+        ((Tokens("tokens"),), {"stripe": "pk_test_1"}, "publishable|secret"),
+        ((Tokens("tokens"),), {"ledger": "nonsense"}, "nonsense"),
+        ((Tokens("tokens"),), {"ledger": "mysql://me:hunter2@host/db"}, "mysql"),
+        ((Tokens("tokens"),), {"ledger": "sqlite://"}, "file"),
+        ((Tokens("tokens"),), {"ledger": "sqlite:///:memory:"}, "file"),
+        ((Tokens("tokens"),), {"customer": "somebody"}, "customer id"),
+        ((Tokens("tokens"),), {"customer": 7}, "customer="),
+        ((Tokens("tokens"),), {"on_missing_usage": "guess"}, "'guess'"),
+        ((Tokens("tokens"),), {"concurrency": 0}, "concurrency=0"),
+        ((Tokens("tokens"),), {"synchronous": "OFF"}, "'OFF'"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once_and_named(
+    meters: tuple[Any, ...], options: dict[str, Any], named: str, path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=named) as caught:
+        StripeMeterCallbackHandler(*meters, **{"stripe": "sk_test_1", "ledger": f"sqlite:///{path}", **options})
+    assert "hunter2" not in str(caught.value)
+    assert not path.exists()
+
+
+def test_a_handler_that_only_records_needs_no_key_and_cannot_verify(path: Path) -> None:
+    with recorder(path) as handler, pytest.raises(ConfigurationError, match="deliver=False"):
+        handler.verify()
+
+
+def test_no_repr_shows_a_key_a_password_or_a_customer(path: Path) -> None:
+    handler = recorder(path, stripe="sk_test_canary", customer="cus_canary", deliver=True)
+    assert "canary" not in repr(handler) + repr(handler._courier) + repr(handler._ledger)
+    assert "tokens" in repr(handler)
+    handler.close()
+
+
+# Flush and close
+
+
+def test_flush_gives_up_when_the_time_is_up_and_says_what_is_pending(shop: Shop, server: OpenAIServer) -> None:
+    with shop.sandbox.outage():
+        server.chat().invoke("Hi", shop.config())
+        assert shop.handler.flush(timeout=0) == FlushReport(0, 3, 0, 0, 0, 0)
+        assert asyncio.run(shop.handler.aflush(timeout=0)).pending == 3  # while the courier moves them about
+
+
+def test_close_leaves_no_thread_and_what_was_not_sent_is_sent_by_the_next_handler(
+    tmp_path: Path, server: OpenAIServer
+) -> None:
+    before = set(threading.enumerate())
+    with Shop(tmp_path) as shop:
+        with shop.sandbox.outage():
+            server.chat().invoke("Hi", shop.config())
+            assert shop.handler.close(timeout=0).pending == 3
+            assert shop.handler.close(timeout=0).pending == 3
+        shop.another_handler().retry()
+        shop.sandbox.clear_faults()
+        assert shop.another_handler().flush(30).pending == 0
+        assert {name: shop.sandbox.billed(name, "cus_1") for name in ONE_ANSWER} == ONE_ANSWER
+    left = {thread.name for thread in set(threading.enumerate()) - before}
+    assert not {name for name in left if "courier" in name}
+
+
+def test_the_context_manager_delivers_on_its_way_out(shop: Shop, server: OpenAIServer) -> None:
+    with shop.another_handler() as handler:
+        server.chat().invoke("Hi", shop.config(callbacks=[handler]))
+    assert {name: shop.sandbox.billed(name, "cus_1") for name in ONE_ANSWER} == ONE_ANSWER
