@@ -1,0 +1,122 @@
+"""Usage as LangChain's integrations report it, in the shapes recorded from providers that have no stand-in here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.ledger.views import Row, tail
+
+SHAPES: dict[str, tuple[dict[str, Any] | None, dict[str, int]]] = {
+    # thoughts are in the output, a tool-use prompt in the input
+    "Google Gemini": (
+        {
+            "input_tokens": 120,
+            "output_tokens": 330,
+            "total_tokens": 450,
+            "input_token_details": {"cache_read": 100},
+            "output_token_details": {"reasoning": 300},
+        },
+        {"fresh": 20, "cached": 100, "output": 330, "reasoning": 300},
+    ),
+    "Bedrock Converse": (
+        {
+            "input_tokens": 1210,
+            "output_tokens": 50,
+            "total_tokens": 1260,
+            "input_token_details": {"cache_creation": 200, "cache_read": 1000},
+        },
+        {"fresh": 10, "cached": 1000, "written": 200, "output": 50},
+    ),
+    "Mistral": ({"input_tokens": 16, "output_tokens": 34, "total_tokens": 50}, {"fresh": 16, "output": 34}),
+    "Groq": (
+        {
+            "input_tokens": 80,
+            "output_tokens": 60,
+            "total_tokens": 140,
+            "input_token_details": {"cache_read": 64},
+            "output_token_details": {"reasoning": 41},
+        },
+        {"fresh": 16, "cached": 64, "output": 60, "reasoning": 41},
+    ),
+    "Ollama": ({"input_tokens": 26, "output_tokens": 298, "total_tokens": 324}, {"fresh": 26, "output": 298}),
+    "an OpenAI-compatible gateway": (
+        {
+            "input_tokens": 100,
+            "output_tokens": 20,
+            "total_tokens": 120,
+            "input_token_details": {},
+            "output_token_details": {},
+        },
+        {"fresh": 100, "output": 20},
+    ),
+    "OpenAI with audio": (
+        {
+            "input_tokens": 100,
+            "output_tokens": 40,
+            "total_tokens": 140,
+            "input_token_details": {"audio": 30, "cache_read": 20},
+            "output_token_details": {"audio": 25, "reasoning": 0},
+        },
+        {"fresh": 50, "cached": 20, "heard": 30, "output": 40, "spoken": 25},
+    ),
+}
+METERS = (
+    Tokens("total"),
+    Tokens("output", count="output"),
+    Tokens("fresh", weights={"input": 1, "cache_read": 0, "cache_write": 0, "audio_input": 0}),
+    Tokens("cached", weights={"cache_read": 1}),
+    Tokens("written", weights={"cache_write": 1}),
+    Tokens("heard", weights={"audio_input": 1}),
+    Tokens("reasoning", weights={"reasoning": 1}),
+    Tokens("spoken", weights={"audio_output": 1}),
+)
+
+
+def run(folder: Path, usage: dict[str, Any] | None, **options: Any) -> dict[str, Row]:
+    message = AIMessage("one two three", usage_metadata=usage)
+    with StripeMeterCallbackHandler(
+        *METERS, customer="cus_1", deliver=False, ledger=f"sqlite:///{folder}/l.db", **options
+    ) as handler:
+        GenericFakeChatModel(messages=iter([message])).invoke("Hi", {"callbacks": [handler]})
+        return {row.event_name: row for row in tail(handler._ledger, 100)}
+
+
+@pytest.mark.parametrize("provider", SHAPES)
+def test_the_parts_of_each_providers_report_are_billed_once_and_add_up(provider: str, tmp_path: Path) -> None:
+    usage, parts = SHAPES[provider]
+    rows = run(tmp_path, usage)
+    billed = {name: int(row.value or 0) for name, row in rows.items()}
+    assert usage is not None
+    assert billed.pop("total") == usage["total_tokens"]
+    assert billed == parts
+    inputs = sum(parts.get(name, 0) for name in ("fresh", "cached", "written", "heard"))
+    assert (inputs, parts["output"]) == (usage["input_tokens"], usage["output_tokens"])
+    assert not any(row.estimated for row in rows.values())
+
+
+def test_ollama_reports_nothing_where_a_count_is_missing_and_is_estimated(tmp_path: Path) -> None:
+    rows = run(tmp_path, None)
+    assert rows["output"].estimated
+    assert rows["output"].value == 3
+
+
+@pytest.mark.parametrize(
+    ("usage", "says"),
+    [
+        ({"input_tokens": 10, "output_tokens": 5, "total_tokens": 15, "input_token_details": {"cache_read": 20}}, "20"),
+        ({"input_tokens": 10, "output_tokens": 5, "total_tokens": 15, "output_token_details": {"reasoning": 6}}, "6"),
+    ],
+)
+def test_a_report_that_contradicts_itself_is_held_by_name_never_billed(
+    usage: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    rows = run(tmp_path, usage)
+    assert {row.state for row in rows.values()} == {"held"}
+    assert {row.value for row in rows.values()} == {None}
+    assert all(says in str(row.reason) for row in rows.values())
