@@ -77,7 +77,7 @@ def test_a_stream_that_the_provider_cuts_is_billed_as_an_estimate_and_is_no_answ
     handler: StripeMeterCallbackHandler, server: Any
 ) -> None:
     server.reply(Reply("one two three four", break_after=2))
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(Exception, match=r"."):
         list(server.chat().stream("Count!", config(handler)))
     rows = billed(handler)
     assert rows["output"].estimated
@@ -88,7 +88,7 @@ def test_a_call_that_failed_before_it_produced_anything_bills_nothing(
     handler: StripeMeterCallbackHandler, server: Any
 ) -> None:
     server.reply(Reply(status=500))
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(Exception, match=r"."):
         server.chat().invoke("Hello", config(handler))
     assert billed(handler) == {}
 

@@ -103,7 +103,9 @@ def test_progress_is_told_and_older_usage_is_left_out(
     gateway.close()
 
 
-def test_a_key_that_may_not_read_meters_cannot_verify(sandbox: StripeSandbox, handler: StripeMeterCallbackHandler, tmp_path: Path) -> None:
+def test_a_key_that_may_not_read_meters_cannot_verify(
+    sandbox: StripeSandbox, handler: StripeMeterCallbackHandler, tmp_path: Path
+) -> None:
     use(handler)
     sandbox.allow("rk_test_writer", {"meter_events:write"})
     ledger, gateway = Ledger(f"sqlite:///{tmp_path}/l.db"), Gateway("rk_test_writer", api_base=sandbox.url)

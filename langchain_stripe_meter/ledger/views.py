@@ -126,11 +126,14 @@ def counts(connection: Connection) -> Mapping[str, int]:
 
 
 def pending(connection: Connection) -> int:
-    """How many readings and events are on their way: neither final nor waiting for a person."""
-    waiting = select(func.count()).where(readings.c.state.in_(["recorded", "resolved"]))
-    unsent = select(func.count()).where(events.c.state == "pending")
-    sending = select(func.count()).where(events.c.state == "sending")
-    return sum(int(connection.execute(query).scalar_one()) for query in (waiting, unsent, sending))
+    """How many readings and events are on their way: neither final nor waiting for a person.
+
+    One statement, so that what moves meanwhile is neither missed nor counted twice.
+    """
+    waiting = select(func.count()).where(readings.c.state.in_(["recorded", "resolved"])).scalar_subquery()
+    unsent = select(func.count()).where(events.c.state == "pending").scalar_subquery()
+    sending = select(func.count()).where(events.c.state == "sending").scalar_subquery()
+    return int(connection.execute(select(waiting + unsent + sending)).scalar_one())
 
 
 def attention(connection: Connection) -> tuple[int, int]:
