@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from langchain_stripe_meter.errors import LedgerError
@@ -45,7 +45,9 @@ class GroupCommit(Generic[T]):
         """What waits belongs to the parent's threads, and the helper is gone."""
         self._jobs: deque[_Job[T]] = deque()
         self._leader = threading.Lock()
-        self._executor: Executor | None = None
+        self._helper: threading.Thread | None = None
+        self._bell: SimpleQueue[bool] = SimpleQueue()
+        self._rung = False
 
     def submit(self, items: Sequence[T]) -> None:
         """Return when ``items`` are durable; raises what ``write`` raised for them."""
@@ -73,12 +75,33 @@ class GroupCommit(Generic[T]):
         await job.waiter
 
     def _wake_helper(self) -> None:
+        """Ring once; whoever comes before the helper has looked relies on the same ring."""
+        if self._rung:
+            return
+        self._rung = True
         try:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="stripe-meter-ledger")
-            self._executor.submit(self._drain)
+            if self._helper is None or not self._helper.is_alive():
+                self._helper = threading.Thread(
+                    target=self._serve, args=(self._bell,), name="stripe-meter-ledger", daemon=True
+                )
+                self._helper.start()
         except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
+            self._rung = False
             self._drain()
+            return
+        self._bell.put(True)
+
+    def _serve(self, bell: SimpleQueue[bool]) -> None:
+        while bell.get():
+            self._rung = False  # before looking, so that a job that comes meanwhile rings again
+            self._drain()
+
+    def close(self) -> None:
+        """Let the helper thread end; it starts anew when it is needed again."""
+        if self._helper is not None:
+            self._helper = None
+            self._bell.put(False)
+            self._bell = SimpleQueue()
 
     def _drain(self) -> None:
         while self._jobs:

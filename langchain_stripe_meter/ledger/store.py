@@ -133,6 +133,7 @@ class Ledger:
 
     def close(self) -> None:
         """Close the connections; a later use opens them again."""
+        self._group.close()
         self.database.close()
 
 
