@@ -136,6 +136,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
         """
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
+        self._ledger.wait_for_writes()
         while self._courier is not None and self._pending():
             self._courier.wake()
             left = deadline - time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import signal
@@ -23,6 +24,29 @@ from langchain_stripe_meter.sandbox import StripeSandbox
 EXAMPLE = Path(__file__).parent.parent / "notebooks" / "agent_server"
 LANGGRAPH = Path(sys.executable).with_name("langgraph")
 PATIENCE = 30.0
+SLOW = """
+import asyncio
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+from langgraph.graph import START, MessagesState, StateGraph
+from metering import meter
+
+class Slow(GenericFakeChatModel):
+    async def _astream(self, messages, stop=None, run_manager=None, **kwargs):
+        async for chunk in super()._astream(messages, stop, run_manager, **kwargs):
+            yield chunk
+        await asyncio.sleep(3600)
+
+async def answer(state):
+    model = Slow(messages=iter([AIMessage("one two three")]))
+    return {"messages": [await model.ainvoke(state["messages"])]}
+
+builder = StateGraph(MessagesState)
+builder.add_node("answer", answer)
+builder.add_edge(START, "answer")
+graph = builder.compile().with_config(callbacks=[meter])
+"""
+"""A model that says three words and then goes on for ever."""
 
 pytest.importorskip("langgraph_api", reason="langgraph-cli[inmem] is not installed")
 langgraph_sdk = pytest.importorskip("langgraph_sdk")
@@ -58,7 +82,11 @@ def server(sandbox: StripeSandbox, tmp_path_factory: pytest.TempPathFactory) -> 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("server")
-    example = shutil.copytree(EXAMPLE, folder / "example")  # the server writes next to its graphs
+    example = Path(shutil.copytree(EXAMPLE, folder / "example"))  # the server writes next to its graphs
+    (example / "slow.py").write_text(SLOW)
+    setup = json.loads((example / "langgraph.json").read_text())
+    setup["graphs"]["slow"] = "./slow.py:graph"
+    (example / "langgraph.json").write_text(json.dumps(setup))
     settings = {
         **sandbox.environment(),
         "STRIPE_METER_LEDGER": f"sqlite:///{folder}/ledger.db",
@@ -132,3 +160,21 @@ def test_a_client_without_a_known_token_is_turned_away(server: str, sandbox: Str
     with pytest.raises(Exception, match="401"):
         asyncio.run(chat())
     assert len(sandbox.events) == before
+
+
+def test_a_run_that_its_client_cancels_is_billed_as_an_estimate_of_what_had_come(
+    server: str, sandbox: StripeSandbox
+) -> None:
+    before = sandbox.billed("ai_tokens_used", "cus_ann")
+
+    async def leave() -> None:
+        async with client(server, "ann") as ann:
+            pieces = ann.runs.stream(None, "slow", input=HELLO, stream_mode="messages-tuple", on_disconnect="cancel")
+            async for piece in pieces:
+                if "three" in json.dumps(piece.data):
+                    break
+            await pieces.aclose()
+
+    asyncio.run(leave())
+    wait_until(lambda: sandbox.billed("ai_tokens_used", "cus_ann") > before, "the cancelled run to be billed")
+    assert 3 <= sandbox.billed("ai_tokens_used", "cus_ann") - before <= 20

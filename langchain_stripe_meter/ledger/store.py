@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -95,7 +95,13 @@ class Ledger:
         """As ``record``, without blocking the event loop."""
         await self._group.asubmit(entries)
 
+    def wait_for_writes(self) -> None:
+        """Return when everything that was handed over before is durable, also for tasks that no longer wait."""
+        self._group.submit(())
+
     def _write(self, entries: Sequence[Entry]) -> None:
+        if not entries:
+            return
         rows = [entry.row() for entry in entries]
         is_sqlite = self.database.is_sqlite
         try:
@@ -111,8 +117,9 @@ class Ledger:
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A connection for reading."""
-        with clear_errors(), self.database.engine.connect() as connection:
+        """A connection for reading; on SQLite one at a time, so that a fork can wait for it."""
+        turn = self.database.reading if self.database.is_sqlite else nullcontext()
+        with clear_errors(), turn, self.database.engine.connect() as connection:
             yield connection
 
     def note(self, name: str) -> str | None:
