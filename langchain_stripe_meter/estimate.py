@@ -31,9 +31,10 @@ PER_MESSAGE = 3
 PER_REPLY = 3
 PER_TOOLS = 12
 PER_TOOL = 7
+PER_OLDER_TOOL = 10
 PER_LINE = 3
 """Tokens that a chat prompt costs beyond its text: per message and reply, for having tools at all, and for each tool
-and each line of its schema (fitted by OpenAI's cookbook for the gpt-4o family; earlier models take 3 more a tool)."""
+(more for models before gpt-4o) and each line of its schema, as OpenAI's cookbook has them."""
 
 
 class Encodings:
@@ -128,7 +129,8 @@ def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
 def _count_tools(tools: Any, encoding: Encoding | None) -> int:
     if not tools:
         return 0
-    return PER_TOOLS + sum(PER_TOOL + _count_tool(tool, encoding) for tool in tools)
+    each = PER_OLDER_TOOL if encoding is not None and encoding.name == "cl100k_base" else PER_TOOL
+    return PER_TOOLS + sum(each + _count_tool(tool, encoding) for tool in tools)
 
 
 def _count_tool(tool: Any, encoding: Encoding | None) -> int:

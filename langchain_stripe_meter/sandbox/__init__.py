@@ -21,9 +21,9 @@ from langchain_stripe_meter.sandbox.faults import (
     server_error,
     server_error_after_accept,
 )
-from langchain_stripe_meter.sandbox.handle import AccountHandle
-from langchain_stripe_meter.sandbox.records import AcceptedEvent, Meter, RecordedRequest, Rejection
-from langchain_stripe_meter.sandbox.stripe_sandbox import StripeSandbox
+from langchain_stripe_meter.sandbox.rules import AcceptedEvent, Meter, Rejection
+from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle, StripeSandbox
+from langchain_stripe_meter.sandbox.wire import RecordedRequest
 
 __all__ = [
     "AcceptedEvent",

@@ -6,13 +6,12 @@ Whether the request's work was done is the question that matters for billing, so
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.sandbox.records import RecordedRequest
-from langchain_stripe_meter.sandbox.replies import Reply, error_body
+from langchain_stripe_meter.sandbox.wire import RecordedRequest, Reply, StripeRefusalError
 
 if TYPE_CHECKING:
     import threading
@@ -26,7 +25,6 @@ class Fault:
     ``reply`` what is answered in place of the truth (``reply.stored``: kept for the idempotency key).
     """
 
-    name: str
     wait: float = 0.0
     until: threading.Event | None = None
     works: bool = True
@@ -34,7 +32,7 @@ class Fault:
     sends: Literal["all", "half", "nothing"] = "all"
 
 
-NO_FAULT = Fault("none")
+NO_FAULT = Fault()
 Condition = Callable[[RecordedRequest], bool]
 
 
@@ -44,7 +42,7 @@ def refuse(
     """Answer with a 4xx or 5xx; the work is not done and nothing is stored."""
     if not 400 <= status <= 599:
         raise ConfigurationError(f"refuse() takes a status from 400 to 599, not {status!r}.")
-    return Fault(f"refuse {status}", works=False, reply=_error(status, code, message, headers))
+    return Fault(works=False, reply=_error(status, code, message, headers))
 
 
 def rate_limited(retry_after: float | None = None, reason: str | None = "global-rate") -> Fault:
@@ -57,37 +55,37 @@ def rate_limited(retry_after: float | None = None, reason: str | None = "global-
 
 def server_error() -> Fault:
     """Answer 500 without doing the work; it is stored, and replayed for the same idempotency key for 24 h."""
-    return Fault("server error", works=False, reply=_error(500, stored=True))
+    return Fault(works=False, reply=_error(500, stored=True))
 
 
 def server_error_after_accept() -> Fault:
     """Do the work, then answer 500; it is stored under the idempotency key like any other answer."""
-    return Fault("server error after accept", reply=_error(500, stored=True))
+    return Fault(reply=_error(500, stored=True))
 
 
 def drop_answer() -> Fault:
     """Do the work, then close the connection without an answer."""
-    return Fault("answer dropped", sends="nothing")
+    return Fault(sends="nothing")
 
 
 def drop_request() -> Fault:
     """Close the connection without doing the work."""
-    return Fault("request dropped", works=False, sends="nothing")
+    return Fault(works=False, sends="nothing")
 
 
 def delay(seconds: float) -> Fault:
     """Wait (real seconds), then go on as usual."""
-    return Fault("delay", wait=seconds)
+    return Fault(wait=seconds)
 
 
 def broken_body() -> Fault:
     """Do the work, then answer with half of the JSON."""
-    return Fault("broken body", sends="half")
+    return Fault(sends="half")
 
 
 def hang(event: threading.Event) -> Fault:
     """Do the work only once ``event`` is set."""
-    return Fault("hang", until=event)
+    return Fault(until=event)
 
 
 def _error(
@@ -98,13 +96,12 @@ def _error(
     *,
     stored: bool = False,
 ) -> Reply:
-    server = status >= 500
-    error = {
-        "type": "api_error" if server else "invalid_request_error",
-        "code": code,
-        "message": message or ("An unknown error occurred." if server else "The sandbox was told to refuse this."),
-    }
-    return Reply(status, error_body(error), dict(headers or {}), stored)
+    kind, words = "invalid_request_error", "The sandbox was told to refuse this."
+    if status >= 500:
+        kind, words = "api_error", "An unknown error occurred."
+    return StripeRefusalError(
+        message or words, status=status, kind=kind, code=code, headers=headers, stored=stored
+    ).reply
 
 
 @dataclass
@@ -119,11 +116,11 @@ class _Planned:
         return self.left != 0 and on_path and (self.where is None or self.where(request))
 
 
-@dataclass
 class Plan:
     """The faults to come, in order; each request meets the first that is meant for it."""
 
-    _planned: list[_Planned] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._planned: list[_Planned] = []
 
     def add(self, fault: Fault, path: str | None, times: int | None, where: Condition | None) -> None:
         """Plan ``fault`` for the next ``times`` requests that match (None: for all, until cleared)."""

@@ -1,52 +1,138 @@
-"""The endpoints: which request means what, and which permission it needs."""
+"""The endpoints: which request means what, and which API key or session token may make it."""
 
 from __future__ import annotations
 
+import base64
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
-from langchain_stripe_meter.core.events import MAX_NAME_LENGTH
-from langchain_stripe_meter.sandbox.pages import LISTING, created_filter, page, search_page
-from langchain_stripe_meter.sandbox.params import EXPAND, Field, check
-from langchain_stripe_meter.sandbox.replies import Json, rfc3339
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.sandbox import wire
+from langchain_stripe_meter.sandbox.account import NAME, Account, Stamp
+from langchain_stripe_meter.sandbox.rules import summaries
+from langchain_stripe_meter.sandbox.wire import EXPAND, INTEGER, LISTING, Field, Json, StripeRefusalError, rfc3339
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from langchain_stripe_meter.sandbox.account import Account, Stamp
-    from langchain_stripe_meter.sandbox.keys import Keyring
-    from langchain_stripe_meter.sandbox.meters import Meters
-    from langchain_stripe_meter.sandbox.records import AcceptedEvent, Customer
-
-NAME = Field(required=True, limit=MAX_NAME_LENGTH)
-EVENT = {
+SESSION_SECONDS = 15 * 60
+PERMISSIONS = frozenset(
+    f"{what}:{how}"
+    for what in ("meter_events", "meters", "customers", "account", "events")
+    for how in ("read", "write")
+)
+EVENT_V2 = {
     "event_name": NAME,
-    "payload": Field("map", required=True),
-    "identifier": Field(limit=MAX_NAME_LENGTH),
-    "timestamp": Field("integer"),
-    "expand": EXPAND,
+    "payload": Field(wire.texts, required=True),
+    "identifier": Field(limit=NAME.limit),
+    "timestamp": Field(wire.moment),
 }
-EVENT_V2 = {**{name: field for name, field in EVENT.items() if name != "expand"}, "timestamp": Field("time")}
-BATCH = {"events": Field("list", required=True, limit=100, fields=EVENT_V2)}
-ADJUSTMENT = {
+EVENT = {**EVENT_V2, "timestamp": INTEGER, **EXPAND}
+BATCH = {"events": Field(wire.objects, required=True, limit=100, fields=EVENT_V2)}
+ADJUSTMENT_V2 = {
     "event_name": NAME,
-    "type": Field("choice", required=True, choices=("cancel",)),
-    "cancel": Field("object", required=True, fields={"identifier": NAME}),
-    "expand": EXPAND,
+    "type": Field(wire.choice, required=True, choices=("cancel",)),
+    "cancel": Field(wire.fields, required=True, fields={"identifier": NAME}),
 }
-ADJUSTMENT_V2 = {name: field for name, field in ADJUSTMENT.items() if name != "expand"}
-METERS = {**LISTING, "status": Field("choice", choices=("active", "inactive"))}
+ADJUSTMENT = {**ADJUSTMENT_V2, **EXPAND}
+METERS = {**LISTING, "status": Field(wire.choice, choices=("active", "inactive"))}
 SUMMARIES = {
     **LISTING,
     "customer": Field(required=True),
-    "start_time": Field("integer", required=True),
-    "end_time": Field("integer", required=True),
-    "value_grouping_window": Field("choice", choices=("hour", "day")),
+    "start_time": Field(wire.integer, required=True),
+    "end_time": Field(wire.integer, required=True),
+    "value_grouping_window": Field(wire.choice, choices=("hour", "day")),
 }
-CUSTOMERS = {**LISTING, "email": Field(limit=512), "created": Field("any"), "test_clock": Field()}
-SEARCH = {"query": Field(required=True), "limit": Field("integer"), "page": Field(), "expand": EXPAND}
-ONLY_EXPAND = {"expand": EXPAND}
+CUSTOMERS = {**LISTING, "email": Field(limit=512), "created": Field(wire.period), "test_clock": Field()}
+SEARCH = {"query": Field(required=True), "limit": INTEGER, "page": Field(), **EXPAND}
+
+
+@dataclass(frozen=True)
+class Key:
+    """An API key; ``permissions`` is None when it may do everything (a secret key)."""
+
+    text: str
+    account: str = ""
+    permissions: frozenset[str] | None = None
+    revoked: bool = False
+
+    @property
+    def livemode(self) -> bool:
+        """Whether it works on live data."""
+        return self.text.startswith(("sk_live_", "rk_live_"))
+
+    @property
+    def shown(self) -> str:
+        """The key as Stripe's messages show it."""
+        return f"{self.text[:8]}{'*' * 8}{self.text[-4:]}"
+
+    def may(self, permission: str) -> bool:
+        """Whether it has the permission; writing includes reading."""
+        granted = self.permissions
+        return granted is None or permission in granted or permission.replace(":read", ":write") in granted
+
+
+class Keyring:
+    """Which API keys, and which session tokens of the v2 stream, the sandbox knows."""
+
+    def __init__(self) -> None:
+        self._keys: dict[str, Key] = {}
+        self._sessions: dict[str, tuple[Account, int]] = {}
+
+    def allow(self, text: str, account: str, permissions: Collection[str] | None) -> None:
+        """Let a key in, or change what it may do."""
+        unknown = sorted(set(permissions or ()) - PERMISSIONS)
+        if unknown:
+            raise ConfigurationError(f"Unknown permission {unknown[0]!r}. Known are: {', '.join(sorted(PERMISSIONS))}.")
+        self._keys[text] = Key(text, account, None if permissions is None else frozenset(permissions))
+
+    def revoke(self, text: str) -> None:
+        """Answer 401 to this key from now on."""
+        self._keys[text] = Key(text, revoked=True)
+
+    def check(self, authorization: str) -> Key:
+        """The key of a request, or Stripe's 401."""
+        text = _credential(authorization)
+        if not text:
+            raise _unauthorized("You did not provide an API key. Provide it in the Authorization header.")
+        key = self._keys.get(text)
+        if key is None:
+            raise _unauthorized(f"Invalid API Key provided: {Key(text).shown}")
+        if key.revoked:
+            raise _unauthorized(f"Expired API Key provided: {key.shown}", "api_key_expired")
+        return key
+
+    def open_session(self, account: Account, now: int) -> str:
+        """A new token for the stream of an account, good for 15 minutes."""
+        token = account.make_id("token", 40)
+        self._sessions[token] = account, now + SESSION_SECONDS
+        return token
+
+    def session(self, authorization: str, now: int) -> Account:
+        """The account of a stream request, or Stripe's 401."""
+        account, expires = self._sessions.get(_credential(authorization), (None, 0))
+        if account is None:
+            raise _unauthorized("Invalid authentication token provided for the meter event stream.")
+        if now >= expires:
+            raise StripeRefusalError(
+                "The temporary session token has expired.",
+                status=401,
+                kind="temporary_session_expired",
+                code="billing_meter_event_session_expired",
+            )
+        return account
+
+
+def _unauthorized(message: str, code: str | None = None) -> StripeRefusalError:
+    headers = {"WWW-Authenticate": 'Basic realm="Stripe"'}
+    return StripeRefusalError(message, status=401, code=code, headers=headers)
+
+
+def _credential(authorization: str) -> str:
+    scheme, _, text = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(ValueError):  # no base64, or no UTF-8
+            return base64.b64decode(text, validate=True).decode().partition(":")[0]
+    return text.strip() if scheme.lower() == "bearer" else ""
 
 
 @dataclass(frozen=True)
@@ -54,127 +140,113 @@ class Visit:
     """One request, once it is known who asks and for which account; ``name`` is the id in its path."""
 
     account: Account
-    params: Json
-    path: str
-    stamp: Stamp
     keys: Keyring
-    name: str = ""
+    stamp: Stamp
+    request: wire.RecordedRequest
+    name: str
+    params: Json
 
     @property
     def now(self) -> int:
-        """When it came, in Unix seconds."""
+        """When its work is done, in Unix seconds."""
         return self.stamp.now
-
-    def checked(self, fields: Mapping[str, Field]) -> Json:
-        """Its parameters, as ``params.check`` lets them pass."""
-        return check(self.params, fields)
 
 
 @dataclass(frozen=True)
 class Route:
-    """An endpoint. ``permission`` is None where a session token takes the place of an API key."""
+    """An endpoint. ``permission`` is None where a session token takes the place of an API key.
+
+    ``known`` are its parameters; None leaves them to the handler. A ``serial`` endpoint takes one request at
+    a time per customer and meter.
+    """
 
     method: str
     path: str
     permission: str | None
     handle: Callable[[Visit], Json]
+    known: Mapping[str, Field] | None
     serial: bool = False
 
-    @property
-    def pattern(self) -> re.Pattern[str]:
-        """Matches its path; the first group is the id."""
-        return re.compile(self.path.replace("{id}", r"([^/]+)") + r"\Z")
+    def match(self, method: str, path: str) -> re.Match[str] | None:
+        """Matches the requests that mean this endpoint; the group ``id`` is the id in the path."""
+        pattern = self.path.replace("{id}", "(?P<id>[^/]+)")
+        return re.fullmatch(pattern, path) if method == self.method else None
+
+    def answer(self, visit: Visit) -> Json:
+        """The body of the answer; the work is done then."""
+        if self.known is not None:
+            visit = replace(visit, params=wire.check(visit.params, self.known))
+        return self.handle(visit)
 
 
 def find(method: str, path: str) -> tuple[Route, str] | None:
     """The endpoint of a request, and the id in its path."""
-    for pattern, routes in _TABLE:
-        match = pattern.match(path)
-        if match and method in routes:
-            return routes[method], match[1] if match.groups() else ""
+    for route in ROUTES:
+        if match := route.match(method, path):
+            return route, match.groupdict().get("id", "")
     return None
 
 
-def owner(params: Json, meters: Meters) -> tuple[str, str] | None:
+def owner(params: Json, account: Account) -> tuple[str, str] | None:
     """The meter and customer whose events Stripe takes one at a time, if the request names them."""
     event_name, payload = params.get("event_name"), params.get("payload")
     if not isinstance(event_name, str) or not isinstance(payload, dict):
         return None
-    meter = meters.active(event_name)
+    meter = account.meters.find(event_name)
     customer = payload.get(meter.customer_key if meter else "stripe_customer_id")
     return (event_name, customer) if isinstance(customer, str) else None
 
 
 def create_event(visit: Visit) -> Json:
-    event = visit.account.receive(visit.checked(EVENT), visit.stamp)
-    return _event(event, visit, "billing.meter_event", lambda epoch: epoch)
-
-
-def create_event_v2(visit: Visit) -> Json:
-    event = visit.account.receive(visit.checked(EVENT_V2), visit.stamp, v2=True)
-    return _event(event, visit, "v2.billing.meter_event", rfc3339)
-
-
-def _event(event: AcceptedEvent, visit: Visit, kind: str, moment: Callable[[int], int | str]) -> Json:
+    event = visit.account.receive(visit.params, visit.stamp, v2=visit.request.v2)
+    told = rfc3339 if visit.request.v2 else int
     return {
-        "object": kind,
-        "created": moment(event.created),
+        "object": "v2.billing.meter_event" if visit.request.v2 else "billing.meter_event",
+        "created": told(event.created),
         "event_name": event.event_name,
         "identifier": event.identifier,
         "livemode": visit.account.livemode,
         "payload": dict(event.payload),
-        "timestamp": moment(event.timestamp),
+        "timestamp": told(event.timestamp),
     }
 
 
 def create_adjustment(visit: Visit) -> Json:
-    return {"object": "billing.meter_event_adjustment", **_adjust(visit, ADJUSTMENT)}
-
-
-def create_adjustment_v2(visit: Visit) -> Json:
-    return {
-        "id": f"mea_{visit.stamp.request.removeprefix('req_')}",
-        "object": "v2.billing.meter_event_adjustment",
-        "created": rfc3339(visit.now),
-        **_adjust(visit, ADJUSTMENT_V2),
-    }
-
-
-def _adjust(visit: Visit, fields: Mapping[str, Field]) -> Json:
-    wanted = visit.checked(fields)
-    identifier = wanted["cancel"]["identifier"]
-    visit.account.cancel(wanted["event_name"], identifier, visit.now)
-    return {
-        "cancel": {"identifier": identifier},
-        "event_name": wanted["event_name"],
+    event_name, cancel = visit.params["event_name"], visit.params["cancel"]
+    visit.account.cancel(event_name, cancel["identifier"], visit.now)
+    answer = {
+        "object": "billing.meter_event_adjustment",
+        "cancel": cancel,
+        "event_name": event_name,
         "livemode": visit.account.livemode,
         "status": "pending",
         "type": "cancel",
     }
+    if visit.request.v2:
+        answer["object"] = "v2.billing.meter_event_adjustment"
+        answer |= {"id": visit.account.make_id("mea"), "created": rfc3339(visit.now)}
+    return answer
 
 
 def create_session(visit: Visit) -> Json:
-    visit.checked({})
-    session = visit.keys.open_session(visit.account.id, visit.now, livemode=visit.account.livemode)
     return {
-        "id": session.id,
+        "id": visit.account.make_id("mes"),
         "object": "v2.billing.meter_event_session",
-        "authentication_token": session.token,
-        "created": rfc3339(session.created),
-        "expires_at": rfc3339(session.expires),
-        "livemode": session.livemode,
+        "authentication_token": visit.keys.open_session(visit.account, visit.now),
+        "created": rfc3339(visit.now),
+        "expires_at": rfc3339(visit.now + SESSION_SECONDS),
+        "livemode": visit.account.livemode,
     }
 
 
 def create_stream(visit: Visit) -> Json:
-    visit.account.receive_batch(visit.checked(BATCH)["events"], visit.stamp)
+    visit.account.receive_batch(visit.params["events"], visit.stamp)
     return {}
 
 
 def list_meters(visit: Visit) -> Json:
-    wanted = visit.checked(METERS)
-    meters = [meter.to_stripe() for meter in visit.account.meters.all(wanted.get("status"))]
-    return page(meters, wanted, visit.path)
+    meters = visit.account.meters.all(visit.params.get("status"))
+    return wire.page([meter.to_stripe() for meter in meters], visit.params, visit.request.path)
 
 
 def create_meter(visit: Visit) -> Json:
@@ -182,7 +254,6 @@ def create_meter(visit: Visit) -> Json:
 
 
 def get_meter(visit: Visit) -> Json:
-    visit.checked(ONLY_EXPAND)
     return visit.account.meters.get(visit.name).to_stripe()
 
 
@@ -190,35 +261,39 @@ def update_meter(visit: Visit) -> Json:
     return visit.account.meters.rename(visit.name, visit.params, visit.now).to_stripe()
 
 
-def deactivate_meter(visit: Visit) -> Json:
-    visit.checked(ONLY_EXPAND)
-    return visit.account.meters.deactivate(visit.name, visit.now).to_stripe()
-
-
-def reactivate_meter(visit: Visit) -> Json:
-    visit.checked(ONLY_EXPAND)
-    return visit.account.meters.reactivate(visit.name, visit.now).to_stripe()
+def switch_meter(visit: Visit) -> Json:
+    active = visit.request.path.endswith("/reactivate")
+    return visit.account.meters.switch(visit.name, visit.now, active=active).to_stripe()
 
 
 def list_summaries(visit: Visit) -> Json:
-    wanted = visit.checked(SUMMARIES)
+    wanted, account = visit.params, visit.account
+    meter, customer = account.meters.get(visit.name), account.customers.get(wanted["customer"]).id
+    shown = [
+        event
+        for event in account.owned(meter.id, customer)[customer]
+        if event.created <= visit.now - account.settings.summary_lag
+    ]
     span = wanted["start_time"], wanted["end_time"]
-    found = visit.account.summaries(
-        visit.name, wanted["customer"], span, wanted.get("value_grouping_window"), visit.now
+    return wire.page(
+        summaries(meter, customer, shown, span, wanted.get("value_grouping_window")), wanted, visit.request.path
     )
-    return page(found, wanted, visit.path)
 
 
 def list_customers(visit: Visit) -> Json:
-    wanted = visit.checked(CUSTOMERS)
-    recent = created_filter(wanted.get("created", {}))
-    customers = visit.account.customers.all(wanted.get("email"))
-    return page([customer.to_stripe() for customer in customers if recent(customer.created)], wanted, visit.path)
+    email, recent = visit.params.get("email"), visit.params.get("created", lambda _: True)
+    customers = [
+        customer.to_stripe()
+        for customer in visit.account.customers.all()
+        if email in (None, customer.email) and recent(customer.created)
+    ]
+    return wire.page(customers, visit.params, visit.request.path)
 
 
 def search_customers(visit: Visit) -> Json:
-    wanted = visit.checked(SEARCH)
-    return search_page(visit.account.search(wanted["query"], visit.now), wanted, visit.path)
+    account = visit.account
+    found = account.customers.search(visit.params["query"], visit.now - account.settings.search_lag)
+    return wire.search_page([customer.to_stripe() for customer in found], visit.params, visit.request.path)
 
 
 def create_customer(visit: Visit) -> Json:
@@ -226,23 +301,20 @@ def create_customer(visit: Visit) -> Json:
 
 
 def get_customer(visit: Visit) -> Json:
-    visit.checked(ONLY_EXPAND)
     customer = visit.account.customers.get(visit.name)
-    return customer.to_stripe() if customer.deleted_at is None else _deleted(customer)
+    return customer.to_stripe() if customer.deleted_at is None else _deleted(visit.name)
 
 
 def delete_customer(visit: Visit) -> Json:
-    visit.checked({})
     visit.account.customers.delete(visit.name, visit.now)
-    return _deleted(visit.account.customers.get(visit.name))
+    return _deleted(visit.name)
 
 
-def _deleted(customer: Customer) -> Json:
-    return {"id": customer.id, "object": "customer", "deleted": True}
+def _deleted(customer_id: str) -> Json:
+    return {"id": customer_id, "object": "customer", "deleted": True}
 
 
 def get_account(visit: Visit) -> Json:
-    visit.checked(ONLY_EXPAND)
     return {
         "id": visit.account.id,
         "object": "account",
@@ -256,38 +328,31 @@ def get_account(visit: Visit) -> Json:
 
 
 def get_thin_event(visit: Visit) -> Json:
-    return visit.account.find_rejection(visit.name).to_stripe()
+    for rejection in visit.account.rejections:
+        if rejection.id == visit.name:
+            return rejection.to_stripe()
+    raise wire.no_such("event", visit.name)
 
 
-_ROUTES = [
-    Route("POST", "/v1/billing/meter_events", "meter_events:write", create_event, serial=True),
-    Route("POST", "/v1/billing/meter_event_adjustments", "meter_events:write", create_adjustment),
-    Route("GET", "/v1/billing/meters", "meters:read", list_meters),
-    Route("POST", "/v1/billing/meters", "meters:write", create_meter),
-    Route("GET", "/v1/billing/meters/{id}", "meters:read", get_meter),
-    Route("POST", "/v1/billing/meters/{id}", "meters:write", update_meter),
-    Route("POST", "/v1/billing/meters/{id}/deactivate", "meters:write", deactivate_meter),
-    Route("POST", "/v1/billing/meters/{id}/reactivate", "meters:write", reactivate_meter),
-    Route("GET", "/v1/billing/meters/{id}/event_summaries", "meters:read", list_summaries),
-    Route("GET", "/v1/customers", "customers:read", list_customers),
-    Route("POST", "/v1/customers", "customers:write", create_customer),
-    Route("GET", "/v1/customers/search", "customers:read", search_customers),
-    Route("GET", "/v1/customers/{id}", "customers:read", get_customer),
-    Route("DELETE", "/v1/customers/{id}", "customers:write", delete_customer),
-    Route("GET", "/v1/account", "account:read", get_account),
-    Route("POST", "/v2/billing/meter_events", "meter_events:write", create_event_v2, serial=True),
-    Route("POST", "/v2/billing/meter_event_adjustments", "meter_events:write", create_adjustment_v2),
-    Route("POST", "/v2/billing/meter_event_session", "meter_events:write", create_session),
-    Route("POST", "/v2/billing/meter_event_stream", None, create_stream),
-    Route("GET", "/v2/core/events/{id}", "events:read", get_thin_event),
+ROUTES = [
+    Route("POST", "/v1/billing/meter_events", "meter_events:write", create_event, EVENT, serial=True),
+    Route("POST", "/v1/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT),
+    Route("GET", "/v1/billing/meters", "meters:read", list_meters, METERS),
+    Route("POST", "/v1/billing/meters", "meters:write", create_meter, None),
+    Route("GET", "/v1/billing/meters/{id}", "meters:read", get_meter, EXPAND),
+    Route("POST", "/v1/billing/meters/{id}", "meters:write", update_meter, None),
+    Route("POST", "/v1/billing/meters/{id}/deactivate", "meters:write", switch_meter, EXPAND),
+    Route("POST", "/v1/billing/meters/{id}/reactivate", "meters:write", switch_meter, EXPAND),
+    Route("GET", "/v1/billing/meters/{id}/event_summaries", "meters:read", list_summaries, SUMMARIES),
+    Route("GET", "/v1/customers", "customers:read", list_customers, CUSTOMERS),
+    Route("POST", "/v1/customers", "customers:write", create_customer, None),
+    Route("GET", "/v1/customers/search", "customers:read", search_customers, SEARCH),
+    Route("GET", "/v1/customers/{id}", "customers:read", get_customer, EXPAND),
+    Route("DELETE", "/v1/customers/{id}", "customers:write", delete_customer, {}),
+    Route("GET", "/v1/account", "account:read", get_account, EXPAND),
+    Route("POST", "/v2/billing/meter_events", "meter_events:write", create_event, EVENT_V2, serial=True),
+    Route("POST", "/v2/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT_V2),
+    Route("POST", "/v2/billing/meter_event_session", "meter_events:write", create_session, {}),
+    Route("POST", "/v2/billing/meter_event_stream", None, create_stream, BATCH),
+    Route("GET", "/v2/core/events/{id}", "events:read", get_thin_event, None),
 ]
-
-
-def _table(routes: list[Route]) -> list[tuple[re.Pattern[str], dict[str, Route]]]:
-    by_path: dict[str, dict[str, Route]] = {}
-    for route in routes:
-        by_path.setdefault(route.path, {})[route.method] = route
-    return [(next(iter(found.values())).pattern, found) for found in by_path.values()]
-
-
-_TABLE = _table(_ROUTES)

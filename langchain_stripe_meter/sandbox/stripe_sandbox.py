@@ -1,27 +1,136 @@
-"""StripeSandbox: a stateful local Stripe that the real ``stripe`` client can talk to."""
+"""The face of the sandbox: what a test does with it, and with one account of it, beside speaking HTTP."""
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal, Self
+from decimal import Decimal
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.sandbox.desk import Desk
-from langchain_stripe_meter.sandbox.handle import AccountHandle
-from langchain_stripe_meter.sandbox.reports import SampleShape, signed
-from langchain_stripe_meter.sandbox.server import SandboxServer
+from langchain_stripe_meter.sandbox.server import Desk, SandboxServer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
-    from types import TracebackType
+    from collections.abc import Callable, Collection, Iterator, Mapping
+    from threading import RLock
 
+    from langchain_stripe_meter.sandbox.account import Account
     from langchain_stripe_meter.sandbox.faults import Condition, Fault
-    from langchain_stripe_meter.sandbox.records import RecordedRequest, Rejection
+    from langchain_stripe_meter.sandbox.rules import AcceptedEvent, Formula, Meter, Rejection, SampleShape, Window
+    from langchain_stripe_meter.sandbox.wire import RecordedRequest
 
 METER_EVENTS = "/v1/billing/meter_events"
 _ROUNDING = 1e-4
 """Seconds, so that ``set_time(t)`` is ``t`` and never, by a rounding error, ``t - 1``."""
+
+
+class AccountHandle:
+    """One account of the sandbox, in one mode. Every method may be called from any thread.
+
+    What Stripe would refuse raises ``errors.StripeError`` with Stripe's words.
+    """
+
+    def __init__(self, account: Account, lock: RLock, clock: Callable[[], int]) -> None:
+        self._account = account
+        self._lock = lock
+        self._clock = clock
+
+    @property
+    def account_id(self) -> str:
+        """``acct_…``"""
+        return self._account.id
+
+    @property
+    def events(self) -> list[AcceptedEvent]:
+        """Every meter event that was answered with 2xx, oldest first, whatever became of it."""
+        with self._lock:
+            return list(self._account.events)
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        """The asynchronous error reports so far, oldest first."""
+        with self._lock:
+            return list(self._account.rejections)
+
+    def create_meter(
+        self,
+        event_name: str,
+        *,
+        display_name: str | None = None,
+        formula: Formula = "sum",
+        event_time_window: Window | None = None,
+        customer_key: str = "stripe_customer_id",
+        value_key: str = "value",
+    ) -> Meter:
+        """Create an active meter; its event name must not be in use by another one."""
+        params = {
+            "event_name": event_name,
+            "display_name": display_name or event_name,
+            "default_aggregation": {"formula": formula},
+            "event_time_window": event_time_window,
+            "customer_mapping": {"event_payload_key": customer_key, "type": "by_id"},
+            "value_settings": {"event_payload_key": value_key},
+        }
+        with self._lock:
+            return self._account.meters.create(params, self._clock())
+
+    def deactivate_meter(self, event_name: str) -> Meter:
+        """Stop the active meter of this name; its events are refused from now on."""
+        return self._switch(event_name, active=False)
+
+    def reactivate_meter(self, event_name: str) -> Meter:
+        """Let the newest meter of this name take events again."""
+        return self._switch(event_name, active=True)
+
+    def _switch(self, event_name: str, *, active: bool) -> Meter:
+        with self._lock:
+            meter = self._account.meters.find(event_name)
+            if meter is None:
+                raise ConfigurationError(f"The sandbox has no meter with the event name {event_name!r}.")
+            return self._account.meters.switch(meter.id, self._clock(), active=active)
+
+    def create_customer(
+        self,
+        *,
+        email: str | None = None,
+        name: str | None = None,
+        phone: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+        id: str | None = None,
+    ) -> str:
+        """Create a customer and return its ``cus_…`` id. E-mail addresses need not be unique, as on Stripe."""
+        params = {"email": email, "name": name, "phone": phone, "metadata": dict(metadata or {})}
+        with self._lock:
+            return self._account.customers.create(params, self._clock(), id).id
+
+    def delete_customer(self, customer_id: str) -> None:
+        """Delete a customer; events for it are refused from now on."""
+        with self._lock:
+            self._account.customers.delete(customer_id, self._clock())
+
+    @overload
+    def billed(self, event_name: str, customer: str) -> Decimal: ...
+
+    @overload
+    def billed(self, event_name: str, customer: None = None) -> dict[str, Decimal]: ...
+
+    def billed(self, event_name: str, customer: str | None = None) -> Decimal | dict[str, Decimal]:
+        """What the customer would be billed on the meter, in the meter's unit, as one billing period.
+
+        What was cancelled or rejected afterwards does not count. Without a customer: what each customer
+        would be billed, leaving out those that owe nothing.
+        """
+        with self._lock:
+            bills = self._account.bills(event_name, customer)
+        return bills if customer is None else bills.get(customer, Decimal(0))
+
+    def reject(self, *identifiers: str, code: str = "meter_event_customer_not_found") -> list[Rejection]:
+        """Reject events after the fact, as Stripe's later checks do: one report per meter."""
+        with self._lock:
+            return self._account.reject(identifiers, code, self._clock())
 
 
 class StripeSandbox(AccountHandle):
@@ -87,9 +196,7 @@ class StripeSandbox(AccountHandle):
     def __enter__(self) -> Self:
         return self.start()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.stop()
 
     @property
@@ -144,15 +251,13 @@ class StripeSandbox(AccountHandle):
     @contextmanager
     def outage(self) -> Iterator[None]:
         """Inside the block, everything is refused with 503; nothing is done or stored."""
-        self._count_outage(1)
+        with self._lock:
+            self._desk.outages += 1
         try:
             yield
         finally:
-            self._count_outage(-1)
-
-    def _count_outage(self, step: int) -> None:
-        with self._lock:
-            self._desk.outages += step
+            with self._lock:
+                self._desk.outages -= 1
 
     def allow(self, key: str, permissions: Collection[str] | None = None, *, account: str | None = None) -> None:
         """Let an API key in, for ``account`` (default: the sandbox's own).
@@ -173,8 +278,8 @@ class StripeSandbox(AccountHandle):
 
         With the sandbox's own id and ``livemode=True``: its live data.
         """
-        own = account_id == self.account_id
-        account = self._desk.account(account_id, livemode=livemode, connected=not own)
+        account = self._desk.account(account_id, livemode=livemode)
+        account.connected = account_id != self.account_id
         return AccountHandle(account, self._lock, self.now)
 
     def thin_event(self, rejection: Rejection) -> tuple[bytes, str]:
@@ -182,4 +287,6 @@ class StripeSandbox(AccountHandle):
 
         The signature is dated by the sandbox's clock; the client refuses dates more than 300 seconds old.
         """
-        return signed(rejection, self.webhook_secret, self.now())
+        body, now = json.dumps(rejection.notification()).encode(), self.now()
+        signature = hmac.new(self.webhook_secret.encode(), f"{now}.".encode() + body, hashlib.sha256).hexdigest()
+        return body, f"t={now},v1={signature}"
