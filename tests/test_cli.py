@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_until
 from typer.testing import CliRunner, Result
 
-from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, static
 from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.ledger.schema import HEAD
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 COMMAND = str(Path(sys.executable).with_name("stripe-meter"))
@@ -67,7 +68,7 @@ def test_a_person_settles_what_is_held(sandbox: StripeSandbox, recorded: None) -
     assert held["reference"] == "email:bob@example.com"
     assert "no customer" in held["reason"]
     bob = sandbox.create_customer(email="bob@elsewhere.example")
-    call("assign", str(held["ids"][0]), "--customer", bob)
+    assert as_json("assign", str(held["ids"][0]), "--customer", bob) == {"moved": 1, "asked": 1}
     call("deliver", "--once")
     assert sandbox.billed("ai_tokens", bob) == 7
     assert "Nothing is held" in call("held").stdout
@@ -85,7 +86,69 @@ def test_deliver_says_with_its_exit_code_that_something_is_still_pending(
     sandbox: StripeSandbox, recorded: None
 ) -> None:
     with sandbox.outage():
-        call("deliver", "--once", "--timeout", "0.5", code=1)
+        result = call("deliver", "--once", "--timeout", "0.5", "--json", code=1)
+    assert json.loads(result.stdout)["pending"] == 2
+    assert "Not everything could be sent" in result.stderr
+
+
+def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, recorded: None) -> None:
+    sandbox.revoke(sandbox.api_key)
+    assert "401" in call("deliver", "--once", "--timeout", "1", code=1).stderr
+
+
+def test_deliver_fails_when_stripe_refused_an_event_for_good(sandbox: StripeSandbox, recorded: None) -> None:
+    sandbox.delete_customer("cus_1")
+    assert "1 rejected" in call("deliver", "--once", code=1).stdout
+
+
+def test_deliver_gives_the_signal_handlers_back(sandbox: StripeSandbox, recorded: None) -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    call("deliver", "--timeout", "0")
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_deliver_goes_on_until_sigterm_and_ends_well(sandbox: StripeSandbox, recorded: None) -> None:
+    process = subprocess.Popen([COMMAND, "deliver"], stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: sandbox.billed("ai_tokens", "cus_1") == 100)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert out == "1 delivered, 0 rejected, 0 pending, 1 held, 0 doubtful.\n"
+
+
+def test_a_run_of_held_readings_is_shown_and_assigned_as_a_range(sandbox: StripeSandbox) -> None:
+    with StripeMeterCallbackHandler(
+        Tokens("ai_tokens"), customer=static(email="bob@example.com"), deliver=False
+    ) as handler:
+        for number in range(30):
+            handler.record_usage({"input_tokens": 1}, id=f"job-{number}")
+    call("deliver", "--once")
+    assert "1-30" in call("held").stdout
+    assert "30 of 30" in call("assign", "1-12", "13", "14-30", "--customer", "cus_1").stdout
+    call("deliver", "--once")
+    assert sandbox.billed("ai_tokens", "cus_1") == 30
+
+
+def test_assign_says_what_is_missing_or_no_id(sandbox: StripeSandbox, recorded: None) -> None:
+    assert "--customer" in call("assign", "2", code=2).stderr
+    assert "'two'" in call("assign", "two", "--customer", "cus_1", code=2).stderr
+    assert "0 of 1" in call("assign", "999", "--customer", "cus_1", code=1).stdout
+
+
+def test_status_tells_why_runs_were_skipped_and_nothing_that_it_cannot_know(sandbox: StripeSandbox) -> None:
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer=from_lead(), deliver=False) as handler:
+        handler.record_usage({"input_tokens": 1}, id="job")
+    found = as_json("status")
+    assert found["why_skipped"] == {"the lead has no email": 1}
+    assert "open_runs" not in found
+    assert "1  the lead has no email" in call("status").stdout
+
+
+@pytest.mark.parametrize("name", ["[agents]", "a[bold]b", ":key:"])
+def test_names_are_shown_as_they_are(sandbox: StripeSandbox, name: str) -> None:
+    call("meters", "create", name)
+    assert name in call("meters").stdout
+    assert name in call("status", "--ledger", f"sqlite:///{name}.db", code=2).stderr
 
 
 def test_verify_agrees_or_names_the_difference(sandbox: StripeSandbox, recorded: None) -> None:
@@ -105,6 +168,7 @@ def test_tail_and_export_show_each_reading_once(sandbox: StripeSandbox, recorded
     lines = (tmp_path / "all.jsonl").read_text().splitlines()
     assert [json.loads(line)["event_name"] for line in lines] == ["ai_tokens", "ai_tokens"]
     assert "example.com" not in call("export").stdout
+    assert "cannot be written" in call("export", str(tmp_path / "no" / "where.csv"), code=2).stderr
 
 
 def test_meters_are_listed_with_what_is_wrong_with_them_and_can_be_made(sandbox: StripeSandbox) -> None:
@@ -112,13 +176,15 @@ def test_meters_are_listed_with_what_is_wrong_with_them_and_can_be_made(sandbox:
     found = {meter["event_name"]: meter for meter in as_json("meters")}
     assert found["ai_tokens"]["problem"] is None
     assert "'last'" in found["last_one"]["problem"]
-    call("meters", "create", "new_one", "--display-name", "A new one")
+    assert as_json("meters", "create", "new_one", "--display-name", "A new one")["formula"] == "sum"
     assert "A new one" in call("meters").stdout
 
 
 def test_leads_are_captured_and_forgotten(sandbox: StripeSandbox, recorded: None) -> None:
-    call("leads", "capture", "chat-1", "--email", "ann@example.com")
-    call("leads", "forget", "chat-1")
+    assert as_json("leads", "capture", "chat-1", "--email", "ann@example.com")["captured"]
+    assert as_json("leads", "show-count") == {"sessions": 1}
+    assert as_json("leads", "forget", "chat-1")["forgotten"]
+    assert "0 sessions" in call("leads", "show-count").stdout
     call("leads", "forget", "chat-1", code=1)
     result = call("leads", "capture", "chat-1", "--email", "not an address", code=2)
     assert "not an address" not in result.stderr
@@ -134,6 +200,31 @@ def test_doctor_finds_everything_in_order_or_says_what_to_do(sandbox: StripeSand
     assert "meters create absent" in bad["meter absent"]["said"]
 
 
+def test_doctor_fails_where_stripe_refuses_the_key_or_does_not_answer(sandbox: StripeSandbox) -> None:
+    sandbox.revoke(sandbox.api_key)
+    assert "401" in call("doctor", code=1).stdout
+    sandbox.stop()
+    assert "no answer" in call("doctor", code=1).stdout
+
+
+def test_doctor_only_warns_of_a_key_that_may_send_but_not_read_meters(
+    sandbox: StripeSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sandbox.allow("rk_test_narrow", {"meter_events:write"})
+    monkeypatch.setenv("STRIPE_API_KEY", "rk_test_narrow")
+    assert "Billing meters: Read" in " ".join(call("doctor").stdout.split())
+    call("doctor", "--meter", "ai_tokens", code=1)
+
+
+def test_doctor_looks_at_the_ledger(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
+    (tmp_path / "l.db").chmod(0o644)
+    assert "chmod 600" in call("doctor").stdout
+    (tmp_path / "other.db").write_bytes(b"not a database" * 100)
+    assert "not a database" in call("doctor", "--ledger", f"sqlite:///{tmp_path}/other.db", code=1).stdout
+    nowhere = f"sqlite:///{tmp_path}/no/where.db"
+    assert "no folder" in " ".join(call("doctor", "--ledger", nowhere, code=1).stdout.split())
+
+
 def test_without_a_key_or_a_ledger_the_error_is_one_sentence_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -145,7 +236,9 @@ def test_without_a_key_or_a_ledger_the_error_is_one_sentence_and_exit_code_2(
 
 def test_the_ledgers_place_and_its_upgrade(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
     assert str(tmp_path / "l.db") in call("ledger", "path").stdout
+    assert str(tmp_path / "l.db") in as_json("ledger", "path")["ledger"]
     assert "up to date" in call("ledger", "upgrade").stdout
+    assert as_json("ledger", "upgrade") == {"schema": HEAD}
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
@@ -166,20 +259,5 @@ def test_the_sandbox_command_prints_what_to_set_and_stops_at_sigterm() -> None:
     assert {line.split("=")[0] for line in said[1:]} == {"export STRIPE_API_KEY", "export STRIPE_METER_API_BASE"}
 
 
-def test_the_demo_bills_exactly_what_it_recorded_without_an_account_or_a_network() -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("STRIPE_")}
-    demo = subprocess.run([COMMAND, "demo"], capture_output=True, text=True, check=False, env=environment)
-    assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert demo.stderr == ""
-    text = " ".join(demo.stdout.split())
-    assert "2 messages before it were skipped" in text
-    assert "3 events pending" in text
-    assert "sent 2 times under one identifier" in text
-    assert "Recorded and billed agree" in text
-    for amount in ("ann 120 120", "bob 390 390", "acme 185 185", "lead 90 90", "ann 11 11"):
-        assert amount in text
-
-
-def test_the_demo_refuses_a_live_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STRIPE_API_KEY", "sk_live_123")
-    assert "test key" in call("demo", "--live", code=2).stderr
+def test_the_sandbox_command_says_that_a_port_is_taken(sandbox: StripeSandbox) -> None:
+    assert "--port" in call("sandbox", "--port", sandbox.url.rpartition(":")[2], code=2).stderr

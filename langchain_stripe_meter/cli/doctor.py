@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from langchain_stripe_meter.errors import MeteringError
-from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
+
+if TYPE_CHECKING:
+    from langchain_stripe_meter.ledger.views import Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +37,36 @@ def _stripe(names: list[str]) -> Iterator[Finding]:
     except MeteringError as error:
         yield Finding("key", "fail", str(error))
         return
-    mode = "test mode" if gateway.is_test else "live mode"
-    yield Finding("key", "ok", f"a key for {mode}")
+    yield Finding("key", "ok", f"a key for {'test mode' if gateway.is_test else 'live mode'}")
     try:
         known = {meter.event_name: meter for meter in gateway.meters()}
     except MeteringError as error:
-        yield Finding("meters", "warn" if names == [] else "fail", f"{error} Reading meters needs its own permission.")
+        yield _unanswered(error, names)
         return
+    finally:
+        gateway.close()
     yield Finding("Stripe", "ok", f"answers, and has {len(known)} meters")
     for name in names or sorted(known):
-        meter = known.get(name)
-        if meter is None:
-            yield Finding(f"meter {name}", "fail", f"not there. Run: stripe-meter meters create {name}")
-        elif meter.problem:
-            yield Finding(f"meter {name}", "fail" if names else "warn", meter.problem)
-        else:
-            yield Finding(f"meter {name}", "ok", "active, sums up, no window")
+        yield _meter(name, known.get(name), wanted=bool(names))
+
+
+def _unanswered(error: MeteringError, names: list[str]) -> Finding:
+    """Why Stripe did not list the meters. A key that may only send events is a good one, unless meters were named."""
+    status = getattr(error.__cause__, "http_status", None)
+    if status == 403:
+        remedy = "Give the key 'Billing meters: Read', so that meters can be checked."
+        return Finding("meters", "fail" if names else "warn", f"{error} {remedy}")
+    if status == 401:
+        return Finding("Stripe", "fail", f"{error} Set $STRIPE_API_KEY to a key that is in use.")
+    return Finding("Stripe", "fail", f"{error} Check the network, and $STRIPE_METER_API_BASE if it is set.")
+
+
+def _meter(name: str, meter: MeterInfo | None, *, wanted: bool) -> Finding:
+    if meter is None:
+        return Finding(f"meter {name}", "fail", f"not there. Run: stripe-meter meters create {shlex.quote(name)}")
+    if meter.problem:
+        return Finding(f"meter {name}", "fail" if wanted else "warn", meter.problem)
+    return Finding(f"meter {name}", "ok", "active, sums up, no window")
 
 
 def _ledger(url: str) -> Iterator[Finding]:
@@ -58,19 +77,38 @@ def _ledger(url: str) -> Iterator[Finding]:
         ledger = Ledger(url)
         path = Path(str(ledger.database.url.database))
         if ledger.database.is_sqlite and not path.exists():
-            yield Finding("ledger", "ok", f"{path} will be made by the first run")
+            yield _to_be_made(path)
             return
-        now = views.status(ledger)
-        ledger.close()
+        try:
+            with ledger.deliver_lane().transaction():  # takes the right to write, and writes nothing
+                pass
+            now = views.status(ledger)
+        finally:
+            ledger.close()
     except MeteringError as error:
         yield Finding("ledger", "fail", str(error))
         return
-    yield Finding("ledger", "ok", f"{now.pending} pending, {now.delivered} delivered")
+    yield Finding("ledger", "ok", f"writable: {now.pending:,} pending, {now.delivered:,} delivered")
     if ledger.database.is_sqlite and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        yield Finding("ledger", "warn", f"others may read {path}. Run: chmod 600 {path}")
-    for count, what in ((now.held, "held"), (now.rejected, "rejected"), (now.doubtful, "in doubt")):
+        yield Finding("ledger", "warn", f"others may read it. Run: chmod 600 {shlex.quote(str(path))}")
+    yield from _attention(now)
+
+
+def _to_be_made(path: Path) -> Finding:
+    if os.access(path.parent, os.W_OK):
+        return Finding("ledger", "ok", f"{path} will be made by the first run")
+    return Finding("ledger", "fail", f"{path.parent} is no folder that can be written to. Give another --ledger.")
+
+
+def _attention(now: Status) -> Iterator[Finding]:
+    waiting = (
+        (now.held, "held", "Run: stripe-meter held"),
+        (now.rejected, "rejected", "Run: stripe-meter tail"),
+        (now.doubtful, "in doubt", "Run: stripe-meter verify"),
+    )
+    for count, what, remedy in waiting:
         if count:
-            yield Finding("ledger", "warn", f"{count} {what}: a person should look (stripe-meter held, tail)")
+            yield Finding("ledger", "warn", f"{count:,} {what}. {remedy}")
     if now.paused:
         yield Finding("ledger", "fail", f"sending is paused: {now.paused}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -14,15 +14,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from langchain_stripe_meter.errors import MeteringError
 
 LedgerOption = Annotated[
     str | None, typer.Option("--ledger", envvar="STRIPE_METER_LEDGER", help="The ledger's database address.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
-console = Console()
+# Names and paths are shown as they are: "[agents]" is no colour, and ":key:" no picture.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_COLOURS = {"ok": "green", "delivered": "green", "warn": "yellow", "held": "yellow", "doubtful": "yellow",
+            "fail": "red", "rejected": "red", "skipped": "dim"}  # fmt: skip
 
 
 @contextmanager
@@ -36,14 +41,22 @@ def clear_errors() -> Iterator[None]:
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Say what is wrong on standard error, and leave."""
-    Console(stderr=True).print(f"[red]stripe-meter:[/] {message}", highlight=False)
+    errors.print(Text.assemble(("stripe-meter: ", "red"), message), soft_wrap=True)
     raise typer.Exit(code)
+
+
+def say(message: str, data: Mapping[str, Any], *, as_json: bool) -> None:
+    """What a command did: a sentence, or its facts as a JSON object."""
+    if as_json:
+        print_json(data)
+    else:
+        console.print(message, soft_wrap=True)
 
 
 def rows(items: Sequence[Any], *, as_json: bool, empty: str, hide: tuple[str, ...] = ()) -> None:
     """Records of one dataclass, as a table or as a JSON array."""
     if as_json:
-        print_json([_plain(item) for item in items])
+        print_json([dataclasses.asdict(item) for item in items])
         return
     if not items:
         console.print(empty)
@@ -51,40 +64,69 @@ def rows(items: Sequence[Any], *, as_json: bool, empty: str, hide: tuple[str, ..
     names = [field.name for field in dataclasses.fields(items[0]) if field.name not in hide]
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in names:
-        table.add_column(name.replace("_", " "))
+        number = any(isinstance(getattr(item, name), Decimal) for item in items)
+        table.add_column(
+            name.replace("_", " "), justify="right" if number else "left", no_wrap=number or name in ("at", "state")
+        )
     for item in items:
         table.add_row(*(cell(name, getattr(item, name)) for name in names))
     console.print(table)
 
 
-def record(item: Any, *, as_json: bool) -> None:
+def record(fields: Mapping[str, Any], *, as_json: bool) -> None:
     """One record, a line for each of its fields."""
     if as_json:
-        print_json(_plain(item))
+        print_json(fields)
         return
     table = Table(box=None, pad_edge=False, show_header=False)
-    for name, value in dataclasses.asdict(item).items():
-        table.add_row(f"[dim]{name.replace('_', ' ')}[/]", cell(name, value))
+    table.add_column(style="dim")
+    table.add_column()
+    for name, value in fields.items():
+        table.add_row(name.replace("_", " "), cell(name, value))
     console.print(table)
 
 
-def cell(name: str, value: object) -> str:
+def cell(name: str, value: object) -> Text:
     """A value as a person reads it."""
+    return Text(_words(name, value), style=_COLOURS.get(str(value), "") if name == "state" else "")
+
+
+def _words(name: str, value: object) -> str:
     if value is None:
         return "-"
     if name == "at" and isinstance(value, int):
         return datetime.fromtimestamp(value, UTC).strftime("%Y-%m-%d %H:%M:%S")
-    if isinstance(value, int | Decimal) and not isinstance(value, bool):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | Decimal):
         return f"{value:,}"
-    if isinstance(value, tuple):
-        return " ".join(str(one) for one in value)
-    return str(value)
+    if isinstance(value, Mapping):
+        return "\n".join(f"{count:,}  {key}" for key, count in value.items()) or "-"
+    return in_ranges(value) if isinstance(value, tuple) else str(value)
+
+
+def in_ranges(ids: Sequence[int]) -> str:
+    """``(1, 2, 3, 7)`` as "1-3 7", which ``from_ranges`` reads."""
+    found: list[list[int]] = []
+    for one in sorted(ids):
+        if found and one == found[-1][-1] + 1:
+            found[-1][1:] = [one]
+        else:
+            found.append([one])
+    return " ".join("-".join(map(str, ends)) for ends in found)
+
+
+def from_ranges(texts: Sequence[str]) -> list[int]:
+    """Ids that a person gave, one by one or as ranges, each once and in order."""
+    ids: set[int] = set()
+    for text in texts:
+        first, _, last = text.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            raise typer.BadParameter(f"{text!r} is no id of a held reading. Give such as 3 or 3-7.")
+        ids.update(range(int(first), int(last or first) + 1))
+    return sorted(ids)
 
 
 def print_json(value: Any) -> None:
     """JSON on standard output; amounts as text, so that no reader rounds them."""
     sys.stdout.write(json.dumps(value, default=str, indent=2) + "\n")
-
-
-def _plain(item: Any) -> Any:
-    return dataclasses.asdict(item)

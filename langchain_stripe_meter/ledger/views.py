@@ -15,7 +15,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import check_value, number_text
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger.schema import events, notes, readings
+from langchain_stripe_meter.ledger.schema import events, leads, notes, readings
 from langchain_stripe_meter.ledger.store import Ledger
 
 _EXACT = Context(prec=250)
@@ -174,6 +174,12 @@ def skips(ledger: Ledger) -> dict[str, int]:
     query = select(readings.c.reason, func.count()).where(readings.c.state == "skipped").group_by(readings.c.reason)
     with ledger.read() as connection:
         return {str(reason): int(count) for reason, count in connection.execute(query)}
+
+
+def leads_count(ledger: Ledger) -> int:
+    """For how many sessions a lead is known."""
+    with ledger.read() as connection:
+        return int(connection.execute(select(func.count()).select_from(leads)).scalar_one())
 
 
 def held(ledger: Ledger) -> HeldList:

@@ -1,0 +1,112 @@
+"""The commands that have commands of their own: ``meters``, ``leads``, ``ledger``."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from langchain_stripe_meter.cli.show import JsonOption, LedgerOption, clear_errors, console, fail, print_json, rows, say
+from langchain_stripe_meter.cli.world import DEFAULT_LEDGER, open_gateway, open_ledger
+
+if TYPE_CHECKING:
+    from langchain_stripe_meter.gateway.client import MeterInfo
+
+meters_app = typer.Typer(help="The meters of your Stripe account.", invoke_without_command=True)
+leads_app = typer.Typer(help="What is known of the people behind sessions.", no_args_is_help=True)
+ledger_app = typer.Typer(help="The ledger's database itself.", no_args_is_help=True)
+
+
+@meters_app.callback()
+def meters(context: typer.Context, as_json: JsonOption = False) -> None:
+    """List the meters of your Stripe account, and what is wrong with them."""
+    if context.invoked_subcommand is not None:
+        return
+    with clear_errors(), open_gateway() as gateway:
+        found = gateway.meters()
+    if as_json:
+        print_json([_plain(meter) for meter in found])
+        return
+    hide = ("id", "customer_key", "value_key")
+    rows(found, as_json=False, empty="No meters yet. Run: stripe-meter meters create ai_tokens", hide=hide)
+    for meter in found:
+        if meter.problem:
+            console.print(meter.problem, style="yellow")
+
+
+def _plain(meter: MeterInfo) -> dict[str, Any]:
+    return {**dataclasses.asdict(meter), "problem": meter.problem}
+
+
+@meters_app.command()
+def create(
+    event_name: Annotated[str, typer.Argument(help="The event name, such as 'ai_tokens'.")],
+    display_name: Annotated[str | None, typer.Option(help="How invoices call it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a meter that sums up what it is sent."""
+    with clear_errors(), open_gateway() as gateway:
+        from langchain_stripe_meter.core.events import check_event_name
+
+        made = gateway.create_meter(check_event_name(event_name), display_name)
+        say(f"The meter {made.event_name!r} is there: {made.id}.", _plain(made), as_json=as_json)
+
+
+@leads_app.command()
+def capture(
+    session: str,
+    *,
+    email: Annotated[str | None, typer.Option()] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    phone: Annotated[str | None, typer.Option()] = None,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Remember who is behind a session. What somebody typed into a chat proves nothing."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.ledger.store import Leads
+
+        Leads(opened).capture(session, email=email, name=name, phone=phone)
+        said = "Captured. Runs of that session are billed from now on."
+        say(said, {"session": session, "captured": True}, as_json=as_json)
+
+
+@leads_app.command()
+def forget(session: str, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+    """Erase what was captured for a session."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.ledger.store import Leads
+
+        if not Leads(opened).forget(session):
+            fail("Nothing was captured for that session.", 1)
+        say("Forgotten.", {"session": session, "forgotten": True}, as_json=as_json)
+
+
+@leads_app.command()
+def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+    """For how many sessions somebody is known; nobody is named."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.ledger import views
+
+        count = views.leads_count(opened)
+        say(f"Leads of {count:,} sessions are known.", {"sessions": count}, as_json=as_json)
+
+
+@ledger_app.command()
+def path(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+    """Where the ledger is."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        where = opened.database.url.render_as_string(hide_password=True)
+        say(where, {"ledger": where}, as_json=as_json)
+
+
+@ledger_app.command()
+def upgrade(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+    """Bring the ledger's tables up to date, or make them (SQLite's do it by themselves)."""
+    with clear_errors():
+        from langchain_stripe_meter.ledger.database import upgrade as migrate
+        from langchain_stripe_meter.ledger.schema import HEAD
+
+        migrate(ledger or DEFAULT_LEDGER)
+        say("The ledger is up to date.", {"schema": HEAD}, as_json=as_json)
