@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from langchain_stripe_meter.cli import app, stage
 from langchain_stripe_meter.cli.stage import Compared, Played
 from langchain_stripe_meter.sandbox import StripeSandbox
 
-SECONDS = 15
 
 
 def play(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -31,10 +29,8 @@ def play(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def test_it_bills_exactly_what_it_recorded_without_an_account_or_a_network(tmp_path: Path) -> None:
-    start = time.monotonic()
     demo = play(HTTPS_PROXY="http://127.0.0.1:9", TMPDIR=str(tmp_path))
     assert demo.returncode == 0, demo.stdout + demo.stderr
-    assert time.monotonic() - start < SECONDS
     assert demo.stderr == ""
     assert list(tmp_path.iterdir()) == []
     text = " ".join(demo.stdout.split())
