@@ -17,7 +17,6 @@ from langchain_stripe_meter.cli.stage import Compared, Played
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 
-
 def play(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The console script, in a process of its own that takes warnings for errors."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("STRIPE_")}

@@ -133,10 +133,16 @@ class Courier:
             except Exception as error:  # noqa: BLE001 - the courier must outlive any fault; it is reported
                 self._report(error)
                 self._closing.wait(1)
+        self._end()
+
+    def _end(self) -> None:
         try:
             self._finish()
         except Exception as error:  # noqa: BLE001 - the leases of what could not be settled run out by themselves
             self._report(error)
+        for _ in range(self._senders):
+            self._work.put(None)
+        self._senders = 0
 
     def _rest(self) -> None:
         """Wait until woken, or until something is due, without the ledger being asked in vain."""
@@ -345,7 +351,9 @@ class Courier:
         self._closing.set()
         self._nudge()
         thread = self._thread
-        if thread is not None and thread is not threading.current_thread():
+        if thread is None:
+            self._end()
+        elif thread is not threading.current_thread():
             thread.join(timeout + LAST_SECONDS)
 
     def _finish(self) -> None:
@@ -358,8 +366,6 @@ class Courier:
         self._sent += [(claimed, lost) for claimed in self._sending.values()]
         self._sending.clear()
         self._settle()
-        for _ in range(self._senders):
-            self._work.put(None)
 
 
 def _not_done(job: Job) -> Result:

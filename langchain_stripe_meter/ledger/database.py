@@ -15,19 +15,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+from sqlalchemy.engine import URL
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
 
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.ledger.address import parse_url, prepare_file
 from langchain_stripe_meter.ledger.forks import renew_after_fork
 from langchain_stripe_meter.ledger.schema import HEAD
 
 BUSY_SECONDS = 5
 """How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
+FORK_SECONDS = BUSY_SECONDS + 1
+"""How long a fork waits for what is being written or read just then."""
 VERSION_TABLE = "stripe_meter_version"
 _POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
 """A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
@@ -131,9 +135,33 @@ class _Opening:
 
     def after_fork(self) -> None:
         self.lock = threading.Lock()
+        self.held = False
 
 
 _opening = _Opening()
+_on_sqlite: WeakSet[Database] = WeakSet()
+
+
+def _before_fork() -> None:
+    """Close SQLite in every forking process, and let nobody open it meanwhile.
+
+    SQLite keeps, per process and file, a record of the locks that it holds. A child would inherit that record: it
+    would take a lock that a thread of its parent held for its own, for ever, and never really lock the file itself.
+    """
+    _opening.held = _opening.lock.acquire(timeout=FORK_SECONDS)
+    for database in list(_on_sqlite):
+        database.before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for database in list(_on_sqlite):
+        database.after_fork_in_parent()
+    if _opening.held:
+        _opening.lock.release()
+
+
+if hasattr(os, "register_at_fork"):  # Windows has no fork
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent)
 
 
 class _Opened(NamedTuple):
@@ -149,14 +177,36 @@ class Database:
         self._synchronous = synchronous
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
         self._opened: _Opened | None = None
+        self.reading = threading.RLock()
+        self._held: list[Any] = []
         renew_after_fork(self)
+        if self.is_sqlite:
+            _on_sqlite.add(self)
+
+    def before_fork(self) -> None:
+        """Close the file, unless somebody goes on using it for longer than a fork can wait."""
+        opened = self._opened
+        if opened is None:
+            return
+        lane = opened.lanes["record"]
+        self._held = [lock for lock in (lane.lock, self.reading) if lock.acquire(timeout=FORK_SECONDS)]
+        if len(self._held) == 2:
+            lane.close()
+
+    def after_fork_in_parent(self) -> None:
+        """Go on; the file is opened again when it is used."""
+        held, self._held = self._held, []
+        for lock in held:
+            lock.release()
 
     def after_fork(self) -> None:
-        """Keep a parent's connections alive in the child for good.
+        """Keep what is still open of the parent's alive in the child for good.
 
-        Closing a SQLite handle that came through a fork can corrupt the database of the parent, and garbage
-        collection closes; so the child takes a reference that is never given back.
+        Closing it, which garbage collection does too, would end the parent's connections to PostgreSQL, and could
+        corrupt a SQLite file; so the child takes a reference that is never given back.
         """
+        self.reading = threading.RLock()
+        self._held = []
         if self._opened is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._opened))
             self._opened = None
@@ -192,7 +242,7 @@ class Database:
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
             return _postgres_engine(self.url)
-        _prepare_file(Path(str(self.url.database)))
+        prepare_file(Path(str(self.url.database)))
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
         engine = create_engine(self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience})
         event.listen(engine, "connect", self._set_pragmas)
@@ -224,53 +274,6 @@ def _postgres_engine(url: URL) -> Engine:
     except ModuleNotFoundError as error:
         raise ConfigurationError(
             "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
-        ) from error
-
-
-def parse_url(url: str) -> URL:
-    """A SQLAlchemy URL for SQLite or PostgreSQL; ``ConfigurationError`` for anything else."""
-    try:
-        parsed = make_url(url)
-        backend = parsed.get_backend_name()
-        parsed.get_dialect()
-    except (AnyDatabaseError, NoSuchModuleError) as error:
-        raise ConfigurationError(
-            f"ledger={_without_password(url)!r} is not a database address. "
-            "Use 'sqlite:///stripe_meter.db' or 'postgresql+psycopg://user@host/name'."
-        ) from error
-    if backend not in ("sqlite", "postgresql"):
-        raise ConfigurationError(f"ledger= takes SQLite or PostgreSQL, not {backend}.")
-    if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg"):
-        raise ConfigurationError(
-            f"ledger= cannot use {parsed.drivername}; use 'sqlite:///…' or 'postgresql+psycopg://…' (psycopg 3)."
-        )
-    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
-        raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
-    return parsed
-
-
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
-
-
-def _prepare_file(path: Path) -> None:
-    """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere.
-
-    A file that exists is not opened here: closing it again would drop the locks that SQLite holds on it for another
-    ledger in this process (POSIX), and a third process could then throw its write-ahead log away.
-    """
-    if path.is_symlink():
-        raise LedgerError(f"The ledger {path} is a symbolic link; give the real path of the file.")
-    try:
-        with suppress(FileExistsError):
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
-            raise PermissionError(0, "it is no file that may be read and written")
-    except OSError as error:
-        raise LedgerError(
-            f"The ledger {path} cannot be opened for writing: {error.strerror}. "
-            "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
         ) from error
 
 

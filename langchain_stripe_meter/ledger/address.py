@@ -1,0 +1,60 @@
+"""Where a ledger is: its address, and its file if it has one."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import NoSuchModuleError
+from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
+
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError
+
+
+def parse_url(url: str) -> URL:
+    """A SQLAlchemy URL for SQLite or PostgreSQL; ``ConfigurationError`` for anything else."""
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+        parsed.get_dialect()
+    except (AnyDatabaseError, NoSuchModuleError) as error:
+        raise ConfigurationError(
+            f"ledger={_without_password(url)!r} is not a database address. "
+            "Use 'sqlite:///stripe_meter.db' or 'postgresql+psycopg://user@host/name'."
+        ) from error
+    if backend not in ("sqlite", "postgresql"):
+        raise ConfigurationError(f"ledger= takes SQLite or PostgreSQL, not {backend}.")
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg"):
+        raise ConfigurationError(
+            f"ledger= cannot use {parsed.drivername}; use 'sqlite:///…' or 'postgresql+psycopg://…' (psycopg 3)."
+        )
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
+    return parsed
+
+
+def _without_password(url: str) -> str:
+    scheme, separator, rest = url.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def prepare_file(path: Path) -> None:
+    """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere.
+
+    A file that exists is not opened here: closing it again would drop the locks that SQLite holds on it for another
+    ledger in this process (POSIX), and a third process could then throw its write-ahead log away.
+    """
+    if path.is_symlink():
+        raise LedgerError(f"The ledger {path} is a symbolic link; give the real path of the file.")
+    try:
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(0, "it is no file that may be read and written")
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger {path} cannot be opened for writing: {error.strerror}. "
+            "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
+        ) from error

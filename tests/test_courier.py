@@ -1,0 +1,515 @@
+"""The courier against a stateful stand-in for Stripe: whatever goes wrong, nobody pays twice and nothing is lost."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import assert_invariant, wait_until
+from sqlalchemy import update
+
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.ledger import outbox, views
+from langchain_stripe_meter.ledger.schema import readings
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.sandbox import (
+    RecordedRequest,
+    StripeSandbox,
+    broken_body,
+    drop_answer,
+    drop_request,
+    hang,
+    rate_limited,
+    refuse,
+    server_error,
+    server_error_after_accept,
+)
+
+EVENTS = "/v1/billing/meter_events"
+
+
+class Shop:
+    """A sandbox, a ledger that goes by its clock, and couriers between them."""
+
+    def __init__(self, path: Path) -> None:
+        self.sandbox = StripeSandbox().start()
+        self.sandbox.create_meter("ai_tokens")
+        for number in range(1, 5):
+            self.sandbox.create_customer(id=f"cus_{number}")
+        self.ledger = Ledger(f"sqlite:///{path}/ledger.db", clock=self.sandbox.now)
+        self.errors: list[MeteringError] = []
+        self._couriers: list[Courier] = []
+        self.courier = self.another_courier()
+
+    def another_courier(self, concurrency: int = 8, key: str | None = None) -> Courier:
+        gateway = Gateway(key or self.sandbox.api_key, api_base=self.sandbox.url)
+        courier = Courier(self.ledger, gateway, concurrency=concurrency, on_error=self.errors.append)
+        self._couriers.append(courier)
+        return courier
+
+    def record(self, *keys: str, value: object = 1, **facts: Any) -> None:
+        usual = {
+            "event_name": "ai_tokens",
+            "at": self.ledger.now(),
+            "state": ReadingState.RESOLVED,
+            "customer": "cus_1",
+        }
+        made: dict[str, Any] = {**usual, **facts}
+        if "reference" in made:
+            made |= {"state": ReadingState.RECORDED, "customer": None}
+        self.ledger.record([Entry(key, value=Decimal(str(value)), **made) for key in keys])
+
+    def drive(self, courier: Courier | None = None, *, seconds: int = 3600) -> None:
+        """Let the courier work until nothing is pending, moving the clock on while it waits, at most ``seconds``."""
+        courier = courier or self.courier
+        until, step = self.sandbox.now() + seconds, max(1, seconds // 600)
+        while self.status.pending and self.sandbox.now() < until:
+            if not courier.turn() and not courier.in_flight:
+                self.sandbox.advance(seconds=step)
+
+    @property
+    def status(self) -> views.Status:
+        return views.status(self.ledger)
+
+    def states(self) -> dict[str, str]:
+        return {row.identifier: row.state for row in views.tail(self.ledger, 1000)}
+
+    def sent(self, *customers: str) -> list[RecordedRequest]:
+        """The requests that carried meter events (for these customers)."""
+        return [
+            request
+            for request in self.sandbox.requests
+            if request.path == EVENTS and (not customers or payer(request) in customers)
+        ]
+
+    def billed(self, customer: str = "cus_1") -> Decimal:
+        return self.sandbox.billed("ai_tokens", customer)
+
+    def close(self) -> None:
+        for courier in self._couriers:
+            courier.close(5)
+            courier.gateway.close()
+        self.ledger.close()
+        self.sandbox.stop()
+
+
+def payer(request: RecordedRequest) -> str:
+    return str(request.params["payload"]["stripe_customer_id"])
+
+
+def of(customer: str) -> Callable[[RecordedRequest], bool]:
+    return lambda request: payer(request) == customer
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(tmp_path)
+    yield shop
+    assert_invariant(shop.ledger, shop.sandbox)
+    shop.close()
+
+
+# -- the way of usage to Stripe
+
+
+def test_what_was_recorded_is_billed_once_with_its_time_and_identifier(shop: Shop) -> None:
+    at = shop.ledger.now() - 86_400
+    shop.record("run-1", value="12.5", at=at)
+    shop.record("run-2", value=3, customer="cus_2", dimensions={"model": "gpt-4o"})
+    shop.drive()
+    first, second = sorted(shop.sandbox.events, key=lambda event: event.identifier)
+    assert (first.identifier, first.timestamp, first.value) == ("run-1", at, Decimal("12.5"))
+    assert second.payload == {"stripe_customer_id": "cus_2", "value": "3", "model": "gpt-4o"}
+    assert (shop.courier.delivered, shop.status.delivered) == (2, 2)
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_the_thread_delivers_what_it_is_woken_for_and_starts_only_then(shop: Shop) -> None:
+    assert not shop.courier.is_running
+    for number in range(30):
+        shop.record(f"run-{number}", customer=f"cus_{number % 4 + 1}")
+        shop.courier.wake()
+    wait_until(lambda: shop.status.delivered == 30)
+    shop.courier.close(5)
+    assert not shop.courier.is_running
+    shop.courier.wake()
+    assert not shop.courier.is_running
+
+
+def test_a_meter_with_its_own_payload_keys_is_sent_what_it_reads(shop: Shop) -> None:
+    shop.sandbox.create_meter("own", customer_key="who", value_key="how_much")
+    shop.record("run", value=7, event_name="own")
+    shop.drive()
+    assert shop.sandbox.billed("own", "cus_1") == 7
+
+
+# -- who pays
+
+
+@pytest.mark.parametrize(
+    ("by", "value", "decoys"),
+    [
+        ("email", "ann@example.com", ["Ann@example.com", "ann@example.com.au"]),
+        ("name", "Ann Smith", ["ann smith", "Ann Smith Jr", "Smith Ann"]),
+        ("phone", "+4915112345678", ["+49151123456789"]),
+    ],
+)
+def test_a_customer_is_found_exactly_and_never_by_what_only_looks_alike(
+    shop: Shop, by: Any, value: str, decoys: list[str]
+) -> None:
+    for decoy in decoys:
+        shop.sandbox.create_customer(**{by: decoy})
+    shop.record("early", reference=Reference(by, value))
+    shop.drive()
+    assert shop.states() == {"early": "held"}
+    assert shop.sandbox.billed("ai_tokens") == {}
+
+    shop.sandbox.create_customer(id="cus_right", **{by: value})
+    shop.record("late", reference=Reference(by, value), value=2)
+    shop.drive()
+    assert shop.sandbox.billed("ai_tokens") == {"cus_right": 3}
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_two_customers_with_one_address_are_held_with_both_named(shop: Shop) -> None:
+    pair = [shop.sandbox.create_customer(email="twin@example.com") for _ in range(2)]
+    shop.record("run", reference=Reference("email", "twin@example.com"))
+    shop.drive()
+    (held,) = views.held(shop.ledger)
+    assert all(customer in held.reason for customer in pair)
+    views.assign(shop.ledger, held.ids, pair[0])
+    shop.drive()
+    assert shop.billed(pair[0]) == 1
+
+
+def test_a_customer_that_is_made_later_is_found_when_the_held_reading_is_due(shop: Shop) -> None:
+    shop.record("run", reference=Reference("email", "ann@example.com"))
+    shop.drive()
+    assert shop.status.held == 1
+    customer = shop.sandbox.create_customer(email="ann@example.com")
+    shop.sandbox.advance(seconds=60)
+    while shop.status.held:
+        shop.courier.turn()
+    shop.drive()
+    assert shop.billed(customer) == 1
+
+
+def test_a_search_that_hangs_does_not_delay_those_whose_customer_is_known(shop: Shop) -> None:
+    answer = threading.Event()
+    shop.sandbox.fail(hang(answer), path="/v1/customers*", times=None)
+    for number in range(10):
+        shop.record(f"unknown-{number}", reference=Reference("email", f"{number}@example.com"))
+    shop.courier.turn()
+    shop.record("known")
+    while not shop.status.delivered:
+        shop.courier.turn()
+    answer.set()
+    shop.drive()
+    assert (shop.status.delivered, shop.status.held) == (1, 10)
+
+
+def test_a_search_that_fails_is_told_and_tried_again(shop: Shop) -> None:
+    customer = shop.sandbox.create_customer(email="ann@example.com")
+    shop.sandbox.fail(server_error(), path="/v1/customers*")
+    shop.record("run", reference=Reference("email", "ann@example.com"))
+    shop.drive()
+    assert shop.billed(customer) == 1
+    assert "look up a customer by email" in str(shop.errors[0])
+    assert "ann@" not in str(shop.errors[0])
+
+
+# -- Stripe's answers
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [drop_answer, drop_request, broken_body, server_error, server_error_after_accept],
+    ids=lambda one: one.__name__,
+)
+def test_an_unknown_outcome_is_sent_again_under_its_identifier_and_a_new_key_and_billed_once(
+    shop: Shop, fault: Any
+) -> None:
+    shop.sandbox.fail(fault(), times=2)
+    shop.record("run", value=5)
+    shop.drive()
+    requests = shop.sent()
+    assert len(requests) >= 2
+    assert {request.params["identifier"] for request in requests} == {"run"}
+    assert len({request.headers["idempotency-key"] for request in requests}) == len(requests)
+    assert shop.billed() == 5
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_an_identifier_that_stripe_has_already_counts_as_delivered(shop: Shop) -> None:
+    shop.courier.gateway.send_once(outbox.MeterEvent("ai_tokens", "cus_1", Decimal(4), "run", shop.ledger.now()))
+    shop.record("run", value=4)
+    shop.drive()
+    assert shop.states() == {"run": "delivered"}
+    assert shop.billed() == 4
+
+
+def test_429_waits_as_long_as_stripe_says_while_other_customers_go_on(shop: Shop) -> None:
+    shop.sandbox.fail(rate_limited(retry_after=40), where=of("cus_1"))
+    began = shop.sandbox.now()
+    shop.record("a-1", "a-2", "a-3")
+    shop.record("b-1", "b-2", customer="cus_2")
+    shop.drive()
+    refused, *later = shop.sent("cus_1")
+    assert refused.status == 429
+    assert {request.status for request in later} == {200}
+    assert min(request.at for request in later) >= refused.at + 40
+    assert max(request.at for request in shop.sent("cus_2")) < began + 40
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_the_more_stripe_refuses_the_less_is_sent_at_once(shop: Shop) -> None:
+    for number in range(60):
+        customer = shop.sandbox.create_customer(id=f"cus_many{number}")
+        shop.record(f"run-{number}", customer=customer)
+    shop.sandbox.fail(rate_limited(), times=None)
+    for _ in range(40):
+        shop.courier.turn()
+    assert len(shop.sent()) < 40
+    shop.sandbox.clear_faults()
+    shop.drive()
+    assert shop.status.delivered == 60
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_a_refused_connection_leaves_no_doubt_and_is_overcome(shop: Shop) -> None:
+    shop.record("run", at=shop.ledger.now())
+    shop.sandbox.stop()
+    shop.drive(seconds=86_400)
+    assert shop.states() == {"run": "pending"}
+    shop.sandbox.start()
+    shop.drive(seconds=86_400)
+    assert shop.billed() == 1
+    assert shop.status.doubtful == 0
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_a_revoked_key_pauses_everything_burns_nothing_and_is_told_once(shop: Shop) -> None:
+    shop.sandbox.revoke(shop.sandbox.api_key)
+    shop.record("a")
+    shop.record("b", customer="cus_2")
+    shop.record("c", customer="cus_3")
+    shop.drive(seconds=3600)
+    assert shop.status.pending == 3
+    assert "401" in str(shop.status.paused)
+    assert len([error for error in shop.errors if "paused" in str(error)]) == 1
+    assert len(shop.sent()) < 3600 / 30 + 8
+    with shop.ledger.read() as connection:
+        assert connection.exec_driver_sql("SELECT sum(attempts) FROM events").scalar() == 0
+    shop.sandbox.allow(shop.sandbox.api_key)
+    shop.drive()
+    assert (shop.status.delivered, shop.status.paused) == (3, None)
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_a_key_without_the_permission_pauses_too_and_a_new_courier_clears_the_pause(shop: Shop) -> None:
+    shop.sandbox.allow("rk_test_reader", {"meters:read"})
+    shop.record("run")
+    reader = shop.another_courier(key="rk_test_reader")
+    shop.drive(reader, seconds=60)
+    assert "403" in str(shop.status.paused)
+    reader.close(1)
+    shop.drive(shop.courier)
+    assert (shop.status.delivered, shop.status.paused) == (1, None)
+
+
+def test_a_key_that_may_only_write_events_suffices(shop: Shop) -> None:
+    shop.sandbox.allow("rk_test_writer", {"meter_events:write"})
+    shop.record("run")
+    shop.drive(shop.another_courier(key="rk_test_writer"))
+    assert shop.billed() == 1
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda sandbox: sandbox.create_meter("bad") and sandbox.deactivate_meter("bad"),
+        lambda sandbox: None,
+        lambda sandbox: sandbox.create_meter("bad", formula="last"),
+        lambda sandbox: sandbox.create_meter("bad", formula="count"),
+        lambda sandbox: sandbox.create_meter("bad", event_time_window="hour"),
+    ],
+    ids=["deactivated", "unknown", "last", "count", "windowed"],
+)
+def test_a_meter_that_would_bill_wrongly_is_held_and_only_it(shop: Shop, make: Any) -> None:
+    make(shop.sandbox)
+    shop.record("bad", event_name="bad")
+    shop.record("good")
+    shop.drive()
+    assert shop.states() == {"bad": "held", "good": "delivered"}
+    assert "'bad'" in views.held(shop.ledger)[0].reason
+    assert shop.sandbox.billed("bad") == {}
+
+
+def test_a_poison_row_is_set_aside_and_the_queue_goes_on(shop: Shop) -> None:
+    shop.record("deleted", customer="cus_2")
+    shop.record("too-long", value="1")
+    shop.record("good", customer="cus_3")
+    with shop.ledger.deliver_lane().transaction() as connection:
+        long = update(readings).where(readings.c.key == "too-long").values(value="12345678901234567890")
+        connection.execute(long)
+    shop.sandbox.delete_customer("cus_2")
+    shop.drive()
+    assert shop.states() == {"deleted": "rejected", "too-long": "held", "good": "delivered"}
+    assert shop.courier.rejected == 1
+    assert "rejected" in str(shop.errors[0])
+
+
+def test_an_outcome_that_stays_unknown_for_23_hours_is_doubtful_and_never_sent_again(shop: Shop) -> None:
+    shop.sandbox.fail(server_error_after_accept(), times=1)
+    shop.sandbox.fail(refuse(503), times=None)
+    shop.record("run", value=5)
+    shop.drive(seconds=60)
+    shop.sandbox.advance(hours=23)
+    shop.drive()
+    assert shop.states() == {"run": "doubtful"}
+    shop.sandbox.clear_faults()
+    before = len(shop.sent())
+    shop.sandbox.advance(hours=48)
+    for _ in range(3):
+        shop.courier.turn()
+    assert len(shop.sent()) == before
+    assert shop.billed() == 5
+
+
+def test_usage_that_waited_34_days_is_held(shop: Shop) -> None:
+    shop.record("run")
+    shop.sandbox.advance(days=34, seconds=1)
+    shop.drive()
+    assert shop.states() == {"run": "held"}
+
+
+# -- how many at once
+
+
+def test_one_customer_and_meter_has_one_call_at_a_time_while_others_run_in_parallel(shop: Shop) -> None:
+    answer = threading.Event()
+    arrived: list[str] = []
+
+    def arrives(request: RecordedRequest) -> bool:
+        arrived.append(payer(request))
+        return True
+
+    shop.sandbox.fail(hang(answer), times=None, where=arrives)
+    for customer in ("cus_1", "cus_2", "cus_3"):
+        shop.record(*(f"{customer}-{number}" for number in range(4)), customer=customer)
+    wait_until(lambda: shop.courier.turn() + 1 and len(arrived) == 3)
+    for _ in range(3):
+        shop.courier.turn()
+    assert sorted(arrived) == ["cus_1", "cus_2", "cus_3"]
+    answer.set()
+    shop.drive()
+    assert {request.status for request in shop.sent()} == {200}
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_no_more_is_in_flight_than_was_allowed(shop: Shop) -> None:
+    answer = threading.Event()
+    shop.sandbox.fail(hang(answer), times=None)
+    courier = shop.another_courier(concurrency=2)
+    for customer in ("cus_1", "cus_2", "cus_3"):
+        shop.record(customer, customer=customer)
+    for _ in range(3):
+        courier.turn()
+    assert courier.in_flight == 2
+    answer.set()
+    shop.drive(courier)
+    assert shop.status.delivered == 3
+
+
+# -- stopping, and faults of our own
+
+
+def test_close_keeps_its_deadline_while_stripe_hangs_and_the_next_courier_bills_once(shop: Shop) -> None:
+    answer, arrived = threading.Event(), threading.Event()
+    shop.sandbox.fail(hang(answer), where=lambda _: arrived.set() or True)  # type: ignore[func-returns-value]
+    shop.record("run", value=9)
+    shop.courier.wake()
+    assert arrived.wait(30)
+    shop.courier.close(0.1)
+    assert not shop.courier.is_running
+    assert shop.states() == {"run": "pending"}
+    answer.set()
+    wait_until(lambda: shop.billed() == 9)
+    shop.drive(shop.another_courier())
+    assert [request.status for request in shop.sent()][-1] == 400  # a duplicate
+    assert shop.billed() == 9
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_close_waits_for_the_answer_where_there_is_time(shop: Shop) -> None:
+    answer, arrived = threading.Event(), threading.Event()
+    shop.sandbox.fail(hang(answer), where=lambda _: arrived.set() or True)  # type: ignore[func-returns-value]
+    shop.record("run")
+    shop.courier.wake()
+    assert arrived.wait(30)
+    closing = threading.Thread(target=shop.courier.close, args=(30,))
+    closing.start()
+    answer.set()
+    closing.join(30)
+    assert shop.states() == {"run": "delivered"}
+
+
+def test_answers_are_kept_while_the_ledger_cannot_be_written(tmp_path: Path) -> None:
+    shop = Shop(tmp_path)
+    shop.ledger = Ledger(f"sqlite:///{tmp_path}/other.db?timeout=0.05", clock=shop.sandbox.now)
+    holder = Ledger(f"sqlite:///{tmp_path}/other.db")
+    courier = shop.another_courier()
+    shop.record("run", value=3)
+    courier.turn()
+    with holder.deliver_lane().transaction():
+        wait_until(lambda: shop.billed() == 3)
+        for _ in range(2):
+            with pytest.raises(MeteringError):
+                courier.turn()
+    assert shop.states() == {"run": "sending"}
+    courier.turn()
+    assert shop.states() == {"run": "delivered"}
+    assert len(shop.sent()) == 1
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    holder.close()
+    shop.close()
+
+
+def test_the_thread_outlives_a_ledger_that_cannot_be_used_for_a_while(
+    shop: Shop, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.record("before")
+    shop.courier.wake()
+    wait_until(lambda: shop.status.delivered == 1)
+    lane = shop.ledger.deliver_lane()
+    with lane.lock:
+        lane.connection.exec_driver_sql("ALTER TABLE events RENAME TO lost")
+    shop.courier.wake()
+    wait_until(lambda: any("ledger" in str(error) for error in shop.errors))
+    with lane.lock:
+        lane.connection.exec_driver_sql("ALTER TABLE lost RENAME TO events")
+    shop.record("after")
+    assert shop.courier.is_running
+    wait_until(lambda: shop.status.delivered == 2)
+
+
+def test_an_on_error_that_raises_does_not_stop_delivery(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_error: MeteringError) -> None:
+        raise RuntimeError("mine")
+
+    courier = Courier(shop.ledger, Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url), on_error=broken)
+    shop.record("bad", customer="cus_gone")
+    shop.record("good")
+    shop.drive(courier)
+    assert shop.states() == {"bad": "rejected", "good": "delivered"}
+    assert "on_error itself failed" in caplog.text
+    courier.close(1)
+    courier.gateway.close()

@@ -1,0 +1,468 @@
+"""What holds of a ledger in a SQLite file: who may read it, what is refused, forks, other processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import wait_until
+from sqlalchemy import select
+
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.ledger import outbox
+from langchain_stripe_meter.ledger.outbox import events
+from langchain_stripe_meter.ledger.schema import readings
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+
+NOW = 1_800_000_000
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+@pytest.fixture
+def ledger(path: Path) -> Iterator[Ledger]:
+    ledger = open_ledger(path)
+    yield ledger
+    ledger.close()
+
+
+def open_ledger(path: Path, options: str = "") -> Ledger:
+    return Ledger(f"sqlite:///{path}{options}", clock=lambda: NOW)
+
+
+def record(ledger: Ledger, *names: str) -> None:
+    ledger.record([Entry(name, "ai_tokens", 1, NOW, ReadingState.RESOLVED, "cus_1") for name in names])
+
+
+def count(path: Path) -> int:
+    connection = sqlite3.connect(path)
+    try:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return int(connection.execute("SELECT count(*) FROM readings").fetchone()[0])
+    finally:
+        connection.close()
+
+
+def pragma(ledger: Ledger, name: str) -> object:
+    lane = ledger.database.lane("record")
+    with lane.lock:
+        return lane.connection.exec_driver_sql(f"PRAGMA {name}").scalar()
+
+
+# -- the file
+
+
+def test_the_file_and_its_companions_are_for_their_owner_alone(ledger: Ledger, path: Path) -> None:
+    old = os.umask(0)
+    try:
+        record(ledger, "a")
+    finally:
+        os.umask(old)
+    files = sorted(path.parent.iterdir())
+    assert [file.name for file in files] == ["ledger.db", "ledger.db-shm", "ledger.db-wal"]
+    assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+def test_a_commit_is_on_the_disk_before_it_is_acknowledged(ledger: Ledger) -> None:
+    assert pragma(ledger, "journal_mode") == "wal"
+    assert pragma(ledger, "synchronous") == 2
+    assert pragma(ledger, "secure_delete") == 1
+
+
+def test_normal_is_for_those_who_ask_for_it(path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{path}", synchronous="NORMAL")
+    assert pragma(ledger, "synchronous") == 1
+    ledger.close()
+    with pytest.raises(ConfigurationError, match="OFF"):
+        Ledger(f"sqlite:///{path}", synchronous="OFF")
+
+
+def test_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "target").touch()
+    (tmp_path / "link.db").symlink_to(tmp_path / "target")
+    with pytest.raises(LedgerError, match="symbolic link"):
+        record(open_ledger(tmp_path / "link.db"), "a")
+    assert (tmp_path / "target").read_bytes() == b""
+
+
+@pytest.mark.parametrize("where", ["missing/ledger.db", "."])
+def test_a_path_that_cannot_hold_a_file_is_refused_in_a_sentence(tmp_path: Path, where: str) -> None:
+    with pytest.raises(LedgerError, match="cannot be opened for writing"):
+        record(open_ledger(tmp_path / where), "a")
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["sqlite://", "sqlite:///:memory:", "mysql://h/n", "nonsense", "postgresql+asyncpg://h/n", "sqlite+aiosqlite:///f"],
+)
+def test_an_address_that_cannot_be_a_ledger_is_a_configuration_error(url: str) -> None:
+    with pytest.raises(ConfigurationError):
+        Ledger(url)
+
+
+def test_a_password_in_an_address_is_never_shown() -> None:
+    assert "hunter2" not in repr(Ledger("postgresql+psycopg://me:hunter2@host/name"))
+    with pytest.raises(ConfigurationError) as caught:
+        Ledger("nonsense://me:hunter2@host/name")
+    assert "hunter2" not in str(caught.value)
+
+
+# -- what is refused, and left as it is
+
+
+def refused(path: Path, error: type[LedgerError], match: str) -> None:
+    before = path.read_bytes()
+    ledger = open_ledger(path)
+    for _ in range(2):
+        with pytest.raises(error, match=match):
+            record(ledger, "a")
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_database_of_something_else_is_refused_and_left_byte_for_byte(path: Path) -> None:
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE recipes (name TEXT)")
+    connection.commit()
+    connection.close()
+    refused(path, ForeignLedgerError, "recipes")
+
+
+def test_a_newer_ledger_is_refused_by_the_name_of_its_schema(ledger: Ledger, path: Path) -> None:
+    record(ledger, "a")
+    with ledger.deliver_lane().transaction() as connection:
+        connection.exec_driver_sql("UPDATE stripe_meter_version SET version_num = '0999'")
+    ledger.close()
+    refused(path, NewerLedgerError, "0999")
+
+
+def test_a_file_that_is_no_database_is_refused_and_left_byte_for_byte(path: Path) -> None:
+    path.write_bytes(os.urandom(10_000))
+    refused(path, LedgerError, "corrupt or no SQLite database")
+
+
+def test_a_corrupt_ledger_is_refused_and_never_made_anew(ledger: Ledger, path: Path) -> None:
+    record(ledger, *(f"run-{number}" for number in range(500)))
+    ledger.close()
+    content = bytearray(path.read_bytes())
+    content[100:4096] = os.urandom(3996)  # the header stays; the schema and its first pages do not
+    path.write_bytes(content)
+    refused(path, LedgerError, "corrupt")
+
+
+# -- other processes
+
+
+HOLDER = """
+import sqlite3, sys
+connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+connection.execute("BEGIN IMMEDIATE")
+print("locked", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_lock_of_another_process_is_waited_for_and_then_an_error_for_all_at_once(path: Path) -> None:
+    ledger = open_ledger(path, "?timeout=0.3")
+    record(ledger, "before")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        barrier = threading.Barrier(40)
+
+        def attempt(number: int) -> str:
+            barrier.wait()
+            with pytest.raises(LedgerError, match="Another process holds it") as caught:
+                record(ledger, f"run-{number}")
+            return str(caught.value)
+
+        tries: list[object] = []
+        write = ledger._group._write
+        ledger._group._write = lambda entries: (tries.append(entries), write(entries))[1]
+        with ThreadPoolExecutor(40) as pool:
+            assert len(list(pool.map(attempt, range(40)))) == 40
+        assert len(tries) < 10  # they waited together, not one after the other
+        holder.communicate(b"\n")
+    record(ledger, "after")
+    ledger.close()
+    assert count(path) == 2
+
+
+OPENER = """
+import sys
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+ledger = Ledger(f"sqlite:///{sys.argv[1]}")
+import sqlalchemy, alembic.command
+print("ready", flush=True)
+sys.stdin.readline()
+ledger.record([Entry(sys.argv[2], "ai_tokens", 1, 1, ReadingState.RESOLVED, "cus_1")])
+ledger.close()
+"""
+
+
+def test_processes_that_start_together_on_a_new_file_all_record(path: Path) -> None:
+    command = [sys.executable, "-W", "error", "-c", OPENER, str(path)]
+    starters = [
+        subprocess.Popen([*command, f"run-{number}"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for number in range(6)
+    ]
+    for starter in starters:
+        assert starter.stdout is not None
+        starter.stdout.readline()
+    for starter in starters:
+        assert starter.stdin is not None
+        starter.stdin.write(b"\n")
+        starter.stdin.flush()
+    for starter in starters:
+        starter.communicate()
+        assert starter.returncode == 0
+    assert count(path) == 6
+
+
+def test_threads_that_open_different_new_ledgers_at_once_each_get_their_own(tmp_path: Path) -> None:
+    barrier = threading.Barrier(8)
+
+    def use(number: int) -> int:
+        ledger = open_ledger(tmp_path / f"{number}.db")
+        barrier.wait()
+        record(ledger, f"run-{number}")
+        ledger.close()
+        return count(tmp_path / f"{number}.db")
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(use, range(8))) == [1] * 8
+
+
+def test_a_second_ledger_on_the_file_does_not_drop_the_first_ones_locks(ledger: Ledger, path: Path) -> None:
+    """Were they dropped, a third process that comes and goes would throw away the log that the first writes to."""
+    record(ledger, "before")
+    second = open_ledger(path)
+    record(second, "by the second")
+    program = "import sqlite3, sys; c = sqlite3.connect(sys.argv[1]); c.execute('SELECT * FROM notes'); c.close()"
+    subprocess.run([sys.executable, "-c", program, str(path)], check=True)
+    assert path.with_name("ledger.db-wal").exists()
+    record(ledger, "after")
+    second.close()
+    ledger.close()
+    assert count(path) == 3
+
+
+# -- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk can only be mounted by root with the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_what_was_stored_still_drains(small_disk: Path) -> None:
+    path = small_disk / "ledger.db"
+    ledger = open_ledger(path)
+    stored: list[str] = []
+
+    def fill() -> None:
+        for number in range(100_000):
+            record(ledger, f"run-{number:060d}")
+            stored.append(f"run-{number:060d}")
+
+    with pytest.raises(LedgerError, match="Free some disk space"):
+        fill()
+    with ledger.read() as connection:
+        assert list(connection.execute(select(readings.c.key).order_by(readings.c.id)).scalars()) == stored
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    with ledger.deliver_lane().transaction() as connection:
+        assert outbox.seal(connection, NOW)
+    record(ledger, "after")
+    ledger.close()
+    assert count(path) == len(stored) + 1
+
+
+def test_a_folder_that_may_not_be_written_is_an_error_in_a_sentence(path: Path, ledger: Ledger) -> None:
+    record(ledger, "a")
+    ledger.close()
+    path.parent.chmod(0o500)
+    path.chmod(0o400)
+    if os.access(path, os.W_OK):
+        frozen = path.parent / "frozen"
+        frozen.mkdir()
+        shutil.copy(path, frozen)
+        mounts = [["mount", "--bind", str(frozen), str(frozen)], ["mount", "-o", "remount,ro,bind", str(frozen)]]
+        if any(subprocess.run(mount, capture_output=True, check=False).returncode for mount in mounts):
+            pytest.skip("root may write anywhere, and may not mount here")
+        path = frozen / path.name
+    try:
+        with pytest.raises(LedgerError, match=r"cannot be opened for writing|folder writable"):
+            record(open_ledger(path), "b")
+    finally:
+        subprocess.run(["umount", str(path.parent)], capture_output=True, check=False)
+
+
+# -- the plan
+
+
+def test_claiming_and_sealing_read_the_small_indexes_and_not_the_table(ledger: Ledger) -> None:
+    record(ledger, "a")
+    asked: list[str] = []
+    lane = ledger.deliver_lane()
+    with lane.transaction() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        driver.set_trace_callback(asked.append)
+        outbox.seal(connection, NOW)
+        outbox.claim(connection, 10, NOW)
+        driver.set_trace_callback(None)
+        plans = {
+            query: " ".join(row[3] for row in driver.execute(f"EXPLAIN QUERY PLAN {query}"))
+            for query in asked
+            if query.startswith("SELECT")
+        }
+    sealing, *claiming = plans.values()
+    assert "INDEX readings_open" in sealing
+    assert claiming
+    for plan in claiming:
+        assert "INDEX events_pending" in plan
+        assert "INDEX events_sending" in plan
+    assert "events_pending" in {index.name for index in events.indexes}
+
+
+# -- forks
+
+
+def in_child(act: Callable[[], None]) -> int:
+    """Run ``act`` in a forked child, which ends without cleaning up, and return its process id."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # from Python 3.12: this process has other threads
+        pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        signal.alarm(60)
+        act()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def end_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_forked_child_never_touches_the_connection_of_its_parent(ledger: Ledger, path: Path) -> None:
+    record(ledger, "parent-0")
+    stop = threading.Event()
+
+    def busy() -> None:
+        while not stop.is_set():
+            with ledger.deliver_lane().transaction() as connection:
+                connection.exec_driver_sql("SELECT * FROM readings").all()
+
+    def child() -> None:
+        record(ledger, "child")
+        ledger.close()
+
+    other = threading.Thread(target=busy)  # forks happen while it holds SQLite's write lock
+    other.start()
+
+    for number in range(8):
+        pid = in_child(child)
+        record(ledger, f"parent-during-{number}")
+        assert end_of(pid) == 0
+        record(ledger, f"parent-after-{number}")
+    stop.set()
+    other.join()
+    ledger.close()
+    assert count(path) == 1 + 16 + 1
+
+
+def test_threads_of_a_fresh_child_all_record_though_none_has_gone_first(ledger: Ledger, path: Path) -> None:
+    record(ledger, "parent")
+
+    def child() -> None:
+        barrier = threading.Barrier(16)
+
+        def work(number: int) -> None:
+            barrier.wait()
+            record(ledger, f"{os.getpid()}-{number}")
+
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(work, range(16)))
+
+    children = [in_child(child) for _ in range(6)]
+    assert [end_of(pid) for pid in children] == [0] * 6
+    ledger.close()
+    assert count(path) == 1 + 6 * 16
+
+
+def test_a_child_that_was_forked_while_its_parent_records_does_not_wait_for_the_parents_locks(
+    ledger: Ledger, path: Path
+) -> None:
+    record(ledger, "parent")
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with ledger._group._leader:
+            entered.set()
+            leave.wait(30)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    wait_until(entered.is_set)
+    pid = in_child(lambda: record(ledger, "child"))
+    assert end_of(pid) == 0
+    leave.set()
+    holder.join()
+    ledger.close()
+    assert count(path) == 2
+
+
+def test_an_interrupt_while_writing_for_others_loses_nothing_of_theirs(ledger: Ledger, path: Path) -> None:
+    record(ledger, "before")
+    lane, group = ledger.database.lane("record"), ledger._group
+    with lane.lock, ThreadPoolExecutor(4) as pool:
+        theirs = [pool.submit(record, ledger, f"run-{number}") for number in range(4)]
+        wait_until(lambda: len(group._jobs) == 3)  # one of them leads and waits for the connection
+        original, group._write = group._write, interrupted
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                group._write_batch()
+        finally:
+            group._write = original
+        lane.lock.release()
+        try:
+            for each in theirs:
+                each.result(30)
+        finally:
+            lane.lock.acquire()
+    ledger.close()
+    assert count(path) == 5
+
+
+def interrupted(_entries: object) -> None:
+    raise KeyboardInterrupt
