@@ -15,6 +15,7 @@ from langchain_core.outputs import LLMResult
 
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
+from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run, text_of
 from langchain_stripe_meter.recording import Ending, Recorder, call_of
 
@@ -87,9 +88,14 @@ class MeteringCallbacks(BaseCallbackHandler):
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self._recorder = recorder
+        self.after_fork()
+        renew_after_fork(self)
+        self._batches: weakref.WeakValueDictionary[int, _Batch] = weakref.WeakValueDictionary()
+
+    def after_fork(self) -> None:
+        """The runs that are open belong to the parent."""
         self._lock = threading.Lock()
         self._runs = OpenRuns()
-        self._batches: weakref.WeakValueDictionary[int, _Batch] = weakref.WeakValueDictionary()
 
     # -- starts: only memory is touched
 

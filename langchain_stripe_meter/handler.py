@@ -150,7 +150,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
         return await asyncio.to_thread(self.flush, timeout)
 
     def _pending(self) -> int:
-        with self._ledger.read() as connection:
+        with self._ledger.deliver_lane().lock, self._ledger.read() as connection:
             return views.pending(connection)
 
     def _report(self) -> views.FlushReport:

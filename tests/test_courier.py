@@ -284,8 +284,20 @@ def test_the_more_stripe_refuses_the_less_is_sent_at_once(shop: Shop) -> None:
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
 
 
+def test_nothing_is_sent_to_a_meter_that_nobody_could_look_at(shop: Shop) -> None:
+    shop.record("run", at=shop.ledger.now())
+    shop.sandbox.fail(refuse(503), path="/v1/billing/meters", times=None)
+    shop.drive(seconds=3600)
+    assert shop.states() == {"run": "resolved"}
+    assert shop.sent() == []
+    shop.sandbox.clear_faults()
+    shop.drive(seconds=60)
+    assert shop.states() == {"run": "delivered"}
+
+
 def test_a_refused_connection_leaves_no_doubt_and_is_overcome(shop: Shop) -> None:
     shop.record("run", at=shop.ledger.now())
+    assert shop.courier.gateway.meter("ai_tokens") is not None
     shop.sandbox.stop()
     shop.drive(seconds=86_400)
     assert shop.states() == {"run": "pending"}
@@ -307,7 +319,7 @@ def test_a_revoked_key_pauses_everything_burns_nothing_and_is_told_once(shop: Sh
     assert len([error for error in shop.errors if "paused" in str(error)]) == 1
     assert len(shop.sent()) < 3600 / 30 + 8
     with shop.ledger.read() as connection:
-        assert connection.exec_driver_sql("SELECT sum(attempts) FROM events").scalar() == 0
+        assert connection.exec_driver_sql("SELECT coalesce(sum(attempts), 0) FROM events").scalar() == 0
     shop.sandbox.allow(shop.sandbox.api_key)
     shop.drive()
     assert (shop.status.delivered, shop.status.paused) == (3, None)

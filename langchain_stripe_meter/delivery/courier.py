@@ -13,13 +13,14 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 
 from cachetools import TTLCache
+from sqlalchemy import Connection
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.errors import MeteringError, StripeError
+from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox
-from langchain_stripe_meter.ledger.forks import renew_after_fork
 from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -160,11 +161,11 @@ class Courier:
         moved = self._settle()
         now = self.ledger.now()
         moved += self._look_up(now)
-        self._check_meters(now)
+        checked = self._check_meters(now)
         slots = self._slots(now)
         with self.ledger.deliver_lane().transaction() as connection:
             moved += outbox.reap(connection, now)
-            moved += outbox.seal(connection, now)
+            moved += outbox.seal(connection, now) if checked else 0
             claimed = outbox.claim(connection, slots, now, self._at_rest(now)) if slots > 0 else []
         for item in claimed:
             self._sending[item.lease] = item
@@ -211,20 +212,23 @@ class Courier:
         if not self._sent and not self._found:
             return 0
         now, moved = self.ledger.now(), len(self._sent)
-        with self.ledger.deliver_lane().transaction() as connection:
-            states = outbox.finish(connection, self._sent, now)
-            for reference, found in self._found:
-                if len(found) == 1:
-                    self._customers[reference] = found
-                    moved += outbox.resolve(connection, reference, found[0])
-                else:
-                    moved += outbox.hold(connection, reference, _why_held(reference, found), now)
-        sent, self._sent, self._found = self._sent, [], []
-        self.delivered += states.count(EventState.DELIVERED)
-        self.rejected += states.count(EventState.REJECTED)
+        lane = self.ledger.deliver_lane()
+        with lane.lock:  # whoever counts what is pending under this lock sees these counts too
+            with lane.transaction() as connection:
+                states = outbox.finish(connection, self._sent, now)
+                moved += sum(self._settle_lookup(connection, *answer, now) for answer in self._found)
+            sent, self._sent, self._found = self._sent, [], []
+            self.delivered += states.count(EventState.DELIVERED)
+            self.rejected += states.count(EventState.REJECTED)
         for (claimed, outcome), state in zip(sent, states, strict=True):
             self._account(claimed, outcome, state, now)
         return moved
+
+    def _settle_lookup(self, connection: Connection, reference: Reference, found: list[str], now: int) -> int:
+        if len(found) != 1:
+            return outbox.hold(connection, reference, _why_held(reference, found), now)
+        self._customers[reference] = found
+        return outbox.resolve(connection, reference, found[0])
 
     def _dispatch(self, job: Job) -> None:
         if self._senders < self.in_flight:
@@ -312,13 +316,19 @@ class Courier:
                 self._dispatch(reference)
         return moved
 
-    def _check_meters(self, now: int) -> None:
-        """Hold the readings of a meter that Stripe would add up wrongly, or does not have."""
+    def _check_meters(self, now: int) -> bool:
+        """Hold the readings of a meter that Stripe would add up wrongly, or does not have; False if it does not say."""
+        if now < self._quiet_until:
+            return False
         with self.ledger.deliver_lane().transaction() as connection:
             outbox.release_held(connection, now)
             names = outbox.open_meters(connection)
         for name in names:
-            info = self.gateway.meter(name)
+            try:
+                info = self.gateway.meter(name)
+            except StripeError as error:
+                self._unread(error, now)
+                return False
             problem = info.problem if info else None
             if info is None and self.gateway.can_read_meters():
                 problem = f"Stripe has no meter with the event name {name!r}; create it, or correct the name"
@@ -328,6 +338,16 @@ class Courier:
                 held = outbox.hold_meter(connection, name, problem, now)
             if held:
                 self._report(StripeError(f"{held} readings are held: {problem}."))
+        return True
+
+    def _unread(self, error: StripeError, now: int) -> None:
+        """Nobody knows whether the meters add up rightly, so nothing is sent until Stripe says."""
+        outcome = self.gateway.outcome_of(error)
+        if outcome.move is Move.UNAUTHORISED:
+            self._pause(outcome.message, now)
+            return
+        self._quiet_until = max(self._quiet_until, now + (outcome.retry_after or QUIET_SECONDS))
+        logger.info("stripe-meter: sending waits: %s", error)
 
     def _report(self, error: Exception) -> None:
         if not isinstance(error, MeteringError):

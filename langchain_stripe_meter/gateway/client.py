@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from langchain_stripe_meter.core.customers import Reference, normalise
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, StripeError
+from langchain_stripe_meter.forks import renew_after_fork
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -89,9 +90,14 @@ class Gateway:
     def __init__(self, stripe: str | StripeClient | None = None, *, api_base: str | None = None) -> None:
         self._given = check_key(stripe)
         self._api_base = api_base or os.environ.get("STRIPE_METER_API_BASE") or None
+        self._meters: TTLCache[str, dict[str, MeterInfo] | None] = TTLCache(1, METERS_CACHED_SECONDS)
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """A child opens connections of its own."""
         self._client: StripeClient | None = None
         self._lock = threading.Lock()
-        self._meters: TTLCache[str, dict[str, MeterInfo] | None] = TTLCache(1, METERS_CACHED_SECONDS)
 
     def __repr__(self) -> str:
         return f"Gateway(api_base={self._api_base!r})"
@@ -140,10 +146,20 @@ class Gateway:
     def _try(self, event: MeterEvent, options: Any) -> tuple[Outcome, dict[str, Any]]:
         try:
             return Outcome(Move.ACCEPTED), self._create(event, options).to_dict()
+        except StripeError as error:  # the meter could not be read, so nothing was sent
+            outcome = self.outcome_of(error)
+            unsent = replace(outcome, move=Move.REFUSED_FOR_NOW) if outcome.move is Move.UNKNOWN else outcome
+            return unsent, {}
         except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is stored
-            from langchain_stripe_meter.gateway.replies import classify
+            return self.outcome_of(error), {}
 
-            return classify(error), {}
+    @staticmethod
+    def outcome_of(error: Exception) -> Outcome:
+        """What an error means: one of the ``stripe`` client's, or a ``StripeError`` that has one as its cause."""
+        from langchain_stripe_meter.gateway.replies import classify
+
+        cause = error.__cause__
+        return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error)
 
     def _create(self, event: MeterEvent, options: Any) -> Any:
         params: Any = {
@@ -160,7 +176,10 @@ class Gateway:
         return (info.customer_key, info.value_key) if info else ("stripe_customer_id", "value")
 
     def meter(self, event_name: str) -> MeterInfo | None:
-        """The meter with this event name; None where there is none, or where the key may not read meters."""
+        """The meter with this event name; None where there is none, or where the key may not read meters.
+
+        Raises ``StripeError`` where Stripe does not answer: unknown is not absent.
+        """
         with self._lock:
             known = self._meters.get("all", ...)
         if known is ... or (known is not None and event_name not in known):
@@ -179,7 +198,7 @@ class Gateway:
             found: dict[str, MeterInfo] | None = {meter.event_name: meter for meter in self.meters()}
         except StripeError as error:
             if not isinstance(error.__cause__, stripe.PermissionError):
-                return None
+                raise
             found = None
         with self._lock:
             self._meters["all"] = found

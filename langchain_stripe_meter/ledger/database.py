@@ -24,8 +24,8 @@ from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
 
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.address import parse_url, prepare_file
-from langchain_stripe_meter.ledger.forks import renew_after_fork
 from langchain_stripe_meter.ledger.schema import HEAD
 
 BUSY_SECONDS = 5

@@ -10,7 +10,7 @@ from queue import SimpleQueue
 from typing import Generic, TypeVar
 
 from langchain_stripe_meter.errors import LedgerError
-from langchain_stripe_meter.ledger.forks import renew_after_fork
+from langchain_stripe_meter.forks import renew_after_fork
 
 T = TypeVar("T")
 
