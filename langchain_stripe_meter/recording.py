@@ -20,7 +20,8 @@ from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.usage import completed, usage_from_metadata
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError
+from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
 from langchain_stripe_meter.observed import Observed
 
@@ -38,7 +39,7 @@ class Ending:
     message: tuple[Call, Facts] | None
 
 
-@dataclass
+@dataclass(eq=False)
 class Recorder:
     """Records endings. ``skipped`` counts readings with nobody to bill, ``unrecorded`` what could not be stored."""
 
@@ -52,13 +53,20 @@ class Recorder:
     on_error: OnError | None
     skipped: int = 0
     unrecorded: int = 0
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lock: threading.Lock = field(init=False)
     _needs_lookup: bool = field(init=False)
     _per: dict[str, list[Meter]] = field(init=False)
 
     def __post_init__(self) -> None:
         self._needs_lookup = needs_lookup(self.customer)
         self._per = {per: [meter for meter in self.meters if meter.per == per] for per in ("call", "message")}
+
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """A lock that another thread held at the fork would stay locked in the child."""
+        self._lock = threading.Lock()
 
     def settle(self, decide: Callable[[], Sequence[Ending]]) -> None:
         """Record what ``decide`` says has ended; returns when it is durable, and never raises."""
@@ -153,7 +161,13 @@ class Recorder:
         return replace(call, usage=completed(observed.usage, estimated))
 
     def _readings(self, per: str, call: Call) -> list[Reading]:
-        return [reading for meter in self._per[per] for reading in meter.readings(call)]
+        readings: list[Reading] = []
+        for meter in self._per[per]:
+            try:
+                readings += meter.readings(call)
+            except InvalidValueError as error:  # Stripe would refuse it: a person must look, the other meters go on
+                readings.append(Reading(meter.event_name, None, doubt=str(error)))
+        return readings
 
     def _of_run(self, run: Run, facts: Facts, readings: Sequence[Reading]) -> list[Entry]:
         if not readings:

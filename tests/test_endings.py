@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
 from providers import AnthropicServer, OpenAIServer, ProviderServer, Reply
 
@@ -215,6 +215,19 @@ def test_in_a_batch_whose_second_item_fails_the_first_is_billed(
     assert isinstance(outcomes[0], AIMessage)
     assert isinstance(outcomes[1], Exception)
     assert billed(handler)["messages"].value == 1
+
+
+def test_prompts_of_one_generate_whose_end_langchain_never_tells_are_counted_as_abandoned(
+    handler: StripeMeterCallbackHandler, server: Any, clock: Clock
+) -> None:
+    """LangChain throws the first, paid answer away when the second prompt fails: nothing of it is known to bill."""
+    server.reply(Reply("fine"), Reply(status=400))
+    with pytest.raises(Exception, match=r"."):
+        server.chat().generate([[HumanMessage("a")], [HumanMessage("b")]], callbacks=[handler])
+    assert handler.status().open_runs == 1
+    clock.now += ABANDONED_AFTER + 1
+    assert handler.status().abandoned == 1
+    assert billed(handler) == {}
 
 
 def test_the_same_end_told_twice_counts_once(handler: StripeMeterCallbackHandler, server: Any) -> None:

@@ -106,6 +106,14 @@ def test_ollama_reports_nothing_where_a_count_is_missing_and_is_estimated(tmp_pa
     assert rows["output"].value == 3
 
 
+def test_an_absurd_amount_is_held_on_its_meter_and_the_other_meters_are_billed(tmp_path: Path) -> None:
+    usage = {"input_tokens": 10**16 + 1, "output_tokens": 5, "total_tokens": 10**16 + 6}
+    rows = run(tmp_path, usage)
+    assert (rows["output"].state, rows["output"].value) == ("resolved", 5)
+    assert (rows["total"].state, rows["total"].value) == ("held", None)
+    assert "significant digits" in str(rows["total"].reason)
+
+
 @pytest.mark.parametrize(
     ("usage", "says"),
     [
