@@ -93,7 +93,7 @@ def test_deliver_says_with_its_exit_code_that_something_is_still_pending(
 
 def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, recorded: None) -> None:
     sandbox.revoke(sandbox.api_key)
-    assert "401" in call("deliver", "--once", "--timeout", "1", code=1).stderr
+    assert "401" in call("deliver", "--once", "--timeout", "4", code=1).stderr
 
 
 def test_deliver_fails_when_stripe_refused_an_event_for_good(sandbox: StripeSandbox, recorded: None) -> None:
