@@ -1,0 +1,55 @@
+"""The README's examples run as they are written."""
+
+from __future__ import annotations
+
+import re
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langgraph.graph import START, MessagesState, StateGraph
+
+import langchain_stripe_meter
+from langchain_stripe_meter.sandbox import StripeSandbox
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
+USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+
+
+def model() -> GenericFakeChatModel:
+    message = AIMessage("Hi", usage_metadata=USAGE, response_metadata={"model_name": "gpt-4o"})
+    return GenericFakeChatModel(messages=iter([message] * 100))
+
+
+@pytest.fixture
+def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: StripeSandbox) -> dict[str, Any]:
+    """What the reader has already: a chain, a graph, a key, and the names of this package."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ai_tokens_used", "bot_messages", "message_credits"):
+        stripe_sandbox.create_meter(name)
+    stripe_sandbox.create_customer(id="cus_123", email="ann@example.com")
+    builder = StateGraph(MessagesState)
+    builder.add_node("answer", lambda state: {"messages": [model().invoke(state["messages"])]})
+    builder.add_edge(START, "answer")
+    public = {name: getattr(langchain_stripe_meter, name) for name in langchain_stripe_meter.__all__}
+    return {**public, "chain": ChatPromptTemplate.from_template("{question}") | model(), "builder": builder}
+
+
+def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], stripe_sandbox: StripeSandbox) -> None:
+    handlers = []
+    for example in EXAMPLES:
+        exec(compile(example, "README.md", "exec"), namespace)
+        if namespace.get("meter") not in (None, *handlers):
+            handlers.append(namespace["meter"])
+    report = namespace["report"]
+    assert (report.delivered, report.pending, report.held, report.skipped) == (1, 0, 0, 1)
+    assert namespace["out"]["success"] is True
+    for handler in handlers:
+        assert handler.close().pending == 0
+    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 812 + 500
+    assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)
