@@ -68,11 +68,11 @@ class Recorder:
         """A lock that another thread held at the fork would stay locked in the child."""
         self._lock = threading.Lock()
 
-    def settle(self, decide: Callable[[], Sequence[Ending]]) -> None:
-        """Record what ``decide`` says has ended; returns when it is durable, and never raises."""
+    def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
+        """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises."""
         entries: list[Entry] = []
         try:
-            entries = self._entries(decide())
+            entries = self._entries(decide(*args, **kwargs))
             if entries:
                 self.ledger.record(entries)
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
@@ -80,11 +80,11 @@ class Recorder:
         else:
             self.recorded(entries)
 
-    async def asettle(self, decide: Callable[[], Sequence[Ending]]) -> None:
+    async def asettle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
-            endings = decide()
+            endings = decide(*args, **kwargs)
             if endings and self._is_slow(endings):
                 loop = asyncio.get_running_loop()  # shielded: a cancelled task must not take what it owes with it
                 await asyncio.shield(loop.run_in_executor(None, self.settle, lambda: endings))
@@ -133,10 +133,12 @@ class Recorder:
             logger.error("stripe-meter: on_error itself failed: %s", type(own).__name__)  # noqa: TRY400
 
     def _entries(self, endings: Sequence[Ending]) -> list[Entry]:
-        return [entry for ending in endings for entry in self._of_ending(ending)]
-
-    def _of_ending(self, ending: Ending) -> list[Entry]:
         entries: list[Entry] = []
+        for ending in endings:
+            self._add(ending, entries)
+        return entries
+
+    def _add(self, ending: Ending, entries: list[Entry]) -> None:
         run, observed = ending.run, ending.observed
         if observed is not None and not observed.is_empty and (self.bill_cache_hits or not observed.cached):
             call = self._complete(call_of(run, observed), run, observed)
@@ -145,7 +147,6 @@ class Recorder:
         if ending.message is not None:
             call, facts = ending.message
             entries += self._of_run(run.top, facts, self._readings("message", call))
-        return entries
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""

@@ -250,7 +250,7 @@ _ALWAYS_FITS = Decimal(10**15)
 def _reading(name: str, value: Decimal, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
     if not value:
         return []
-    if value.as_tuple().exponent or value >= _ALWAYS_FITS:
+    if value >= _ALWAYS_FITS or value != int(value):
         check_value(value)
     return [Reading(name, value, dimensions or {}, estimated)]
 

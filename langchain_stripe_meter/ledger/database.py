@@ -175,6 +175,7 @@ class Database:
     def __init__(self, url: str, *, synchronous: str = "FULL") -> None:
         self.url = parse_url(url)
         self._synchronous = synchronous
+        self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
         self._opened: _Opened | None = None
         self.reading = threading.RLock()
@@ -210,10 +211,6 @@ class Database:
         if self._opened is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._opened))
             self._opened = None
-
-    @property
-    def is_sqlite(self) -> bool:
-        return self.url.get_backend_name() == "sqlite"
 
     @property
     def engine(self) -> Engine:
