@@ -255,7 +255,7 @@ def test_a_clients_word_counts_on_a_server_only_if_it_is_trusted() -> None:
 def test_the_captured_lead_is_believed_on_a_server_and_comes_before_the_metadata() -> None:
     leads = {"s1": {"email": "captured@example.com"}}
     facts: dict[str, Any] = {
-        "metadata": {"session_id": "s1", "lead": {"email": "typed@example.com"}}, "lead": leads.get
+        "metadata": {"thread_id": "s1", "lead": {"email": "typed@example.com"}}, "lead": leads.get
     }  # fmt: skip
     for on_server in (True, False):
         assert who(from_lead(), **facts, on_server=on_server) == Reference("email", "captured@example.com")
@@ -279,7 +279,7 @@ def test_before_its_identifier_is_known_a_lead_is_not_metered(by: By) -> None:
     ],
 )  # fmt: skip
 def test_the_session_is_the_first_of_its_three_names(metadata: dict[str, Any], session: str | None) -> None:
-    assert Facts(metadata).session == session
+    assert Facts(metadata).session(trust_client=False) == session
 
 
 def test_the_first_source_that_names_somebody_decides_and_all_reasons_are_kept() -> None:
@@ -317,3 +317,14 @@ SEVEN: Any = 7
 def test_a_source_that_makes_no_sense_is_refused_at_the_door(make: Any) -> None:
     with pytest.raises(ConfigurationError):
         make()
+
+
+def test_on_a_server_a_client_cannot_name_somebody_elses_session_to_make_their_lead_pay() -> None:
+    leads = {"victim": {"email": "victim@example.com"}, "own": {"email": "ann@example.com"}}
+    forged = {"session_id": "victim", "conversation_id": "victim", "thread_id": "own"}
+    on_server = Facts(forged, on_server=True, lead=leads.get)
+    assert from_lead().identify(on_server) == Reference("email", "ann@example.com")
+    without_thread = Facts({"session_id": "victim"}, on_server=True, lead=leads.get)
+    assert isinstance(from_lead().identify(without_thread), Skip)
+    trusting = from_lead(trust_client=True).identify(on_server)
+    assert trusting == from_lead().identify(Facts(forged, lead=leads.get)) == Reference("email", "victim@example.com")

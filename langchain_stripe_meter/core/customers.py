@@ -123,10 +123,14 @@ class Facts:
     on_server: bool = False
     lead: Callable[[str], Mapping[str, str] | None] | None = None
 
-    @property
-    def session(self) -> str | None:
-        """The conversation: ``session_id``, ``thread_id`` or ``conversation_id`` of the run's metadata."""
-        for key in ("session_id", "thread_id", "conversation_id"):
+    def session(self, *, trust_client: bool) -> str | None:
+        """The conversation: ``session_id``, ``thread_id`` or ``conversation_id`` of the run's metadata.
+
+        An agent server sets ``thread_id`` itself, over whatever its client sent; the other two are the client's word,
+        and would let it name the session of somebody else.
+        """
+        trusted = trust_client or not self.on_server
+        for key in ("session_id", "thread_id", "conversation_id") if trusted else ("thread_id",):
             value = self.metadata.get(key)
             if value is not None and value != "":
                 return str(value)
@@ -195,7 +199,8 @@ class FromLead:
     region: str | None = None
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        captured = facts.lead(facts.session) if facts.lead and facts.session else None
+        session = facts.session(trust_client=self.trust_client)
+        captured = facts.lead(session) if facts.lead and session else None
         if captured and captured.get(self.by):
             return _reference(self.by, captured[self.by], "", self.region)
         if facts.on_server and not self.trust_client:

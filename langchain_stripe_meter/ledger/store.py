@@ -188,7 +188,8 @@ class Leads:
     def capture(
         self, session: str, *, email: str | None = None, name: str | None = None, phone: str | None = None
     ) -> None:
-        """Remember a lead's fields for ``session`` (the run's ``session_id``, ``thread_id`` or ``conversation_id``).
+        """Remember a lead's fields for ``session`` (the run's ``session_id``, ``thread_id`` or ``conversation_id``;
+        on an agent server only its ``thread_id``, since the others are the client's word).
 
         Fields that are not given keep what was captured before. Runs before this stay skipped. Only call it with
         what your application knows: an address that somebody typed into a chat proves nothing.

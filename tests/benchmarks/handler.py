@@ -70,9 +70,7 @@ class Minimal(BaseCallbackHandler):
         self.connection = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self.connection.execute("PRAGMA journal_mode=WAL")
         self.connection.execute(f"PRAGMA synchronous={synchronous}")
-        self.connection.execute(
-            "CREATE TABLE usage (run TEXT PRIMARY KEY, event_name TEXT, customer TEXT, tokens INTEGER, at INTEGER)"
-        )
+        self.connection.execute("CREATE TABLE usage (run TEXT PRIMARY KEY, tokens INTEGER, customer TEXT)")
         self.customers: dict[Any, str] = {}
 
     def on_chat_model_start(self, serialized: Any, messages: Any, *, run_id: Any, **kwargs: Any) -> None:
@@ -81,8 +79,8 @@ class Minimal(BaseCallbackHandler):
     def on_llm_end(self, response: Any, *, run_id: Any, **kwargs: Any) -> None:
         tokens = response.generations[0][0].message.usage_metadata["total_tokens"]
         with self.lock:
-            row = (run_id.hex, "ai_tokens", self.customers.pop(run_id), tokens, int(time.time()))
-            self.connection.execute("INSERT INTO usage VALUES (?, ?, ?, ?, ?)", row)
+            row = (run_id.hex, tokens, self.customers.pop(run_id))
+            self.connection.execute("INSERT INTO usage VALUES (?, ?, ?)", row)
 
 
 class Naive(BaseCallbackHandler):
