@@ -7,10 +7,9 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.callbacks import MeteringCallbacks
@@ -21,19 +20,18 @@ from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 
 if TYPE_CHECKING:
     from stripe import StripeClient
-
-    from langchain_stripe_meter.audit.verify import Verification
 
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(MeteringCallbacks):
+class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -178,40 +176,6 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
         )
-
-    def held(self) -> views.HeldList:
-        """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
-        return views.held(self._ledger)
-
-    def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
-        """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
-        moved = views.assign(self._ledger, held.ids if isinstance(held, views.Held) else held, customer, value)
-        return self._moved(moved)
-
-    def retry(self) -> int:
-        """Try held and rejected things again, now. Returns how many."""
-        return self._moved(views.retry(self._ledger))
-
-    def verify(self, since: datetime | int = 0) -> Verification:
-        """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.
-
-        ``since`` is a datetime with a time zone or Unix seconds. Raises ``StripeError`` where Stripe does not answer,
-        ``ConfigurationError`` for a handler that only records.
-        """
-        if self._courier is None:
-            raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
-        if isinstance(since, datetime):
-            if since.tzinfo is None:
-                raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-            since = int(since.timestamp())
-        from langchain_stripe_meter.audit.verify import verify
-
-        return verify(self._ledger, self._courier.gateway, since)
-
-    def _moved(self, count: int) -> int:
-        if self._courier is not None:
-            self._courier.wake()
-        return count
 
     def close(self, timeout: float = 10.0) -> views.FlushReport:
         """Deliver what is pending, at most ``timeout`` seconds, then let go of threads and connections.
