@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from stripe import StripeClient
 
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
+MAX_ROLL_UP = 3600
+"""Seconds; invoices are finalised an hour after their period, so usage must not wait longer."""
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
@@ -49,6 +51,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
+            with more than a few runs a second: Stripe takes their events one after the other.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
@@ -68,6 +72,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        roll_up: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = _check_meters(meters)
@@ -76,12 +81,14 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
+        if roll_up is not None and not 1 <= roll_up <= MAX_ROLL_UP:
+            raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
+            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up)
         self.leads = Leads(self._ledger)
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
