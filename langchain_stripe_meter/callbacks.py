@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -40,11 +41,7 @@ class _DualEvent:
             return self
         decide = self._decide
         if asyncio._get_running_loop() is None:  # the public one raises, which costs more than all the rest here
-
-            def ended(*args: Any, **kwargs: Any) -> None:
-                handler._recorder.settle(decide, handler, *args, **kwargs)
-
-            return ended
+            return partial(handler._recorder.settle, decide, handler)
 
         async def aended(*args: Any, **kwargs: Any) -> None:
             await handler._recorder.asettle(decide, handler, *args, **kwargs)
@@ -207,25 +204,30 @@ class MeteringCallbacks(BaseCallbackHandler):
             if run is None:
                 return ()
             observed = _as_told(run, observed)
-            if answers and observed is not None and not (observed.partial and observed.is_empty):
-                self._runs.answered(run, call_of(run, observed))
+            call = None
+            if observed is not None:
+                call = call_of(run, observed)
+                if answers and not (observed.partial and observed.is_empty):
+                    self._runs.answered(run, call)
             if cut and run.top is run:
                 self._runs.cut(run, now)
-            lost = [_lost_ending(one) for one in self._runs.take_lost()]
-            for one in lost:
-                if answers and one.run.top is run and one.observed is not None:
-                    self._runs.answered(one.run, call_of(one.run, one.observed))
+            endings = self._take_lost()
+            for lost in endings:
+                if answers and lost.run.top is run and lost.call is not None:
+                    self._runs.answered(lost.run, lost.call)
             message = self._runs.take_message(run)
-        endings = lost
         if message is not None or (observed is not None and not observed.is_empty):
-            endings.append(Ending(run, observed, message))
+            endings.append(Ending(run, observed, call, message))
         return endings
+
+    def _take_lost(self) -> list[Ending]:
+        return [_lost_ending(run) for run in self._runs.take_lost()] if self._runs.has_lost else []
 
     def _sweep(self) -> Sequence[Ending]:
         """Calls that ended without saying so, as far as that is known by now."""
         with self._lock:
             self._runs.sweep(self._recorder.ledger.now())
-            return [_lost_ending(run) for run in self._runs.take_lost()]
+            return self._take_lost()
 
 
 def _as_told(run: Run, observed: Observed | None) -> Observed | None:
@@ -240,4 +242,5 @@ def _as_told(run: Run, observed: Observed | None) -> Observed | None:
 
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
-    return Ending(run, Observed(partial=True, output=["".join(run.received)]), None)
+    observed = Observed(partial=True, output=["".join(run.received)])
+    return Ending(run, observed, call_of(run, observed))

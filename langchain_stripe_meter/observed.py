@@ -6,7 +6,7 @@ Everything here is about LangChain's shapes, and nothing about Stripe's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 from langchain_core.messages import BaseMessage
@@ -16,10 +16,11 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import merged
 from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import UsageError
 
 _AUTH_USER = "langgraph_auth_user"
-_SERVER_KEYS = ("langgraph_auth_user_id", "langgraph_request_id", _AUTH_USER)
+_SERVER_KEYS = frozenset(("langgraph_auth_user_id", "langgraph_request_id", _AUTH_USER))
 _RUNTIME = "__pregel_runtime"
 
 
@@ -50,10 +51,10 @@ def facts_of(metadata: Mapping[str, Any] | None) -> Facts:
 
 def _on_server(metadata: Mapping[str, Any] | None, configurable: Mapping[str, Any]) -> bool:
     """Whether an agent server runs this: it marks every run, even one without authentication."""
-    return "langgraph_api_version" in (metadata or ()) or any(key in configurable for key in _SERVER_KEYS)
+    return "langgraph_api_version" in (metadata or ()) or not _SERVER_KEYS.isdisjoint(configurable)
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Observed:
     """What the end of a model call says. ``usage`` is None where nothing was reported, ``doubt`` where the report
     contradicts itself; ``output`` is what came back; ``partial`` marks a call that broke off, so that its report may
@@ -79,11 +80,10 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
 
     With n > 1 every generation repeats the usage of the whole call, so the first one counts.
     """
-    generations = [generation for prompt in (response.generations if response else []) for generation in prompt]
-    if response is None or not generations:
+    output = [_output(generation) for prompt in (response.generations if response else ()) for generation in prompt]
+    if response is None or not output:
         return Observed(partial=partial)
-    output = [_output(generation) for generation in generations]
-    first = output[0] if isinstance(output[0], BaseMessage) else None
+    first = None if isinstance(output[0], str) else output[0]
     report = getattr(first, "usage_metadata", None)
     cached = "total_cost" in (report or {})  # LangChain's mark of an answer from its own cache
     model = _model(response, first)

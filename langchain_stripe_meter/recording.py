@@ -19,6 +19,7 @@ from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.usage import completed, usage_from_metadata
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -30,13 +31,15 @@ logger = logging.getLogger("langchain_stripe_meter")
 OnMissingUsage = Literal["estimate", "hold", "ignore"]
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Ending:
-    """What ended: a model call (``run`` and ``observed``), a message (its answer and who pays), or both."""
+    """What ended: a model call (``observed`` and the ``call`` that it was), a message (its answer and who pays), or
+    both."""
 
     run: Run
-    observed: Observed | None
-    message: tuple[Call, Facts] | None
+    observed: Observed | None = None
+    call: Call | None = None
+    message: tuple[Call, Facts] | None = None
 
 
 @dataclass(eq=False)
@@ -109,7 +112,10 @@ class Recorder:
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
-        skipped = sum(entry.state is ReadingState.SKIPPED for entry in entries)
+        skipped = 0
+        for entry in entries:
+            if entry.state is ReadingState.SKIPPED:
+                skipped += 1
         if skipped:
             with self._lock:
                 self.skipped += skipped
@@ -139,14 +145,17 @@ class Recorder:
         return entries
 
     def _add(self, ending: Ending, entries: list[Entry]) -> None:
-        run, observed = ending.run, ending.observed
-        if observed is not None and not observed.is_empty and (self.bill_cache_hits or not observed.cached):
-            call = self._complete(call_of(run, observed), run, observed)
+        run, observed, call = ending.run, ending.observed, ending.call
+        if observed is not None and call is not None and self._bills(observed):
+            call = self._complete(call, run, observed)
             if call is not None:
                 entries += self._of_run(run, run.facts, self._readings("call", call))
         if ending.message is not None:
             call, facts = ending.message
             entries += self._of_run(run.top, facts, self._readings("message", call))
+
+    def _bills(self, observed: Observed) -> bool:
+        return not observed.is_empty and (self.bill_cache_hits or not observed.cached)
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""
@@ -228,25 +237,24 @@ def call_of(run: Run, observed: Observed) -> Call:
 
 def make_entry(key: str, who: Reference | Skip, reading: Reading, at: int) -> Entry:
     """One reading of a run, with what is known of who pays."""
-    named = who if isinstance(who, Reference) else None
-    by_id = named is not None and named.by == "id"
+    customer, reference, reason = None, None, reading.doubt
+    if isinstance(who, Skip):
+        state, reason = ReadingState.SKIPPED, who.reason
+    elif who.by == "id":
+        state, customer = ReadingState.RESOLVED, who.value
+    else:
+        state, reference = ReadingState.RECORDED, who
+    if reading.value is None and state is not ReadingState.SKIPPED:
+        state = ReadingState.HELD
     return Entry(
         key=derive_identifier(key, reading.event_name, reading.dimensions),
         event_name=reading.event_name,
         value=reading.value,
         at=at,
-        state=_state(who, reading),
-        customer=named.value if named and by_id else None,
-        reference=None if by_id else named,
+        state=state,
+        customer=customer,
+        reference=reference,
         dimensions=reading.dimensions,
         estimated=reading.estimated,
-        reason=who.reason if isinstance(who, Skip) else reading.doubt,
+        reason=reason,
     )
-
-
-def _state(who: Reference | Skip, reading: Reading) -> ReadingState:
-    if isinstance(who, Skip):
-        return ReadingState.SKIPPED
-    if reading.value is None:
-        return ReadingState.HELD
-    return ReadingState.RESOLVED if who.by == "id" else ReadingState.RECORDED

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 By = Literal["id", "email", "name", "phone"]
@@ -21,7 +22,7 @@ MAX_TEXT = 512
 """Characters in a reference; Stripe itself takes no longer e-mail, name or phone."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Reference:
     """Somebody who pays: a Stripe customer ``id``, or an ``email``, ``name`` or ``phone`` that names exactly one."""
 
@@ -108,7 +109,7 @@ def check_region(region: str | None) -> str | None:
     return region
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Facts:
     """What is known of a run when it must be decided who pays.
 
@@ -137,7 +138,7 @@ class Facts:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Skip:
     """Nobody to bill, and why; ``reason`` never holds personal data."""
 
@@ -164,7 +165,7 @@ class FromMetadata:
     def identify(self, facts: Facts) -> Reference | Skip:
         if facts.on_server and not self.trust_client:
             return Skip("metadata comes from the client of an agent server")
-        return _reference("id", facts.metadata.get(self.key), f"metadata has no {self.key!r}")
+        return _by_id(facts.metadata.get(self.key), "metadata", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +175,7 @@ class FromAuthUser:
     key: str
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        return _reference("id", _get(facts.auth_user, self.key), f"the authenticated user has no {self.key!r}")
+        return _by_id(_get(facts.auth_user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +188,7 @@ class FromContext:
     def identify(self, facts: Facts) -> Reference | Skip:
         if facts.on_server and not self.trust_client:
             return Skip("the context comes from the client of an agent server")
-        return _reference("id", _get(facts.context, self.key), f"the context has no {self.key!r}")
+        return _by_id(_get(facts.context, self.key), "the context", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,7 +230,15 @@ CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead |
 
 
 def _get(source: Any, key: str) -> Any:
+    if source is None:
+        return None
     return source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
+
+
+def _by_id(value: Any, where: str, key: str) -> Reference | Skip:
+    if value is None or value == "":
+        return Skip(f"{where} has no {key!r}")
+    return _reference("id", value, "")
 
 
 def _reference(by: By, value: Any, missing: str, region: str | None = None) -> Reference | Skip:
@@ -237,7 +246,7 @@ def _reference(by: By, value: Any, missing: str, region: str | None = None) -> R
     if value is None or value == "":
         return Skip(missing)
     try:
-        return Reference(by, normalise(by, value, region))
+        return Reference(by, value if region is None else normalise(by, value, region))
     except InvalidValueError:
         return Skip(f"the customer's {by} is malformed")
 

@@ -22,15 +22,17 @@ SWEEP_EVERY = 256
 """Runs started between two looks for abandoned ones, so that they never accumulate."""
 
 
+_NO_FACTS = Facts()
+
+
 @dataclass(slots=True)
 class Run:
-    """One open run. ``top`` is the run that stands for the user's message (maybe this one)."""
+    """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself."""
 
     id: Hashable
     started: int
-    top: Run = field(init=False, repr=False)
     is_call: bool = False
-    facts: Facts = field(default_factory=Facts, repr=False)
+    facts: Facts = field(default=_NO_FACTS, repr=False)
     model: str | None = None
     provider: str | None = None
     prompt: Any = field(default=None, repr=False)
@@ -41,10 +43,14 @@ class Run:
     taken: bool = False
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
-    active: int = field(init=False, repr=False)
+    message: Run | None = field(default=None, repr=False)
+    active: int = field(default=0, repr=False)
 
-    def __post_init__(self) -> None:
-        self.active = self.started
+    @property
+    def top(self) -> Run:
+        """The run that stands for the user's message, maybe this one. (Stored, a reference to itself would leave every
+        run, and the prompt that it holds, to the garbage collector.)"""
+        return self.message or self
 
     def touch(self, now: int) -> None:
         """Something happened in this run: it and those around it are alive."""
@@ -75,17 +81,23 @@ class OpenRuns:
         The second parent is the surrounding run: LangChain reports some nested runs as roots (top-level
         fallbacks, explicit callbacks inside a run).
         """
-        if run.id in self._runs:
+        parent = self._first_open(parents)
+        if self._runs.setdefault(run.id, run) is not run:
             return False
-        parent = next((self._runs[p] for p in parents if p in self._runs), None)
-        run.top = parent.top if parent else run
-        run.parent = parent
+        if parent is not None:
+            run.parent, run.message = parent, parent.top
         run.touch(run.started)
-        self._runs[run.id] = run
         self._starts += 1
         if self._starts % SWEEP_EVERY == 0:
             self.sweep(run.started)
         return True
+
+    def _first_open(self, ids: tuple[Hashable | None, ...]) -> Run | None:
+        for run_id in ids:
+            run = None if run_id is None else self._runs.get(run_id)
+            if run is not None:
+                return run
+        return None
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""
@@ -141,6 +153,11 @@ class OpenRuns:
             self.abandoned += run.is_call
             if run.received:
                 self._lost.append(run)
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether there are any for ``take_lost``."""
+        return bool(self._lost)
 
     def take_lost(self) -> list[Run]:
         """Abandoned calls that had produced something, each once: they are still to be billed."""

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from decimal import Decimal
 from typing import Any
 
@@ -17,17 +17,18 @@ from sqlalchemy.dialects import postgresql, sqlite
 from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.schema import leads, notes, readings
 
 _COLUMNS = (
-    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason", "due",
+    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Entry:
     """One reading on its way into the ledger. ``key`` makes it unique: a second entry with it changes nothing.
 
@@ -36,7 +37,7 @@ class Entry:
 
     key: str
     event_name: str
-    value: Decimal | None
+    value: Decimal | int | None
     at: int
     state: ReadingState
     customer: str | None = None
@@ -56,9 +57,8 @@ class Entry:
             json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
             self.at,
             int(self.estimated),
-            self.state.value,
+            str(self.state),
             self.reason,
-            None,
         )
 
 
