@@ -33,7 +33,7 @@ def classify(error: Exception) -> Outcome:
 
 
 def _move(error: stripe.StripeError) -> Move:
-    """A final no needs Stripe's own words: a cut answer, or a page of some box on the way, says nothing of the event."""
+    """A final no needs Stripe's own words: a cut answer, or the page of a box on the way, says nothing of it."""
     status = error.http_status or 0
     if is_duplicate(error):
         return Move.DUPLICATE
