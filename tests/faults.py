@@ -17,6 +17,8 @@ from pathlib import Path
 from conftest import assert_invariant
 
 from langchain_stripe_meter.core.states import EventState, ReadingState
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -110,6 +112,18 @@ def settled(
     tally(fault, tried=tried, lost=lost, billed_twice=twice, needed_a_person=person, varies=varies)
     assert (lost, twice) == (0, 0)
     assert_invariant(ledger, sandbox, settled=True)
+
+
+def deliver(ledger: Ledger, sandbox: StripeSandbox, *, url: str | None = None, concurrency: int = 4) -> None:
+    """Deliver all that is pending, moving the sandbox's clock on while a courier waits; the invariant holds at every
+    turn. The ledger goes by that clock."""
+    courier = Courier(ledger, Gateway(sandbox.api_key, api_base=url or sandbox.url), concurrency=concurrency)
+    while views.status(ledger).pending:
+        if not courier.turn() and not courier.in_flight:
+            sandbox.advance(seconds=5)
+        assert_invariant(ledger, sandbox)
+    courier.close(5)
+    courier.gateway.close()
 
 
 def _billed_again(sandbox: StripeSandbox) -> Decimal:

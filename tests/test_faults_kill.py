@@ -16,11 +16,9 @@ from typing import Any
 
 import pytest
 from crashing import WHOLE, batches
-from faults import settled, tally
+from faults import deliver, settled, tally
 from sqlalchemy import create_engine
 
-from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.database import VERSION_TABLE
 from langchain_stripe_meter.ledger.schema import HEAD
@@ -71,12 +69,7 @@ def start_again(url: str, sandbox: StripeSandbox, acknowledged: list[str], fault
     assert {row.identifier for row in views.every(ledger)}.issuperset(acknowledged)
     for batch in batches(ledger.now()):
         ledger.record(batch)
-    courier = Courier(ledger, Gateway(sandbox.api_key, api_base=sandbox.url), concurrency=8)
-    while views.status(ledger).pending:
-        if not courier.turn() and not courier.in_flight:
-            sandbox.advance(seconds=10)
-    courier.close(5)
-    courier.gateway.close()
+    deliver(ledger, sandbox)
     settled(ledger, sandbox, fault=fault, acknowledged=acknowledged, varies=varies)
     assert sandbox.billed("ai_tokens") == WHOLE
     ledger.close()

@@ -9,18 +9,15 @@ from pathlib import Path
 
 import pytest
 import tcp_proxy
-from conftest import assert_invariant
-from faults import settled
+from faults import deliver, settled
 from sqlalchemy import select
 from tcp_proxy import FaultProxy, Misdeed
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway import client
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -88,16 +85,6 @@ def record(ledger: Ledger, count: int, *, by_mail: bool = False) -> None:
         ledger.record([entry])
 
 
-def deliver(ledger: Ledger, sandbox: StripeSandbox, url: str, concurrency: int = 4) -> None:
-    courier = Courier(ledger, Gateway(sandbox.api_key, api_base=url), concurrency=concurrency)
-    while views.status(ledger).pending:
-        if not courier.turn() and not courier.in_flight:
-            sandbox.advance(seconds=5)
-        assert_invariant(ledger, sandbox)
-    courier.close(5)
-    courier.gateway.close()
-
-
 def doubted(ledger: Ledger) -> set[str]:
     """Identifiers of the events of which, for a while, nobody knew whether Stripe has them."""
     query = select(events.c.identifier).where(events.c.first_unknown_at.is_not(None))
@@ -119,7 +106,7 @@ def test_an_outcome_that_the_network_hides_is_unknown_and_sent_again_under_its_i
     record(ledger, 1)
     with FaultProxy(port_of(sandbox)) as proxy:
         proxy.plan = [misdeed] * times
-        deliver(ledger, sandbox, proxy.url)
+        deliver(ledger, sandbox, url=proxy.url)
         assert proxy.met == times
     assert doubted(ledger) == {"run-0"}
     repeats = [("run-0", 400)] * times if misdeed.__name__ in ACCEPTED else []
@@ -135,7 +122,7 @@ def test_what_is_only_slow_or_only_ends_is_delivered_by_the_first_try(
     record(ledger, 3)
     with FaultProxy(port_of(sandbox)) as proxy:
         proxy.plan = [HARMLESS[fault]] * 3
-        deliver(ledger, sandbox, proxy.url, concurrency=1)
+        deliver(ledger, sandbox, url=proxy.url, concurrency=1)
         assert proxy.met == 3
     assert doubted(ledger) == set()
     assert posts(sandbox) == [(f"run-{number}", 200) for number in range(3)]
@@ -152,7 +139,7 @@ def test_a_storm_over_every_request_loses_nothing_and_bills_nothing_twice(
     record(ledger, 24, by_mail=True)
     with FaultProxy(port_of(sandbox), hits=lambda _: chance.random() < 0.4) as proxy:
         proxy.plan = chance.choices(misdeeds, k=30)
-        deliver(ledger, sandbox, proxy.url)
+        deliver(ledger, sandbox, url=proxy.url)
         assert proxy.met > 5
     settled(ledger, sandbox, fault="a storm of all these over every request")
     assert sum(sandbox.billed("ai_tokens").values()) == 24
