@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -146,3 +148,11 @@ def test_what_cannot_be_read_is_never_repeated_in_the_error(tmp_path: Path) -> N
     with pytest.raises(LedgerError, match="corrupt") as caught:
         views.tail(Ledger(f"sqlite:///{path}"))
     assert "example.com" not in str(caught.value)
+
+
+def test_a_schema_that_never_was_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with_rows(path, 1)
+    with closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE stripe_meter_version SET version_num = '0000'")
+    assert not is_usable(path)

@@ -378,8 +378,12 @@ def migrate(connection: Connection) -> None:
     """Run the migrations inside the caller's transaction."""
     from alembic import command
     from alembic.config import Config
+    from alembic.util.exc import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise LedgerError(f"The ledger cannot be brought up to date: {error}. Restore a backup.") from error
