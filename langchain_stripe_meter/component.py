@@ -36,6 +36,7 @@ _FIELDS: dict[str, Callable[[Any], Any]] = {
 
 _ERROR_TYPES = {
     Move.REFUSED: "rejected",
+    Move.UNSEAL: "rejected",
     Move.UNAUTHORISED: "unauthorised",
     Move.REFUSED_FOR_NOW: "unavailable",
     Move.UNKNOWN: "unknown_outcome",

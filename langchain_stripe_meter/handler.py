@@ -7,10 +7,9 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.callbacks import MeteringCallbacks
@@ -21,19 +20,20 @@ from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 
 if TYPE_CHECKING:
     from stripe import StripeClient
 
-    from langchain_stripe_meter.audit.verify import Verification
-
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
+MAX_ROLL_UP = 3600
+"""Seconds; invoices are finalised an hour after their period, so usage must not wait longer."""
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(MeteringCallbacks):
+class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -51,6 +51,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
+            with more than a few runs a second: Stripe takes their events one after the other.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
@@ -70,6 +72,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        roll_up: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = _check_meters(meters)
@@ -78,12 +81,14 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
+        if roll_up is not None and not 1 <= roll_up <= MAX_ROLL_UP:
+            raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
+            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up)
         self.leads = Leads(self._ledger)
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
@@ -178,40 +183,6 @@ class StripeMeterCallbackHandler(MeteringCallbacks):
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
         )
-
-    def held(self) -> views.HeldList:
-        """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
-        return views.held(self._ledger)
-
-    def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
-        """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
-        moved = views.assign(self._ledger, held.ids if isinstance(held, views.Held) else held, customer, value)
-        return self._moved(moved)
-
-    def retry(self) -> int:
-        """Try held and rejected things again, now. Returns how many."""
-        return self._moved(views.retry(self._ledger))
-
-    def verify(self, since: datetime | int = 0) -> Verification:
-        """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.
-
-        ``since`` is a datetime with a time zone or Unix seconds. Raises ``StripeError`` where Stripe does not answer,
-        ``ConfigurationError`` for a handler that only records.
-        """
-        if self._courier is None:
-            raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
-        if isinstance(since, datetime):
-            if since.tzinfo is None:
-                raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-            since = int(since.timestamp())
-        from langchain_stripe_meter.audit.verify import verify
-
-        return verify(self._ledger, self._courier.gateway, since)
-
-    def _moved(self, count: int) -> int:
-        if self._courier is not None:
-            self._courier.wake()
-        return count
 
     def close(self, timeout: float = 10.0) -> views.FlushReport:
         """Deliver what is pending, at most ``timeout`` seconds, then let go of threads and connections.

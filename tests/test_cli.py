@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, static
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.ledger.schema import HEAD
-from langchain_stripe_meter.sandbox import StripeSandbox
+from langchain_stripe_meter.sandbox import StripeSandbox, refuse
 
 COMMAND = str(Path(sys.executable).with_name("stripe-meter"))
 
@@ -97,8 +97,13 @@ def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, record
 
 
 def test_deliver_fails_when_stripe_refused_an_event_for_good(sandbox: StripeSandbox, recorded: None) -> None:
-    sandbox.delete_customer("cus_1")
+    sandbox.fail(refuse(400, message="The value is no number."))
     assert "1 rejected" in call("deliver", "--once", code=1).stdout
+
+
+def test_deliver_rolls_up_what_has_waited_long_enough(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once", "--roll-up", "1")
+    assert sandbox.billed("ai_tokens", "cus_1") == 100
 
 
 def test_deliver_gives_the_signal_handlers_back(sandbox: StripeSandbox, recorded: None) -> None:

@@ -34,7 +34,7 @@ NOW = 1_780_000_000
 HOUR = 3600
 
 outcome_moves = st.sampled_from(
-    [Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED_FOR_NOW, Move.UNAUTHORISED, Move.UNKNOWN, Move.REFUSED]
+    [Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED_FOR_NOW, Move.UNAUTHORISED, Move.UNKNOWN, Move.REFUSED, Move.UNSEAL]
 )
 later_moves = st.sampled_from([Move.REFUSED_FOR_NOW, Move.UNAUTHORISED, Move.UNKNOWN])
 ages = st.integers(-2 * SAFE_WINDOW, 40 * 86_400)
@@ -59,11 +59,14 @@ def test_every_state_has_its_row_and_every_move_leads_to_a_known_state() -> None
     assert {move for table in (READING_MOVES, EVENT_MOVES) for moves in table.values() for move in moves} == set(Move)
 
 
-def test_what_is_written_off_or_skipped_never_moves_again() -> None:
-    assert {state for state, moves in READING_MOVES.items() if not moves} == {
-        ReadingState.SKIPPED, ReadingState.WRITTEN_OFF,
-    }  # fmt: skip
-    assert {state for state, moves in EVENT_MOVES.items() if not moves} == {EventState.WRITTEN_OFF}
+def test_what_is_written_off_or_withdrawn_never_moves_again() -> None:
+    assert {state for state, moves in READING_MOVES.items() if not moves} == {ReadingState.WRITTEN_OFF}
+    gone = {EventState.WITHDRAWN, EventState.WRITTEN_OFF}
+    assert {state for state, moves in EVENT_MOVES.items() if not moves} == gone
+
+
+def test_what_was_skipped_is_billed_only_when_its_lead_claims_it() -> None:
+    assert READING_MOVES[ReadingState.SKIPPED] == {Move.CLAIM: ReadingState.RECORDED}
 
 
 @given(st.sampled_from(ReadingState), st.sampled_from(EventState), st.sampled_from(Move))
@@ -136,6 +139,11 @@ def test_the_first_unknown_outcome_is_never_forgotten_nor_moved(before: Attempt,
 @pytest.mark.parametrize("first", [None, NOW - HOUR, NOW - 40 * 86_400])
 def test_stripes_yes_is_delivered_however_old_the_doubt(move: Move, first: int | None) -> None:
     assert settle(attempt(first_unknown=first), Outcome(move), NOW).state is EventState.DELIVERED
+
+
+def test_an_event_whose_customer_is_gone_is_withdrawn_but_after_an_unknown_outcome_it_is_doubtful() -> None:
+    assert settle(attempt(), Outcome(Move.UNSEAL), NOW).state is EventState.WITHDRAWN
+    assert settle(attempt(first_unknown=NOW - 1), Outcome(Move.UNSEAL), NOW).state is EventState.DOUBTFUL
 
 
 def test_a_final_refusal_is_rejected_but_after_an_unknown_outcome_it_is_doubtful() -> None:

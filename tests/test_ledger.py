@@ -18,14 +18,16 @@ from sqlalchemy import create_engine, insert, select, update
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError
-from langchain_stripe_meter.ledger import outbox, views
+from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.database import VERSION_TABLE
 from langchain_stripe_meter.ledger.outbox import Claimed
+from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import events, metadata, readings
 from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
 
 NOW = 1_800_000_000
 ANN = Reference("email", "ann@example.com")
+UNKNOWN_ANN = Unknown("", ANN)
 ACCEPTED = Outcome(Move.ACCEPTED)
 
 
@@ -58,7 +60,7 @@ def do(ledger: Ledger, act: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def claim(ledger: Ledger, slots: int = 10, now: int = NOW) -> list[Claimed]:
-    do(ledger, outbox.seal, now)
+    do(ledger, sealing.seal, now)
     return list(do(ledger, outbox.claim, slots, now))
 
 
@@ -233,7 +235,7 @@ def test_status_counts_every_state_and_tells_the_age_of_what_waits(ledger: Ledge
 def test_held_readings_are_grouped_by_what_they_wait_for_and_can_be_assigned(ledger: Ledger) -> None:
     unknown_amount = {"state": ReadingState.HELD, "reason": "usage was not reported"}
     ledger.record([named("a", value="0.1"), named("b", value="0.2"), entry("c", None, **unknown_amount)])
-    do(ledger, outbox.hold, ANN, "Stripe has no customer with this email", NOW)
+    do(ledger, resolving.hold, UNKNOWN_ANN, "Stripe has no customer with this email", NOW)
     by_customer, by_amount = views.held(ledger)
     assert (by_customer.reference, by_customer.value) == ("email:ann@example.com", Decimal("0.3"))
     assert "ann@example.com" not in repr(by_customer)
@@ -257,19 +259,19 @@ def test_a_reading_without_amount_and_customer_needs_both(ledger: Ledger) -> Non
 
 def test_more_held_readings_can_be_assigned_than_a_statement_takes_values(ledger: Ledger) -> None:
     ledger.record([named(f"run-{number}") for number in range(70_000)])
-    do(ledger, outbox.hold, ANN, "unknown", NOW)
+    do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     (held,) = views.held(ledger)
     assert views.assign(ledger, held.ids, "cus_1") == 70_000
 
 
 def test_retry_looks_held_readings_up_again_and_sends_rejected_events_again(ledger: Ledger) -> None:
     ledger.record([entry("refused"), named("unknown")])
-    do(ledger, outbox.hold, ANN, "unknown", NOW)
+    do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     finish(ledger, claim(ledger), Outcome(Move.REFUSED, "No such customer"))
     assert states(ledger) == {"refused": "rejected", "unknown": "held"}
-    assert do(ledger, outbox.unresolved, NOW) == []
+    assert do(ledger, resolving.unresolved, NOW) == []
     assert views.retry(ledger) == 2
-    assert do(ledger, outbox.unresolved, NOW) == [ANN]
+    assert do(ledger, resolving.unresolved, NOW) == [UNKNOWN_ANN]
     assert states(ledger) == {"refused": "pending", "unknown": "recorded"}
 
 
@@ -285,9 +287,9 @@ def test_totals_are_exact_however_far_apart_the_amounts_lie(ledger: Ledger) -> N
 
 def test_resolving_moves_every_waiting_reading_of_a_reference_and_erases_it(ledger: Ledger) -> None:
     ledger.record([named("a"), named("b", Reference("name", "Ann"))])
-    do(ledger, outbox.hold, ANN, "unknown", NOW)
+    do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     ledger.record([named("c")])
-    assert do(ledger, outbox.resolve, ANN, "cus_9") == 2
+    assert do(ledger, resolving.resolve, UNKNOWN_ANN, "cus_9") == 2
     with ledger.read() as connection:
         rows = connection.execute(select(readings.c.key, readings.c.customer, readings.c.reference)).all()
     assert sorted(map(tuple, rows)) == [("a", "cus_9", None), ("b", None, "name:Ann"), ("c", "cus_9", None)]
@@ -297,10 +299,10 @@ def test_a_held_reference_is_looked_up_again_later_and_later(ledger: Ledger) -> 
     ledger.record([named("a")])
     now, waits = NOW, []
     for _ in range(5):
-        do(ledger, outbox.hold, ANN, "unknown", now)
+        do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", now)
         due = do(ledger, outbox.next_due)
-        assert do(ledger, outbox.unresolved, due - 1) == []
-        assert do(ledger, outbox.unresolved, due) == [ANN]
+        assert do(ledger, resolving.unresolved, due - 1) == []
+        assert do(ledger, resolving.unresolved, due) == [UNKNOWN_ANN]
         waits.append(due - now)
         now = due
     assert waits == [60, 300, 900, 3600, 3600]
@@ -310,17 +312,17 @@ def test_a_reference_that_is_none_is_held_and_stops_nobody_else(ledger: Ledger) 
     ledger.record([named("bad"), named("good", Reference("name", "Ann"))])
     with ledger.deliver_lane().transaction() as connection:
         connection.execute(update(readings).where(readings.c.key == "bad").values(reference="fax:1"))
-    assert do(ledger, outbox.unresolved, NOW) == [Reference("name", "Ann")]
+    assert do(ledger, resolving.unresolved, NOW) == [Unknown("", Reference("name", "Ann"))]
     assert states(ledger)["bad"] == "held"
 
 
 def test_a_meter_that_cannot_take_events_stops_alone_and_is_tried_again(ledger: Ledger) -> None:
     ledger.record([entry("a"), entry("b", event_name="other")])
-    assert sorted(do(ledger, outbox.open_meters)) == ["ai_tokens", "other"]
-    assert do(ledger, outbox.hold_meter, "ai_tokens", "inactive", NOW) == 1
-    assert do(ledger, outbox.open_meters) == ["other"]
-    assert do(ledger, outbox.release_held, NOW + 59) == 0
-    assert do(ledger, outbox.release_held, NOW + 60) == 1
+    assert sorted(do(ledger, sealing.open_meters)) == [("", "ai_tokens"), ("", "other")]
+    assert do(ledger, resolving.hold_meter, "", "ai_tokens", "inactive", NOW) == 1
+    assert do(ledger, sealing.open_meters) == [("", "other")]
+    assert do(ledger, resolving.release_held, NOW + 59) == 0
+    assert do(ledger, resolving.release_held, NOW + 60) == 1
 
 
 def test_usage_of_34_days_ago_is_held_and_usage_ahead_waits(ledger: Ledger) -> None:
@@ -331,7 +333,7 @@ def test_usage_of_34_days_ago_is_held_and_usage_ahead_waits(ledger: Ledger) -> N
     assert [one.event.identifier for one in claim(ledger)] == ["old"]
     assert states(ledger) == {"stale": "held", "old": "sending", "ahead": "resolved"}
     assert next(held.reason for held in views.held(ledger)).startswith("older than 34 days")
-    assert do(ledger, outbox.seal, NOW + 1) == 1
+    assert do(ledger, sealing.seal, NOW + 1) == 1
     assert states(ledger)["ahead"] == "pending"
 
 
@@ -356,14 +358,14 @@ def test_a_claim_takes_at_most_one_event_of_a_customer_and_meter_in_order(ledger
 
 def test_a_claim_passes_a_customer_and_meter_that_rest(ledger: Ledger) -> None:
     ledger.record([entry("a"), entry("b", customer="cus_2"), entry("c", event_name="other")])
-    do(ledger, outbox.seal, NOW)
-    claimed = do(ledger, outbox.claim, 10, NOW, [("cus_1", "ai_tokens")])
+    do(ledger, sealing.seal, NOW)
+    claimed = do(ledger, outbox.claim, 10, NOW, [("", "cus_1", "ai_tokens")])
     assert [one.event.identifier for one in claimed] == ["b", "c"]
 
 
 def test_couriers_that_claim_at_the_same_time_never_share_a_customer_and_meter(ledger: Ledger, url: str) -> None:
     ledger.record([entry(f"run-{number}", customer=f"cus_{number % 4}") for number in range(40)])
-    do(ledger, outbox.seal, NOW)
+    do(ledger, sealing.seal, NOW)
     others = [ledger, *(Ledger(url) for _ in range(3))]
     barrier = threading.Barrier(4)
 
@@ -464,9 +466,9 @@ def test_an_event_that_cannot_be_read_is_rejected_and_the_queue_goes_on(ledger: 
 def test_next_due_is_the_earliest_of_pending_events_and_held_readings(ledger: Ledger) -> None:
     assert do(ledger, outbox.next_due) is None
     ledger.record([named("a"), entry("b")])
-    do(ledger, outbox.hold, ANN, "unknown", NOW)
+    do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     assert do(ledger, outbox.next_due) == NOW + 60
-    do(ledger, outbox.seal, NOW + 7)
+    do(ledger, sealing.seal, NOW + 7)
     assert do(ledger, outbox.next_due) == NOW + 7
 
 

@@ -22,7 +22,7 @@ from sqlalchemy import select
 
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
-from langchain_stripe_meter.ledger import outbox
+from langchain_stripe_meter.ledger import outbox, sealing
 from langchain_stripe_meter.ledger.outbox import events
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -300,7 +300,7 @@ def test_a_full_disk_is_an_error_and_what_was_stored_still_drains(small_disk: Pa
         assert list(connection.execute(select(readings.c.key).order_by(readings.c.id)).scalars()) == stored
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     with ledger.deliver_lane().transaction() as connection:
-        assert outbox.seal(connection, NOW)
+        assert sealing.seal(connection, NOW)
     record(ledger, "after")
     ledger.close()
     assert count(path) == len(stored) + 1
@@ -339,7 +339,7 @@ def test_claiming_and_sealing_read_the_small_indexes_and_not_the_table(ledger: L
         driver = connection.connection.driver_connection
         assert driver is not None
         driver.set_trace_callback(asked.append)
-        outbox.seal(connection, NOW)
+        sealing.seal(connection, NOW)
         outbox.claim(connection, 10, NOW)
         driver.set_trace_callback(None)
         plans = {
@@ -347,8 +347,8 @@ def test_claiming_and_sealing_read_the_small_indexes_and_not_the_table(ledger: L
             for query in asked
             if query.startswith("SELECT")
         }
-    sealing, *claiming = plans.values()
-    assert "INDEX readings_open" in sealing
+    to_seal, *claiming = plans.values()
+    assert "INDEX readings_open" in to_seal
     assert claiming
     for plan in claiming:
         assert "INDEX events_pending" in plan

@@ -49,16 +49,21 @@ def verify(
     """
     start = since - since % MINUTE
     end = ledger.now() // MINUTE * MINUTE + 10 * MINUTE  # events may lie five minutes ahead
-    amounts = {key: states for key, states in views.totals(ledger, start).items() if key[1] != "?"}
+    asked = [
+        (account, event_name, customer, states)
+        for account in views.accounts(ledger)
+        for (event_name, customer), states in sorted(views.totals(ledger, start, account).items())
+        if customer != "?"
+    ]
     comparisons = []
-    for done, ((event_name, customer), states) in enumerate(sorted(amounts.items()), 1):
-        meter = gateway.meter(event_name)
-        if meter is None and not gateway.can_read_meters():
+    for done, (account, event_name, customer, states) in enumerate(asked, 1):
+        meter = gateway.meter(event_name, account)
+        if meter is None and not gateway.can_read_meters(account):
             raise StripeError(
                 "The key may not read meters, so there is nothing to compare with. Give it that permission."
             )
-        at_stripe = gateway.billed(meter.id, customer, start, end) if meter else None
-        comparisons.append(compare(event_name, customer, states, at_stripe))
+        at_stripe = gateway.billed(meter.id, customer, start, end, account) if meter else None
+        comparisons.append(compare(event_name, customer, states, at_stripe, account))
         if progress is not None:
-            progress(done, len(amounts))
+            progress(done, len(asked))
     return Verification(tuple(comparisons))

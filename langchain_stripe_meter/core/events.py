@@ -22,6 +22,7 @@ FUTURE_LIMIT = 5 * 60
 
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 _DIGEST_LEAD = re.compile(r"x[0-9a-f]{24}\Z")
+_ACCOUNT_ID = re.compile(r"acct_[A-Za-z0-9_]{1,100}\Z")
 _CUSTOMER_ID = re.compile(r"cus_[A-Za-z0-9_]{1,100}\Z")
 
 
@@ -58,6 +59,14 @@ def check_customer_id(customer: object) -> str:
         shown = _show(customer) if customer.startswith("cus_") and "@" not in customer else "This text"
         raise InvalidValueError(f"{shown} is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'.")
     return customer
+
+
+def check_account(account: object) -> str:
+    """A connected account's id, ``acct_`` and what Stripe puts behind it; ``""`` is the key's own account."""
+    if not isinstance(account, str) or (account and not _ACCOUNT_ID.match(account)):
+        shown = _show(account) if str(account).startswith("acct_") else "This value"
+        raise InvalidValueError(f"{shown} is no connected account. It must look like 'acct_1032D82eZvKYlo2C'.")
+    return account
 
 
 def check_value(value: object) -> Decimal:
@@ -179,7 +188,8 @@ class MeterEvent:
     """One meter event, ready to send: every field has passed Stripe's limits except the time window,
     which depends on when it is sent (see ``check_timestamp``).
 
-    ``value`` is in the meter's own unit; ``timestamp`` in Unix seconds, when the usage happened.
+    ``value`` is in the meter's own unit; ``timestamp`` in Unix seconds, when the usage happened. ``account`` is the
+    connected account (``acct_…``) that the customer and the meter belong to, or ``""`` for the key's own.
     """
 
     event_name: str
@@ -188,8 +198,10 @@ class MeterEvent:
     identifier: str
     timestamp: int
     dimensions: Mapping[str, str] = field(default_factory=dict)
+    account: str = ""
 
     def __post_init__(self) -> None:
+        check_account(self.account)
         check_event_name(self.event_name)
         check_customer_id(self.customer)
         check_identifier(self.identifier)

@@ -51,6 +51,8 @@ class EventState(StrEnum):
     DELIVERED = "delivered"
     DOUBTFUL = "doubtful"
     REJECTED = "rejected"
+    WITHDRAWN = "withdrawn"
+    """Stripe has not taken it, since its customer or meter is gone; its readings are held, and its row is removed."""
     WRITTEN_OFF = "written_off"
 
 
@@ -63,7 +65,10 @@ class Move(StrEnum):
     TRY_AGAIN = "try again"
     ASSIGN = "assign"
     SEAL = "seal"
-    UNSEAL = "unseal"
+    UNSEAL = "customer or meter is gone"
+    CLAIM = "claimed by a lead"
+    RETIME = "re-time"
+    CANCEL = "cancel"
     WRITE_OFF = "write off"
     SEND = "send"
     ACCEPTED = "accepted"
@@ -84,8 +89,13 @@ READING_MOVES: Mapping[ReadingState, Mapping[Move, ReadingState]] = {
     _R.RECORDED: {_M.FOUND: _R.RESOLVED, _M.NOT_FOUND: _R.HELD, _M.HOLD: _R.HELD},
     _R.RESOLVED: {_M.SEAL: _R.SEALED, _M.HOLD: _R.HELD},
     _R.SEALED: {_M.UNSEAL: _R.HELD},
-    _R.HELD: {_M.TRY_AGAIN: _R.RECORDED, _M.ASSIGN: _R.RESOLVED, _M.WRITE_OFF: _R.WRITTEN_OFF},
-    _R.SKIPPED: {},
+    _R.HELD: {
+        _M.TRY_AGAIN: _R.RECORDED,
+        _M.ASSIGN: _R.RESOLVED,
+        _M.RETIME: _R.RESOLVED,
+        _M.WRITE_OFF: _R.WRITTEN_OFF,
+    },
+    _R.SKIPPED: {_M.CLAIM: _R.RECORDED},
     _R.WRITTEN_OFF: {},
 }
 
@@ -99,10 +109,12 @@ EVENT_MOVES: Mapping[EventState, Mapping[Move, EventState]] = {
         _M.UNKNOWN: _E.PENDING,
         _M.OUT_OF_WINDOW: _E.DOUBTFUL,
         _M.REFUSED: _E.REJECTED,
+        _M.UNSEAL: _E.WITHDRAWN,
     },
     _E.DOUBTFUL: {_M.SEEN_AT_STRIPE: _E.DELIVERED, _M.ABSENT_AT_STRIPE: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
-    _E.DELIVERED: {_M.REJECTED_LATER: _E.REJECTED},
+    _E.DELIVERED: {_M.REJECTED_LATER: _E.REJECTED, _M.CANCEL: _E.WRITTEN_OFF},
     _E.REJECTED: {_M.TRY_AGAIN: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
+    _E.WITHDRAWN: {},
     _E.WRITTEN_OFF: {},
 }
 
@@ -158,14 +170,16 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
 
     An outcome is *unknown* from the moment the request was sent, so the safe window counts from there. A refused
     key burns no attempt. Once unknown, an event stays so through later refusals until Stripe says that it has it:
-    a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not to rejection.
+    a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not to rejection or
+    to being withdrawn.
     """
     first_unknown = attempt.first_unknown_at
     move = outcome.move
     if move is Move.UNKNOWN and first_unknown is None:
         first_unknown = attempt.sent_at
     back_in_queue = next_event_state(EventState.SENDING, move) is EventState.PENDING
-    if first_unknown is not None and (move is Move.REFUSED or (back_in_queue and out_of_window(first_unknown, now))):
+    is_final = move in (Move.REFUSED, Move.UNSEAL)
+    if first_unknown is not None and (is_final or (back_in_queue and out_of_window(first_unknown, now))):
         move = Move.OUT_OF_WINDOW
     attempts = attempt.attempts + (outcome.move is not Move.UNAUTHORISED)
     delay = max(backoff(attempts, attempt.identifier), min(outcome.retry_after or 0, MAX_WISH))

@@ -17,7 +17,8 @@ class Comparison:
     """One customer's usage on one meter: what the ledger says, and what Stripe says.
 
     ``recorded`` is everything, in whatever state; ``delivered`` what Stripe took; ``uncertain`` what it may or may not
-    have; ``at_stripe`` its own sum, None where it cannot be asked (the customer or the meter is unknown).
+    have; ``at_stripe`` its own sum, None where it cannot be asked (customer or meter unknown). ``account`` is the
+    connected account, ``""`` the key's own.
     """
 
     event_name: str
@@ -26,6 +27,7 @@ class Comparison:
     delivered: Decimal
     uncertain: Decimal
     at_stripe: Decimal | None
+    account: str = ""
 
     @property
     def difference(self) -> Decimal:
@@ -35,7 +37,9 @@ class Comparison:
         return at_stripe - min(max(at_stripe, bounds[0]), bounds[1])
 
 
-def compare(event_name: str, customer: str, amounts: Mapping[str, Decimal], at_stripe: Decimal | None) -> Comparison:
+def compare(
+    event_name: str, customer: str, amounts: Mapping[str, Decimal], at_stripe: Decimal | None, account: str = ""
+) -> Comparison:
     """Hold the ledger's ``amounts`` by state against Stripe's sum."""
     return Comparison(
         event_name=event_name,
@@ -44,4 +48,5 @@ def compare(event_name: str, customer: str, amounts: Mapping[str, Decimal], at_s
         delivered=amounts.get(EventState.DELIVERED, Decimal(0)),
         uncertain=sum((amounts.get(state, Decimal(0)) for state in _ON_THE_WAY), Decimal(0)),
         at_stripe=at_stripe,
+        account=account,
     )

@@ -9,19 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
-from cachetools import TTLCache
-from sqlalchemy import Connection
-
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
-from langchain_stripe_meter.errors import MeteringError, StripeError
+from langchain_stripe_meter.delivery.guard import Guard
+from langchain_stripe_meter.delivery.lookups import Lookups
+from langchain_stripe_meter.delivery.pace import QUIET_SECONDS, Pace
+from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, StripeError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import outbox
+from langchain_stripe_meter.ledger import outbox, sealing
 from langchain_stripe_meter.ledger.outbox import Claimed
+from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
 
 logger = logging.getLogger("langchain_stripe_meter")
@@ -32,29 +32,26 @@ BLOCKED_SECONDS = 0.2
 """How often it looks at what is due but may not be sent yet, such as while another process sends for the customer."""
 PAUSE_SECONDS = 30
 """How long everything rests after Stripe refused the key, before one event tries it again."""
-QUIET_SECONDS = 2
-"""How long everything rests when Stripe did not take even one event at a time."""
-RESOLVE_PAUSE_SECONDS = 5
-"""How long lookups rest after one that Stripe did not answer."""
-LOOKUPS_AT_ONCE = 4
-"""Customer searches in flight; Stripe allows 20 a second."""
-CUSTOMERS_CACHED_SECONDS = 300
-RESTING_AT_MOST = 100
+CHORES_SECONDS = 60
+"""How often what is seldom needed is looked at: doubtful events, ages."""
 LAST_SECONDS = 1.0
 """How much longer than its deadline ``close`` waits for the ledger to be told what was still in flight."""
 PAUSED = "paused"
 """The ledger's note that says why sending is paused."""
 
 OnError = Callable[[MeteringError], None]
-Job = Claimed | Reference
-Result = tuple[Claimed, Outcome] | tuple[Reference, list[str] | StripeError]
+Chore = Callable[[int], None]
+"""Something that is done every minute while there is a courier, given the time; it may ask Stripe, and may raise."""
+Job = Claimed | Unknown
+Result = tuple[Claimed, Outcome] | tuple[Unknown, list[str] | StripeError]
 
 
 class Courier:
     """Delivers what the ledger holds. ``wake`` starts its thread when there is work; a forked child gets its own.
 
     ``concurrency`` is how many events are in flight at once; one customer and meter never has more than one. Fewer
-    are, down to one, while Stripe refuses or does not answer.
+    are, down to one, while Stripe refuses or does not answer. ``roll_up`` makes one event of what a customer used of a
+    meter within so many seconds.
     """
 
     def __init__(
@@ -64,10 +61,14 @@ class Courier:
         *,
         concurrency: int = 16,
         on_error: OnError | None = None,
+        roll_up: int | None = None,
+        chores: Sequence[Chore] = (),
     ) -> None:
         self.ledger = ledger
         self.gateway = gateway
         self._concurrency = concurrency
+        self._roll_up = roll_up
+        self._chores = chores
         self._on_error = on_error or (lambda _error: None)
         self.after_fork()
         renew_after_fork(self)
@@ -85,20 +86,18 @@ class Courier:
         self._results: SimpleQueue[Result | None] = SimpleQueue()
         self._senders = 0
         self._sending: dict[str, Claimed] = {}
-        self._asking: set[Reference] = set()
         self._sent: list[tuple[Claimed, Outcome]] = []
-        self._found: list[tuple[Reference, list[str]]] = []
-        self._customers: TTLCache[Reference, list[str]] = TTLCache(10_000, CUSTOMERS_CACHED_SECONDS)
-        self._limit = self._concurrency
-        self._quiet_until = 0
-        self._resting: dict[tuple[str, str], int] = {}
-        self._resolve_after = 0
+        self._found: list[tuple[Unknown, list[str]]] = []
+        self._lookups = Lookups(self.ledger)
+        self._pace = Pace(self._concurrency)
+        self._guard = Guard(self.ledger, self.gateway, self._report)
+        self._chores_after = 0
         self._pause_noted: bool | None = None
 
     @property
     def in_flight(self) -> int:
         """How many requests wait for Stripe's answer."""
-        return len(self._sending) + len(self._asking)
+        return len(self._sending) + len(self._lookups.asking)
 
     def wake(self) -> None:
         """There may be something to deliver: start the thread if need be."""
@@ -151,8 +150,8 @@ class Courier:
         with self.ledger.deliver_lane().transaction() as connection:
             due = outbox.next_due(connection)
         wait = IDLE_SECONDS if due is None else min(max(due - now, BLOCKED_SECONDS), IDLE_SECONDS)
-        if self._quiet_until > now:
-            wait = min(self._quiet_until - now, IDLE_SECONDS)
+        if self._pace.is_quiet(now):
+            wait = min(self._pace.quiet_until - now, IDLE_SECONDS)
         self._wake.wait(wait)
 
     def turn(self) -> int:
@@ -160,26 +159,29 @@ class Courier:
         self._collect(0.5)
         moved = self._settle()
         now = self.ledger.now()
-        moved += self._look_up(now)
-        checked = self._check_meters(now)
-        slots = self._slots(now)
+        checked = self._check(now)
+        moved += self._look_up(now) if checked else 0
+        slots = self._pace.slots(len(self._sending), now)
         with self.ledger.deliver_lane().transaction() as connection:
             moved += outbox.reap(connection, now)
-            moved += outbox.seal(connection, now) if checked else 0
-            claimed = outbox.claim(connection, slots, now, self._at_rest(now)) if slots > 0 else []
+            moved += sealing.seal(connection, now, self._roll_up) if checked else 0
+            claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now)) if slots > 0 else []
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)
+        if checked:
+            self._do_chores(now)
         return moved + len(claimed)
 
-    def _slots(self, now: int) -> int:
-        """How many events may start now."""
-        return 0 if now < self._quiet_until else self._limit - len(self._sending)
-
-    def _at_rest(self, now: int) -> list[tuple[str, str]]:
-        """Customers and meters of which Stripe wants to hear nothing yet; the newest, if there are very many."""
-        self._resting = {pair: until for pair, until in self._resting.items() if until > now}
-        return list(self._resting)[-RESTING_AT_MOST:]
+    def _do_chores(self, now: int) -> None:
+        if now < self._chores_after:
+            return
+        self._chores_after = now + CHORES_SECONDS
+        for chore in self._chores:
+            try:
+                chore(now)
+            except Exception as error:  # noqa: BLE001 - one chore must not keep the others, or delivery, from going on
+                self._report(error)
 
     def _collect(self, patience: float) -> None:
         """Take in the answers that have arrived; wait for the first one while requests are in flight."""
@@ -200,11 +202,11 @@ class Courier:
             self._sending.pop(asked.lease, None)
             self._sent.append((asked, answer))
             return
-        self._asking.discard(asked)
+        self._lookups.asking.discard(asked)
         if isinstance(answer, list):
             self._found.append((asked, answer))
         elif isinstance(answer, StripeError):
-            self._resolve_after = self.ledger.now() + RESOLVE_PAUSE_SECONDS
+            self._lookups.failed(self.ledger.now())
             self._report(answer)
 
     def _settle(self) -> int:
@@ -216,19 +218,13 @@ class Courier:
         with lane.lock:  # whoever counts what is pending under this lock sees these counts too
             with lane.transaction() as connection:
                 states = outbox.finish(connection, self._sent, now)
-                moved += sum(self._settle_lookup(connection, *answer, now) for answer in self._found)
+                moved += sum(self._lookups.settle(connection, *answer, now) for answer in self._found)
             sent, self._sent, self._found = self._sent, [], []
             self.delivered += states.count(EventState.DELIVERED)
             self.rejected += states.count(EventState.REJECTED)
         for (claimed, outcome), state in zip(sent, states, strict=True):
             self._account(claimed, outcome, state, now)
         return moved
-
-    def _settle_lookup(self, connection: Connection, reference: Reference, found: list[str], now: int) -> int:
-        if len(found) != 1:
-            return outbox.hold(connection, reference, _why_held(reference, found), now)
-        self._customers[reference] = found
-        return outbox.resolve(connection, reference, found[0])
 
     def _dispatch(self, job: Job) -> None:
         if self._senders < self.in_flight:
@@ -250,11 +246,11 @@ class Courier:
     def _ask_stripe(self, job: Job) -> Result:
         if isinstance(job, Claimed):
             try:
-                return job, self.gateway.send(job.event, job.attempt.attempts)
+                return job, self.gateway.send(job.event, f"{job.attempt.attempts}-{job.attempt.sent_at}")
             except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
                 return job, Outcome(Move.UNKNOWN, type(error).__name__)
         try:
-            return job, self.gateway.find_customers(job)
+            return job, self.gateway.find_customers(job.reference, job.account)
         except StripeError as error:
             return job, error
         except Exception as error:  # noqa: BLE001 - as above
@@ -262,18 +258,25 @@ class Courier:
 
     def _account(self, claimed: Claimed, outcome: Outcome, state: EventState | None, now: int) -> None:
         """Slow down, pause or resume as Stripe answered; tell what needs a person."""
-        if outcome.move in (Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED):
+        if outcome.move in (Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED, Move.UNSEAL):
             self._resume()
         elif outcome.move is Move.UNAUTHORISED:
-            self._pause(outcome.message, now)
+            self._pause(f"Stripe refused the key; {outcome.message}. Check the key.", now)
         else:
-            self._slow_down(claimed, outcome, now)
+            self._pace.slower(claimed.line, outcome.retry_after, now)
+        if outcome.move is Move.UNSEAL:
+            self._forget(claimed, outcome.message)
         if state in (EventState.REJECTED, EventState.DOUBTFUL):
             self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
 
+    def _forget(self, claimed: Claimed, message: str) -> None:
+        """A customer or a meter is gone: what was known of it is asked anew."""
+        self._lookups.forget(claimed.event.customer)
+        self.gateway.forget_meters(claimed.event.account)
+        self._report(StripeError(f"Usage of {claimed.event.customer} on {claimed.event.event_name} is held: {message}"))
+
     def _resume(self) -> None:
-        self._limit = min(self._limit + 1, self._concurrency)
-        self._quiet_until = 0
+        self._pace.faster()
         if self._pause_noted is None:  # an earlier process may have left it
             self._pause_noted = self.ledger.note(PAUSED) is not None
         if self._pause_noted:
@@ -283,70 +286,40 @@ class Courier:
     def _pause(self, message: str, now: int) -> None:
         """Everything rests, and then one event at a time tries the key."""
         first = not self._pause_noted
-        self._limit = 1
-        self._quiet_until = now + PAUSE_SECONDS
+        self._pace.probe(now + PAUSE_SECONDS)
         self.ledger.set_note(PAUSED, message)
         self._pause_noted = True
         if first:
-            self._report(
-                StripeError(f"Stripe refused the key; sending is paused, nothing is lost. {message}. Check the key.")
-            )
-
-    def _slow_down(self, claimed: Claimed, outcome: Outcome, now: int) -> None:
-        """Halve what is in flight; where Stripe says how long to wait, this customer and meter does."""
-        if outcome.retry_after:
-            self._resting[claimed.event.customer, claimed.event.event_name] = now + outcome.retry_after
-        if self._limit == 1:
-            self._quiet_until = max(self._quiet_until, now + QUIET_SECONDS)
-        self._limit = max(self._limit // 2, 1)
+            self._report(StripeError(f"Sending is paused, nothing is lost. {message}"))
 
     def _look_up(self, now: int) -> int:
-        """Ask Stripe whom readings name by e-mail, name or phone; what is known already is settled at once."""
-        if now < max(self._quiet_until, self._resolve_after):
-            return 0
-        with self.ledger.deliver_lane().transaction() as connection:
-            references = outbox.unresolved(connection, now)
-            known = {reference: self._customers[reference] for reference in references if reference in self._customers}
-            moved = sum(outbox.resolve(connection, reference, found[0]) for reference, found in known.items())
-        for reference in references:
-            if len(self._asking) >= LOOKUPS_AT_ONCE:
-                break
-            if reference not in known and reference not in self._asking:
-                self._asking.add(reference)
-                self._dispatch(reference)
+        """Settle whom readings name by e-mail, name or phone, as far as it is known; ask Stripe for the others."""
+        moved, asked = self._lookups.next(now)
+        for one in asked:
+            self._dispatch(one)
         return moved
 
-    def _check_meters(self, now: int) -> bool:
-        """Hold the readings of a meter that Stripe would add up wrongly, or does not have; False if it does not say."""
-        if now < self._quiet_until:
+    def _check(self, now: int) -> bool:
+        """Whether anything may be sent: not where Stripe does not say, nor to another account than the ledger's."""
+        if self._pace.is_quiet(now):
             return False
-        with self.ledger.deliver_lane().transaction() as connection:
-            outbox.release_held(connection, now)
-            names = outbox.open_meters(connection)
-        for name in names:
-            try:
-                info = self.gateway.meter(name)
-            except StripeError as error:
-                self._unread(error, now)
-                return False
-            problem = info.problem if info else None
-            if info is None and self.gateway.can_read_meters():
-                problem = f"Stripe has no meter with the event name {name!r}; create it, or correct the name"
-            if problem is None:
-                continue
-            with self.ledger.deliver_lane().transaction() as connection:
-                held = outbox.hold_meter(connection, name, problem, now)
-            if held:
-                self._report(StripeError(f"{held} readings are held: {problem}."))
+        try:
+            self._guard.check(now)
+        except ForeignLedgerError as error:
+            self._pause(str(error), now)
+            return False
+        except StripeError as error:
+            self._unread(error, now)
+            return False
         return True
 
     def _unread(self, error: StripeError, now: int) -> None:
         """Nobody knows whether the meters add up rightly, so nothing is sent until Stripe says."""
         outcome = self.gateway.outcome_of(error)
         if outcome.move is Move.UNAUTHORISED:
-            self._pause(outcome.message, now)
+            self._pause(f"Stripe refused the key; {outcome.message}. Check the key.", now)
             return
-        self._quiet_until = max(self._quiet_until, now + (outcome.retry_after or QUIET_SECONDS))
+        self._pace.rest(now + (outcome.retry_after or QUIET_SECONDS))
         logger.info("stripe-meter: sending waits: %s", error)
 
     def _report(self, error: Exception) -> None:
@@ -391,9 +364,3 @@ class Courier:
 def _not_done(job: Job) -> Result:
     why = "no thread could be started for the request"
     return (job, Outcome(Move.REFUSED_FOR_NOW, why)) if isinstance(job, Claimed) else (job, StripeError(why))
-
-
-def _why_held(reference: Reference, found: list[str]) -> str:
-    if not found:
-        return f"Stripe has no customer with this {reference.by}"
-    return f"Stripe has {len(found)} customers with this {reference.by}: {', '.join(sorted(found)[:10])}"

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
 METERS_CACHED_SECONDS = 300
+ACCOUNTS_CACHED = 1000
+"""Connected accounts whose meters are kept in memory."""
 _KEY = re.compile(r"[sr]k_(test|live)_\w+\Z", re.ASCII)
 
 
@@ -90,7 +92,7 @@ class Gateway:
     def __init__(self, stripe: str | StripeClient | None = None, *, api_base: str | None = None) -> None:
         self._given = check_key(stripe)
         self._api_base = api_base or os.environ.get("STRIPE_METER_API_BASE") or None
-        self._meters: TTLCache[str, dict[str, MeterInfo] | None] = TTLCache(1, METERS_CACHED_SECONDS)
+        self._meters: TTLCache[str, dict[str, MeterInfo] | None] = TTLCache(ACCOUNTS_CACHED, METERS_CACHED_SECONDS)
         self.after_fork()
         renew_after_fork(self)
 
@@ -127,11 +129,11 @@ class Gateway:
         addresses: Any = {"api": base, "meter_events": base} if base else None
         return stripe.StripeClient(self._given, max_network_retries=0, base_addresses=addresses, http_client=http)
 
-    def send(self, event: MeterEvent, attempt: int) -> Outcome:
+    def send(self, event: MeterEvent, attempt: str) -> Outcome:
         """Send one meter event (v1) and say what came of it; never raises.
 
-        The idempotency key changes with every attempt: Stripe would replay a stored 500 under the old one for a day.
-        The identifier stays, and is what protects from billing twice.
+        ``attempt`` names this attempt in the idempotency key, which must be new each time: Stripe would replay a stored
+        500 under the old one for a day. The identifier stays, and is what protects from billing twice.
         """
         options = {"idempotency_key": f"{event.identifier}.{attempt}", "max_network_retries": 0}
         outcome, answer = self._try(event, options)
@@ -162,54 +164,72 @@ class Gateway:
         return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error)
 
     def _create(self, event: MeterEvent, options: Any) -> Any:
+        options = {**options, **_on(event.account)}
         params: Any = {
             "event_name": event.event_name,
             "identifier": event.identifier,
             "timestamp": event.timestamp,
-            "payload": event.payload(*self._payload_keys(event.event_name)),
+            "payload": event.payload(*self._payload_keys(event)),
         }
         with _quietly():
             return self.client.v1.billing.meter_events.create(params, options)
 
-    def _payload_keys(self, event_name: str) -> tuple[str, str]:
-        info = self.meter(event_name)
+    def _payload_keys(self, event: MeterEvent) -> tuple[str, str]:
+        info = self.meter(event.event_name, event.account)
         return (info.customer_key, info.value_key) if info else ("stripe_customer_id", "value")
 
-    def meter(self, event_name: str) -> MeterInfo | None:
+    def meter(self, event_name: str, account: str = "") -> MeterInfo | None:
         """The meter with this event name; None where there is none, or where the key may not read meters.
 
         Raises ``StripeError`` where Stripe does not answer: unknown is not absent.
         """
         with self._lock:
-            known = self._meters.get("all", ...)
+            known = self._meters.get(account, ...)
         if known is ... or (known is not None and event_name not in known):
-            known = self._load_meters()
+            known = self._load_meters(account)
         return known.get(event_name) if known else None
 
-    def can_read_meters(self) -> bool:
+    def can_read_meters(self, account: str = "") -> bool:
         """Whether the key may read meters (a restricted key may only write events)."""
         with self._lock:
-            return self._meters.get("all") is not None
+            return self._meters.get(account) is not None
 
-    def _load_meters(self) -> dict[str, MeterInfo] | None:
+    def _load_meters(self, account: str) -> dict[str, MeterInfo] | None:
         import stripe
 
         try:
-            found: dict[str, MeterInfo] | None = {meter.event_name: meter for meter in self.meters()}
+            found: dict[str, MeterInfo] | None = {meter.event_name: meter for meter in self.meters(account)}
         except StripeError as error:
             if not isinstance(error.__cause__, stripe.PermissionError):
                 raise
             found = None
         with self._lock:
-            self._meters["all"] = found
+            self._meters[account] = found
         return found
 
-    def meters(self) -> list[MeterInfo]:
-        """All meters of the account, active ones last so that they win over older ones of the same event name."""
+    def forget_meters(self, account: str = "") -> None:
+        """Look at the account's meters again before the next use: Stripe has said that something changed."""
+        with self._lock:
+            self._meters.pop(account, None)
+
+    def meters(self, account: str = "") -> list[MeterInfo]:
+        """All meters of an account, active ones last so that they win over older ones of the same event name."""
         with _as_stripe_error("list the meters"):
-            listed = self.client.v1.billing.meters.list({"limit": 100}).auto_paging_iter()
+            listed = self.client.v1.billing.meters.list({"limit": 100}, _on(account)).auto_paging_iter()
             infos = [_meter_info(meter) for meter in listed]
         return sorted(infos, key=lambda info: (info.status == "active", info.event_name))
+
+    def account_id(self) -> str | None:
+        """The account that the key belongs to; None where the key may not read it."""
+        import stripe
+
+        try:
+            with _as_stripe_error("read the account"):
+                return str(self.client.v1.accounts.retrieve_current().id)
+        except StripeError as error:
+            if isinstance(error.__cause__, stripe.PermissionError):
+                return None
+            raise
 
     def create_meter(self, event_name: str, display_name: str | None = None) -> MeterInfo:
         """A new meter that sums what it is sent, as this package needs it."""
@@ -223,7 +243,7 @@ class Gateway:
             )
         return _meter_info(made)
 
-    def billed(self, meter_id: str, customer: str, start: int, end: int) -> Decimal | None:
+    def billed(self, meter_id: str, customer: str, start: int, end: int, account: str = "") -> Decimal | None:
         """What Stripe has summed up for a customer from ``start`` to ``end`` (Unix seconds, whole minutes).
 
         None where Stripe does not know the customer. Stripe answers with floats, which are read to 15 digits, the
@@ -232,7 +252,8 @@ class Gateway:
         window: Any = {"customer": customer, "start_time": start, "end_time": end, "limit": 100}
         try:
             with _as_stripe_error("read the meter's summaries"):
-                listed = self.client.v1.billing.meters.event_summaries.list(meter_id, window).auto_paging_iter()
+                summaries = self.client.v1.billing.meters.event_summaries
+                listed = summaries.list(meter_id, window, _on(account)).auto_paging_iter()
                 return sum((Decimal(f"{summary.aggregated_value:.15g}") for summary in listed), Decimal(0))
         except StripeError as error:
             said = error.__cause__
@@ -240,8 +261,8 @@ class Gateway:
                 return None  # in Stripe's own words, not those of some box on the way
             raise
 
-    def find_customers(self, reference: Reference) -> list[str]:
-        """Ids of the customers that are exactly ``reference``; more than one means ambiguous.
+    def find_customers(self, reference: Reference, account: str = "") -> list[str]:
+        """Ids of the account's customers that are exactly ``reference``; more than one means ambiguous.
 
         Stripe's search is loose (case, word prefixes), so what it finds is compared again.
         """
@@ -250,10 +271,10 @@ class Gateway:
         customers = self.client.v1.customers
         with _as_stripe_error(f"look up a customer by {reference.by}"):
             if reference.by == "email":
-                found = list(customers.list({"email": reference.value, "limit": 100}).auto_paging_iter())
+                found = list(customers.list({"email": reference.value, "limit": 100}, _on(account)).auto_paging_iter())
             else:
                 query = f'{reference.by}:"{_escape(reference.value)}"'
-                found = list(customers.search({"query": query, "limit": 100}).auto_paging_iter())
+                found = list(customers.search({"query": query, "limit": 100}, _on(account)).auto_paging_iter())
             return [customer.id for customer in found if _is_exactly(customer, reference)]
 
     def close(self) -> None:
@@ -278,6 +299,11 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
         raise ConfigurationError(f"The Stripe API key is {kind}. It must look like 'sk_test_…' or 'rk_live_…'.")
     checked: str | StripeClient = key
     return checked
+
+
+def _on(account: str) -> Any:
+    """Options of a request that concerns a connected account."""
+    return {"stripe_account": account} if account else {}
 
 
 def _meter_info(meter: Any) -> MeterInfo:

@@ -10,6 +10,8 @@ import stripe
 from langchain_stripe_meter.core.states import Move, Outcome
 
 MAX_MESSAGE = 300
+_GONE_CODES = ("archived_meter", "no_meter", "meter_event_customer_not_found")
+_GONE_WORDS = ("No such customer", "No such meter", "No active meter")
 _SECRET = re.compile(r"\b([srp]k_(?:test|live)_)\w+")
 _EMAIL = re.compile(r"[^\s'\"<>]+@[^\s'\"<>]+")
 _NOTHING_SENT = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ConnectTimeout", "gaierror",
@@ -41,6 +43,8 @@ def _move(error: stripe.StripeError) -> Move:
         return Move.UNAUTHORISED
     if status == 429:
         return Move.REFUSED_FOR_NOW
+    if _is_gone(error):
+        return Move.UNSEAL
     final = 400 <= status < 500 and status not in (408, 409) and not isinstance(error, stripe.IdempotencyError)
     return Move.REFUSED if final and error.error is not None else Move.UNKNOWN
 
@@ -51,6 +55,13 @@ def is_duplicate(error: stripe.StripeError) -> bool:
     return code == "duplicate_meter_event" or (
         error.http_status == 400 and "already exists with identifier" in str(error.user_message or error)
     )
+
+
+def _is_gone(error: stripe.StripeError) -> bool:
+    """Whether Stripe took nothing because it does not have the customer, or no active meter; either may come back."""
+    code = error.code or getattr(error.error, "code", None)
+    said = str(error.user_message or error)
+    return error.http_status in (400, 404) and (code in _GONE_CODES or any(words in said for words in _GONE_WORDS))
 
 
 def _retry_after(error: stripe.StripeError) -> int | None:

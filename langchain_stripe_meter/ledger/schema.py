@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, SmallInteger, String, Table, Text, text
 
-HEAD = "0001"
+HEAD = "0002"
 """The newest migration that this version of the package knows."""
 
 metadata = MetaData()
@@ -27,7 +27,9 @@ readings = Table(
     Column("reason", Text),
     Column("due", BigInteger),  # when a held reading is looked at again
     Column("tries", Integer, nullable=False, server_default=text("0")),
-    Column("event_id", BigInteger),
+    Column("event_id", BigInteger),  # the meter event that it is part of
+    Column("account", String(255), nullable=False, server_default=""),  # "acct_…", or "" for the key's own account
+    Column("session", String(64)),  # digest of the session of a skipped run, in case its lead shall pay later
     Index(
         "readings_open",
         "id",
@@ -35,6 +37,18 @@ readings = Table(
         postgresql_where=text("state IN ('recorded', 'resolved')"),
     ),
     Index("readings_held", "due", sqlite_where=text("state = 'held'"), postgresql_where=text("state = 'held'")),
+    Index(
+        "readings_sealed",
+        "event_id",
+        sqlite_where=text("event_id IS NOT NULL"),
+        postgresql_where=text("event_id IS NOT NULL"),
+    ),
+    Index(
+        "readings_unclaimed",
+        "session",
+        sqlite_where=text("session IS NOT NULL"),
+        postgresql_where=text("session IS NOT NULL"),
+    ),
 )
 
 events = Table(
@@ -57,9 +71,14 @@ events = Table(
     Column("settled_at", BigInteger),
     Column("error", Text),
     Column("request_id", Text),
+    Column("account", String(255), nullable=False, server_default=""),
+    Column("seen_value", Text),  # of a doubtful event: what Stripe's sum was when it was last looked at, and when
+    Column("seen_at", BigInteger),
+    Column("resent", Integer, nullable=False, server_default=text("0")),  # how often it got a new identifier
     Index("events_pending", "id", sqlite_where=text("state = 'pending'"), postgresql_where=text("state = 'pending'")),
     Index(
         "events_sending",
+        "account",
         "customer",
         "event_name",
         sqlite_where=text("state = 'sending'"),
@@ -76,11 +95,51 @@ events = Table(
 leads = Table(
     "leads",
     metadata,
+    Column("account", String(255), primary_key=True, server_default=""),
     Column("session", String(255), primary_key=True),
     Column("email", Text),
     Column("name", Text),
     Column("phone", Text),
     Column("captured_at", BigInteger, nullable=False),
+)
+
+payers = Table(  # to whom a lead's e-mail, name or phone led, for the spend limits; the person is not in it
+    "payers",
+    metadata,
+    Column("digest", String(64), primary_key=True),  # keyed with this ledger's own secret, see ledger/payers.py
+    Column("account", String(255), nullable=False, server_default=""),
+    Column("customer", String(255), nullable=False),
+    Column("at", BigInteger, nullable=False),
+)
+
+acts = Table(  # what a person or a webhook decided: re-timed, written off, assigned, cancelled, corrected, resent
+    "acts",
+    metadata,
+    Column("id", _BIG_ID, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("act", String(30), nullable=False),
+    Column("subject", String(100), nullable=False),  # the identifier of the reading or event
+    Column("detail", Text),
+    Index("acts_subject", "subject"),
+)
+
+webhook_events = Table(  # Stripe's notifications that were taken in, each once
+    "webhook_events",
+    metadata,
+    Column("id", String(255), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+)
+
+pruned = Table(  # sums of what was pruned: amounts outlive their rows
+    "pruned",
+    metadata,
+    Column("account", String(255), primary_key=True, server_default=""),
+    Column("event_name", String(100), primary_key=True),
+    Column("customer", String(255), primary_key=True),  # "" for what nobody was to pay
+    Column("day", BigInteger, primary_key=True),  # Unix seconds of its midnight, UTC
+    Column("state", String(12), primary_key=True),
+    Column("amount", Text, nullable=False),
+    Column("readings", BigInteger, nullable=False),
 )
 
 notes = Table(  # facts about the ledger itself: its pin to live or test mode, why sending is paused

@@ -205,7 +205,7 @@ class Leads:
         values = {**fields, "captured_at": self._ledger.now()}
         with self._ledger.database.lane("record").transaction() as connection:
             insert = _dialect_insert(connection, leads).values(session=session, **values)
-            connection.execute(insert.on_conflict_do_update(index_elements=["session"], set_=values))
+            connection.execute(insert.on_conflict_do_update(index_elements=["account", "session"], set_=values))
 
     def find(self, session: str) -> dict[str, str] | None:
         """The lead of ``session``, or None."""

@@ -248,7 +248,7 @@ def retry(ledger: Ledger) -> int:
 
 
 def _rows_query() -> Any:
-    joined = readings.outerjoin(events, events.c.identifier == readings.c.key)
+    joined = readings.outerjoin(events, events.c.id == readings.c.event_id)
     return select(readings, events.c.state.label("event_state"), events.c.error).select_from(joined)
 
 
@@ -279,12 +279,19 @@ def _row(row: Any) -> Row:
     )
 
 
-def totals(ledger: Ledger, since: int = 0) -> dict[tuple[str, str], dict[str, Decimal]]:
-    """Amounts by (event name, customer) and state, of usage since ``since`` (Unix seconds)."""
+def accounts(ledger: Ledger) -> list[str]:
+    """The connected accounts that have usage here; ``""`` is the key's own."""
+    with ledger.read() as connection:
+        return sorted(connection.execute(select(readings.c.account).distinct()).scalars())
+
+
+def totals(ledger: Ledger, since: int = 0, account: str = "") -> dict[tuple[str, str], dict[str, Decimal]]:
+    """Amounts by (event name, customer) and state, of one account's usage since ``since`` (Unix seconds)."""
     query = (
         select(readings.c.event_name, readings.c.customer, readings.c.value, readings.c.state, events.c.state)
-        .select_from(readings.outerjoin(events, events.c.identifier == readings.c.key))
-        .where(readings.c.at >= since, readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
+        .select_from(readings.outerjoin(events, events.c.id == readings.c.event_id))
+        .where(readings.c.account == account, readings.c.at >= since)
+        .where(readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
     )
     amounts: dict[tuple[str, str], dict[str, Decimal]] = {}
     with ledger.read() as connection:

@@ -1,0 +1,62 @@
+"""What is looked at before anything is sent: is it this ledger's account, and will its meters add up rightly?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
+from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.ledger import resolving, sealing
+from langchain_stripe_meter.ledger.store import Ledger
+
+ACCOUNT = "account"
+"""The ledger's note of the Stripe account that its usage belongs to."""
+
+
+class Guard:
+    """Checks for one courier. ``tell`` is told what was held."""
+
+    def __init__(self, ledger: Ledger, gateway: Gateway, tell: Callable[[Exception], None]) -> None:
+        self._ledger = ledger
+        self._gateway = gateway
+        self._tell = tell
+        self._is_ours = False
+
+    def check(self, now: int) -> None:
+        """Hold what must not be sent.
+
+        Raises ``StripeError`` where Stripe does not say, ``ForeignLedgerError`` where the key belongs to another
+        account than the ledger.
+        """
+        if not self._is_ours:
+            self._check_account()
+        with self._ledger.deliver_lane().transaction() as connection:
+            resolving.release_held(connection, now)
+            meters = sealing.open_meters(connection)
+        for account, event_name in meters:
+            self._check_meter(account, event_name, now)
+
+    def _check_account(self) -> None:
+        """Pin the ledger to the key's account. A key that may not read it pins nothing."""
+        account = self._gateway.account_id()
+        pinned = self._ledger.note(ACCOUNT)
+        if account is not None and pinned is None:
+            self._ledger.set_note(ACCOUNT, account)
+        elif account is not None and pinned != account:
+            raise ForeignLedgerError(
+                f"The ledger holds usage of the Stripe account {pinned}, but the key belongs to {account}; nothing is "
+                "sent. Use that account's key, or give this account a ledger of its own."
+            )
+        self._is_ours = True
+
+    def _check_meter(self, account: str, event_name: str, now: int) -> None:
+        info = self._gateway.meter(event_name, account)
+        problem = info.problem if info else None
+        if info is None and self._gateway.can_read_meters(account):
+            problem = f"Stripe has no meter with the event name {event_name!r}; create it, or correct the name"
+        if problem is None:
+            return
+        with self._ledger.deliver_lane().transaction() as connection:
+            held = resolving.hold_meter(connection, account, event_name, problem, now)
+        if held:
+            self._tell(StripeError(f"{held} readings are held: {problem}."))

@@ -1,0 +1,127 @@
+"""Readings on the way to their customer: who must be looked up, what was found, what waits for whom."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, and_, func, or_, select, update
+
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
+from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.ledger.schema import readings
+
+RESOLVE_AT_MOST = 100
+HELD_RETRY = (60, 300, 900, 3600)
+"""Seconds between looks at a held reading whose customer, or whose meter, Stripe did not have."""
+OPEN_READINGS = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.RESOLVED.value])
+"""As the partial index says it, so that it is used."""
+
+
+class Unknown(NamedTuple):
+    """Somebody who must be looked up: on which account, and how a run named them."""
+
+    account: str
+    reference: Reference
+
+
+def unresolved(connection: Connection, now: int) -> list[Unknown]:
+    """Who must be looked up at Stripe now, oldest first."""
+    due_again = and_(
+        readings.c.state == ReadingState.HELD.value, readings.c.due <= now, readings.c.reference.is_not(None)
+    )
+    newly = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
+    found: list[tuple[str, str]] = []
+    for condition in (newly, due_again):
+        query = select(readings.c.account, readings.c.reference).where(condition)
+        query = query.group_by(readings.c.account, readings.c.reference).order_by(func.min(readings.c.id))
+        found += [(row.account, row.reference) for row in connection.execute(query.limit(RESOLVE_AT_MOST))]
+    asked = ((account, _reference(connection, told)) for account, told in dict.fromkeys(found))
+    return [Unknown(account, reference) for account, reference in asked if reference is not None]
+
+
+def _of(unknown: Unknown) -> Any:
+    return and_(readings.c.account == unknown.account, readings.c.reference == _text(unknown.reference))
+
+
+def _reference(connection: Connection, told: str) -> Reference | None:
+    """The reference in a reading; one that is none can only be settled by a person."""
+    by, _, value = told.partition(":")
+    try:
+        return Reference(by, value)  # type: ignore[arg-type]
+    except MeteringError:
+        held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
+        waiting = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.HELD.value])
+        statement = update(readings).where(readings.c.reference == told, waiting)
+        connection.execute(statement.values(state=held, reason="the customer's name is malformed", due=None))
+        return None
+
+
+def resolve(connection: Connection, unknown: Unknown, customer: str) -> int:
+    """Every waiting reading of ``unknown`` belongs to ``customer``; the reference itself is erased."""
+    moved = 0
+    for state, move in ((ReadingState.RECORDED, Move.FOUND), (ReadingState.HELD, Move.ASSIGN)):
+        statement = (
+            update(readings)
+            .where(readings.c.state == state.value, _of(unknown))
+            .where(readings.c.value.is_not(None))
+            .values(
+                state=next_reading_state(state, move).value, customer=customer, reference=None, reason=None, due=None
+            )
+        )
+        moved += connection.execute(statement).rowcount
+    return moved
+
+
+def hold(connection: Connection, unknown: Unknown, reason: str, now: int) -> int:
+    """Nobody, or several, at Stripe: hold the readings of ``unknown`` and look again later."""
+    waiting = or_(
+        readings.c.state == ReadingState.RECORDED.value,
+        and_(readings.c.state == ReadingState.HELD.value, readings.c.due <= now),
+    )
+    tries = connection.execute(select(func.max(readings.c.tries)).where(waiting, _of(unknown))).scalar()
+    delay = held_delay(tries)
+    statement = (
+        update(readings)
+        .where(waiting, _of(unknown))
+        .values(
+            state=next_reading_state(ReadingState.RECORDED, Move.NOT_FOUND).value,
+            reason=reason,
+            due=now + delay,
+            tries=readings.c.tries + 1,
+        )
+    )
+    return connection.execute(statement).rowcount
+
+
+def held_delay(tries: int | None) -> int:
+    """Seconds until the next look, after so many."""
+    return HELD_RETRY[min(int(tries or 0), len(HELD_RETRY) - 1)]
+
+
+def hold_meter(connection: Connection, account: str, event_name: str, reason: str, now: int) -> int:
+    """A meter that cannot take events stops, and only it: its resolved readings wait."""
+    statement = (
+        update(readings)
+        .where(readings.c.state == ReadingState.RESOLVED.value)
+        .where(readings.c.account == account, readings.c.event_name == event_name)
+        .values(
+            state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value, reason=reason, due=now + HELD_RETRY[0]
+        )
+    )
+    return connection.execute(statement).rowcount
+
+
+def release_held(connection: Connection, now: int) -> int:
+    """Readings that were held for their meter's sake are tried again when they are due."""
+    statement = (
+        update(readings)
+        .where(readings.c.state == ReadingState.HELD.value, readings.c.due <= now, readings.c.customer.is_not(None))
+        .where(readings.c.value.is_not(None))
+        .values(state=next_reading_state(ReadingState.HELD, Move.ASSIGN).value, reason=None, due=None)
+    )
+    return connection.execute(statement).rowcount
+
+
+def _text(reference: Reference) -> str:
+    return f"{reference.by}:{reference.value}"

@@ -1,0 +1,162 @@
+"""From readings to meter events: one each, or one for all of a customer's on a meter in some seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping
+from decimal import Context, Decimal
+from functools import reduce
+from typing import Any
+
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
+
+from langchain_stripe_meter.core.events import FUTURE_LIMIT, MAX_DIGITS, MeterEvent, number_text, significant_digits
+from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
+from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.ledger.resolving import OPEN_READINGS, held_delay
+from langchain_stripe_meter.ledger.schema import events, readings
+
+SEAL_AT_MOST = 1000
+MALFORMED = (ValueError, ArithmeticError, MeteringError)
+"""What a row raises that no reading of ours could have become: a person must look at it."""
+
+logger = logging.getLogger("langchain_stripe_meter")
+_EXACT = Context(prec=250)
+
+Row = Mapping[Any, Any]
+
+
+def open_meters(connection: Connection) -> list[tuple[str, str]]:
+    """Account and event name of the readings that could be sealed."""
+    query = select(readings.c.account, readings.c.event_name)
+    query = query.where(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value).distinct()
+    return [(row.account, row.event_name) for row in connection.execute(query)]
+
+
+def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
+    """Make meter events of resolved readings; what is too old for Stripe is held, what lies ahead waits.
+
+    With ``roll_up`` (seconds), a customer's readings on one meter within such a span become one event, once the span
+    is over.
+    """
+    _hold_stale(connection, now)
+    latest = now + FUTURE_LIMIT if roll_up is None else now - now % roll_up - 1
+    query = (
+        select(readings)
+        .where(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
+        .where(readings.c.at <= latest)
+        .order_by(readings.c.id)
+        .limit(SEAL_AT_MOST)
+    )
+    if connection.dialect.name == "postgresql":
+        query = query.with_for_update(skip_locked=True)
+    rows = connection.execute(query).mappings().all()
+    sound = [row for row in rows if _is_sound(connection, row)]
+    _seal(connection, rolled_up(sound, roll_up), now)
+    return len(rows)
+
+
+def _seal(connection: Connection, groups: list[list[Row]], now: int) -> None:
+    if not groups:
+        return
+    made = [_event_row(group, now) for group in groups]
+    connection.execute(insert(events), made)
+    event_id = select(events.c.id).where(events.c.identifier == bindparam("its_event")).scalar_subquery()
+    sealed = next_reading_state(ReadingState.RESOLVED, Move.SEAL).value
+    connection.execute(
+        update(readings).where(readings.c.id == bindparam("row_id")).values(state=sealed, event_id=event_id),
+        [
+            {"row_id": row["id"], "its_event": event["identifier"]}
+            for event, group in zip(made, groups, strict=True)
+            for row in group
+        ],
+    )
+
+
+def rolled_up(rows: Iterable[Row], seconds: int | None) -> list[list[Row]]:
+    """Readings that become one event: of one customer, meter, kind and span. Corrections stay by themselves."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        alone = seconds is None or Decimal(row["value"]) <= 0
+        same = (row["account"], row["customer"], row["event_name"], row["dimensions"])
+        groups.setdefault((row["id"],) if alone else (*same, row["at"] // (seconds or 1)), []).append(row)
+    return [part for group in groups.values() for part in _billable(group)]
+
+
+def _billable(group: list[Row]) -> list[list[Row]]:
+    """The group, unless its sum has more digits than Stripe takes."""
+    fits = len(group) == 1 or significant_digits(_sum(group)) <= MAX_DIGITS
+    return [group] if fits else [[row] for row in group]
+
+
+def _sum(group: list[Row]) -> Decimal:
+    return reduce(_EXACT.add, (Decimal(row["value"]) for row in group), Decimal(0))
+
+
+def _is_sound(connection: Connection, row: Row) -> bool:
+    """Whether Stripe could take it at all; what it could not is held, and stops nobody else."""
+    try:
+        meter_event(row, row["key"])
+    except MALFORMED as error:
+        held = next_reading_state(ReadingState.RESOLVED, Move.HOLD).value
+        statement = update(readings).where(readings.c.id == row["id"])
+        connection.execute(statement.values(state=held, reason=str(error)[:300], due=None))
+        logger.warning("stripe-meter: the reading %s is held: %s", row["key"], error)
+        return False
+    return True
+
+
+def meter_event(row: Row, identifier: str) -> MeterEvent:
+    """The event that a row stands for; raises one of ``MALFORMED`` where it can be none."""
+    return MeterEvent(
+        event_name=row["event_name"],
+        customer=row["customer"],
+        value=Decimal(row["value"]),
+        identifier=identifier,
+        timestamp=row["at"],
+        dimensions=json.loads(row["dimensions"]) if row["dimensions"] else {},
+        account=row["account"],
+    )
+
+
+def _event_row(group: list[Row], now: int) -> dict[str, Any]:
+    first = group[0]
+    same = {name: first[name] for name in ("account", "event_name", "customer", "dimensions", "at")}
+    value, identifier = (
+        (first["value"], first["key"]) if len(group) == 1 else (number_text(_sum(group)), _identifier(group))
+    )
+    return {**same, "value": value, "identifier": identifier, "state": EventState.PENDING.value, "due": now}
+
+
+def _identifier(group: list[Row]) -> str:
+    """The same for the same readings, whoever seals them."""
+    keys = "/".join(sorted(row["key"] for row in group))
+    return f"rollup-{hashlib.sha256(keys.encode()).hexdigest()[:40]}"
+
+
+def unseal(connection: Connection, event_id: int, reason: str, now: int) -> None:
+    """Stripe has not taken an event because its customer or meter is gone: its readings are held, the event is removed.
+
+    They keep the customer, and are tried again when they are due or assigned to somebody else by a person.
+    """
+    mine = readings.c.event_id == event_id
+    tries = connection.execute(select(readings.c.tries).where(mine).limit(1)).scalar()
+    held = next_reading_state(ReadingState.SEALED, Move.UNSEAL).value
+    changes = {"event_id": None, "reason": reason[:300], "due": now + held_delay(tries), "tries": readings.c.tries + 1}
+    connection.execute(update(readings).where(mine).values(state=held, **changes))
+    connection.execute(delete(events).where(events.c.id == event_id))
+
+
+def _hold_stale(connection: Connection, now: int) -> None:
+    statement = (
+        update(readings)
+        .where(readings.c.state == ReadingState.RESOLVED.value, readings.c.at < now - STALE_AFTER)
+        .values(
+            state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value,
+            reason="older than 34 days: Stripe would refuse it; re-time it or write it off",
+            due=None,
+        )
+    )
+    connection.execute(statement)
