@@ -126,12 +126,13 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _start_call(
         self, run_id: UUID, parent: UUID | None, prompt: Any, metadata: dict[str, Any] | None, kwargs: dict[str, Any]
     ) -> None:
-        facts = facts_of(metadata)
+        now = self._recorder.ledger.now()
+        facts = facts_of(metadata, now)
         params = kwargs.get("invocation_params") or {}
         kind = _Completion if kwargs.get("batch_size", 1) > 1 and isinstance(prompt, str) and params else Run
         run = kind(
             run_id,
-            self._recorder.ledger.now(),
+            now,
             is_call=True,
             facts=facts,
             model=requested_model(facts.metadata, params),
