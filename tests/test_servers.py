@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-import urllib.error
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from langchain_core.callbacks import BaseCallbackHandler, CallbackManager
 from serving import EVIL, KEYS, Server, uvicorn
 
 from langchain_stripe_meter.agents import metered_config, sign_customer
@@ -28,7 +26,7 @@ from langchain_stripe_meter.agents import from_signed_token
 
 KEY = "stripe_customer_id"
 USAGE = {"input_tokens": 100, "output_tokens": 20, "total_tokens": 120}
-everywhere = from_auth_user(KEY), from_metadata(KEY), from_context(KEY), from_lead(), from_signed_token()
+everywhere = from_auth_user(KEY), from_metadata(KEY), from_metadata("customer"), from_context(KEY), from_lead(), from_signed_token()
 meter = StripeMeterCallbackHandler(Tokens("tokens"), Messages("messages"), customer=first_of(*everywhere))
 
 def model():
@@ -93,9 +91,7 @@ async def lead(request: Request):
 @app.post("/careless")
 async def careless(request: Request):
     body = await request.json()
-    config = {**body["config"], "callbacks": [meter]}
-    config["metadata"] = {key: value for key, value in config["metadata"].items() if key.startswith("langgraph")}
-    return (await chain.ainvoke(body["input"], config)).content
+    return (await chain.ainvoke(body["input"], {**body["config"], "callbacks": [meter]})).content
 
 @app.get("/report")
 async def report():
@@ -107,7 +103,7 @@ FORGED: dict[str, Any] = {
         "lead": {"email": "victim@example.com"},
         **dict.fromkeys(KEYS, "session-of-victim"),
         "stripe_customer_token": sign_customer(EVIL, "another" + SECRET, expires_at=10**11),
-        "langgraph_api_version": "1.0",
+        "customer": EVIL,
         CLIENT_RUN: {"user": {"stripe_customer_id": EVIL}, "session": "session-of-victim"},
     },
     "configurable": {
@@ -258,7 +254,8 @@ def test_a_client_that_names_its_run_again_and_again_pays_for_each(server: Serve
 
 def test_a_user_who_came_as_json_was_authenticated_by_nobody(server: Server, bills: Bills) -> None:
     """Even where an application hands on what its client says is authenticated, without ``metered_config``."""
-    server.post("/careless", {"input": QUESTION, "config": FORGED}, "ann")
+    config = {**FORGED, "metadata": {"langgraph_api_version": "1.0"}}
+    server.post("/careless", {"input": QUESTION, "config": config}, "ann")
     assert bills.since() == {"skipped": 2}
 
 
@@ -282,17 +279,26 @@ class User:
 
 @pytest.mark.parametrize("customer", [None, "", "nonsense", {}, {"stripe_customer_id": "cus_1"}, User()])
 def test_the_application_names_a_customer_or_its_user_and_it_never_raises(customer: object) -> None:
-    from langchain_core.callbacks import BaseCallbackHandler
-
     meter = BaseCallbackHandler()
     config = metered_config(meter, customer=customer, config={"tags": ["a"], "recursion_limit": 7})
     assert config["callbacks"] == [meter]
     assert (config["tags"], config["recursion_limit"]) == (["a"], 7)
 
 
-def test_the_applications_own_handlers_stay_and_the_meter_is_attached_once() -> None:
-    from langchain_core.callbacks import BaseCallbackHandler, CallbackManager
+def test_what_a_client_says_of_itself_is_taken_out_and_the_rest_of_its_config_stays() -> None:
+    given = copy.deepcopy({**FORGED, "context": {"x": 1}, "run_id": "1"})
+    given["metadata"]["colour"] = given["configurable"]["colour"] = "red"
+    before = copy.deepcopy(given)
+    config: dict[str, Any] = {**metered_config(BaseCallbackHandler(), customer="cus_1", config=given, session="s1")}
+    assert given == before
+    assert set(config) == {"callbacks", "metadata", "configurable"}
+    kept = {"customer", "colour", "stripe_customer_token", "session_id", CLIENT_RUN}  # a token speaks for itself
+    assert set(config["metadata"]) == kept
+    assert config["metadata"]["session_id"] == "s1"
+    assert set(config["configurable"]) == {"stripe_customer_id", "colour", "stripe_customer_token", *KEYS, CLIENT_RUN}
 
+
+def test_the_applications_own_handlers_stay_and_the_meter_is_attached_once() -> None:
     meter, other = BaseCallbackHandler(), BaseCallbackHandler()
     for given in ([other, meter], CallbackManager([other, meter])):
         assert metered_config(meter, customer=None, config={"callbacks": given})["callbacks"] == [other, meter]
