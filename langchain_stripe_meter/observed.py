@@ -62,12 +62,19 @@ def facts_of(own: Mapping[str, Any] | None, now: int) -> Facts:
     said = next((mark for mark in marks if isinstance(mark, ClientRun)), None)
     return Facts(
         metadata=metadata if said is None else {**metadata, "thread_id": said.session},
-        auth_user=_authenticated(configurable.get(_AUTH_USER)) if said is None else said.user,
+        auth_user=_authenticated(configurable.get(_AUTH_USER)) if said is None else said.user or {},
         context=getattr(configurable.get(_RUNTIME), "context", None),
         on_server=bool(marks) or _on_server(metadata, configurable),
         configurable={key: value for key, value in configurable.items() if isinstance(value, str)},
         now=now,
     )
+
+
+def surrounding_user() -> Any:
+    """The user whom the agent server authenticated, as a step that starts here finds them around it, or None."""
+    config = var_child_runnable_config.get()
+    configurable = config.get("configurable") if config else None
+    return _authenticated(configurable.get(_AUTH_USER)) if configurable else None
 
 
 def _on_server(metadata: Mapping[str, Any], configurable: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""A server that is told to stop delivers what is pending first, and one that starts delivers what an earlier one left."""
+"""A server that must stop delivers what is pending first, and one that starts what an earlier one left."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LangServe and an application of one's own, over HTTP: the user whom the application authenticated pays, and no other."""
+"""LangServe and an application of one's own, over HTTP: whom the application authenticated pays, and no other."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from langchain_stripe_meter.agents import from_signed_token
 
 KEY = "stripe_customer_id"
 USAGE = {"input_tokens": 100, "output_tokens": 20, "total_tokens": 120}
-everywhere = from_auth_user(KEY), from_metadata(KEY), from_metadata("customer"), from_context(KEY), from_lead(), from_signed_token()
-meter = StripeMeterCallbackHandler(Tokens("tokens"), Messages("messages"), customer=first_of(*everywhere))
+said = from_auth_user(KEY), from_metadata(KEY), from_metadata("customer"), from_context(KEY), from_lead()
+everywhere = first_of(*said, from_signed_token())
+meter = StripeMeterCallbackHandler(Tokens("tokens"), Messages("messages"), customer=everywhere)
 
 def model():
     def answers():

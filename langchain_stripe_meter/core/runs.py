@@ -7,7 +7,7 @@ no interrupt left it waiting; the call that succeeded last is the one that answe
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_stripe_meter.core.customers import Facts
@@ -24,7 +24,8 @@ SWEEP_EVERY = 256
 
 @dataclass(slots=True)
 class Run:
-    """One open run. ``top`` is the run that stands for the user's message (maybe this one)."""
+    """One open run. ``top`` is the run that stands for the user's message (maybe this one), ``user`` whom an agent
+    server authenticated where a step began."""
 
     id: Hashable
     started: int
@@ -41,10 +42,23 @@ class Run:
     taken: bool = False
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
+    user: Any = field(default=None, repr=False)
     active: int = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.active = self.started
+
+    def inherit_user(self) -> None:
+        """Let a call that lost its authenticated user have that of the nearest step around it.
+
+        LangGraph drops the user from the configurable of a graph that is called, inside a graph, with a thread of its
+        own.
+        """
+        around = self.parent
+        while around is not None and around.user is None:
+            around = around.parent
+        if around is not None:
+            self.facts = replace(self.facts, auth_user=around.user, on_server=True)
 
     def touch(self, now: int) -> None:
         """Something happened in this run: it and those around it are alive."""
