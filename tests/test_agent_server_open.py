@@ -19,6 +19,20 @@ from langchain_stripe_meter.sandbox import StripeSandbox, hang
 
 pytest.importorskip("langgraph_cli", reason="langgraph-cli[inmem] is not installed")
 
+WEBAPP = """
+from contextlib import asynccontextmanager
+from starlette.applications import Starlette
+import everything, metering
+
+@asynccontextmanager
+async def lifespan(app):
+    async with metering.meter.lifespan(app), everything.meter.lifespan(app):
+        yield
+        print("the server is stopping", flush=True)
+
+app = Starlette(lifespan=lifespan)
+"""
+
 
 @pytest.fixture
 def sandbox() -> Iterator[StripeSandbox]:
@@ -34,8 +48,7 @@ def sandbox() -> Iterator[StripeSandbox]:
 @pytest.fixture
 def server(sandbox: StripeSandbox, tmp_path: Path) -> Iterator[Server]:
     environment = install(tmp_path, sandbox, auth=False)
-    webapp = tmp_path / "webapp.py"  # the handler of the graph that believes every source delivers here
-    webapp.write_text(webapp.read_text().replace("from metering import", "from everything import"))
+    (tmp_path / "webapp.py").write_text(WEBAPP)
     with agent_server(tmp_path, environment) as server:
         yield server
 
@@ -64,7 +77,7 @@ def test_only_a_signed_token_is_believed_and_sigterm_delivers_what_it_pays(
     assert views.status(ledger).skipped == 4 * 2 + 2
     assert arrived.wait(30)
     server.process.terminate()
-    wait_until(lambda: "Waiting for application shutdown" in server.said())
+    wait_until(lambda: "the server is stopping" in server.said())
     assert not sandbox.billed("everything")
     answer.set()
     server.process.wait(60)
