@@ -17,7 +17,15 @@ from langchain_core.outputs import LLMResult
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run, text_of
+from langchain_stripe_meter.observed import (
+    Observed,
+    facts_of,
+    observe,
+    requested_model,
+    surrounding_run,
+    surrounding_user,
+    text_of,
+)
 from langchain_stripe_meter.recording import Ending, Recorder, call_of
 
 _Decide = Callable[..., Sequence[Ending]]
@@ -123,12 +131,13 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _start_call(
         self, run_id: UUID, parent: UUID | None, prompt: Any, metadata: dict[str, Any] | None, kwargs: dict[str, Any]
     ) -> None:
-        facts = facts_of(metadata)
+        now = self._recorder.ledger.now()
+        facts = facts_of(metadata, now)
         params = kwargs.get("invocation_params") or {}
         kind = _Completion if kwargs.get("batch_size", 1) > 1 and isinstance(prompt, str) and params else Run
         run = kind(
             run_id,
-            self._recorder.ledger.now(),
+            now,
             is_call=True,
             facts=facts,
             model=requested_model(facts.metadata, params),
@@ -141,7 +150,10 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _start(self, run: Run, parent: UUID | None, params: Any = None) -> None:
         around = surrounding_run() if parent is None else None
         with self._lock:
-            if self._runs.start(run, parent, around) and isinstance(run, _Completion):
+            started = self._runs.start(run, parent, around)
+            if started and run.is_call and run.facts.auth_user is None:
+                run.inherit_user()
+            if started and isinstance(run, _Completion):
                 # One request has one object of parameters; the batch keeps it, so that its id stays its own.
                 run.batch = self._batches.setdefault(id(params), _Batch(params))
                 run.batch.facts.append(run.facts)
@@ -150,7 +162,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
-        self._start(Run(run_id, self._recorder.ledger.now()), parent_run_id)
+        self._start(Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id)
 
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start

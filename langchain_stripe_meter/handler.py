@@ -7,8 +7,8 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -200,6 +200,24 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
                 if self._courier is not None:
                     self._courier.close(deadline - time.monotonic())
             return self._report()
+
+    @asynccontextmanager
+    async def lifespan(self, app: object = None, *, timeout: float = 10.0) -> AsyncIterator[None]:
+        """The ``lifespan=`` of a Starlette or FastAPI application, and of an agent server's ``"http": {"app": …}``.
+
+        SIGTERM ends a server without the interpreter's exit hooks: this delivers what is pending when it shuts down,
+        at most ``timeout`` seconds, without blocking the loop; and what an earlier process left, when it starts. An
+        application with a lifespan of its own writes ``async with meter.lifespan(app):`` around its ``yield``.
+        """
+        if self._courier is not None:
+            self._courier.reopen()
+        try:
+            yield
+        finally:
+            try:
+                await asyncio.to_thread(self.close, timeout)
+            except MeteringError as error:  # the others must shut down too, and the ledger keeps what is pending
+                logger.error("stripe-meter: closing failed: %s", error)
 
     def __enter__(self) -> StripeMeterCallbackHandler:
         return self

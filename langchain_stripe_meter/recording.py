@@ -209,7 +209,7 @@ class Recorder:
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         readings = self._readings("call", replace(call, usage=counted))
         source = self.customer if customer is None else as_source(customer)
-        who = source.identify(Facts(metadata or {}, lead=self.leads.find))
+        who = source.identify(Facts(metadata or {}, lead=self.leads.find, now=now))
         when = now if at is None else check_timestamp(at, now)
         return [make_entry(id, who, reading, when) for reading in readings]
 

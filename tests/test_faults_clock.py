@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +15,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer, drop_request, refuse
+from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer, drop_request
 
 HOUR, DAY = 3600, 86_400
 JUMPS = [-40 * DAY, -3 * DAY, -25 * HOUR, -2 * HOUR, -600, 600, 2 * HOUR, 22 * HOUR, 25 * HOUR, 3 * DAY, 40 * DAY]

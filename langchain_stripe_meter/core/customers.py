@@ -7,11 +7,12 @@ that is exactly what was said, or nothing.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from langchain_stripe_meter.core import tokens
 from langchain_stripe_meter.core.events import check_customer_id
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
@@ -113,9 +114,11 @@ def check_region(region: str | None) -> str | None:
 class Facts:
     """What is known of a run when it must be decided who pays.
 
-    ``metadata`` is the run's (on an agent server: the client's word), ``auth_user`` the user whom the server
-    authenticated, ``context`` LangGraph's runtime context, ``lead`` looks up what the application captured for a
-    session.
+    ``metadata`` is the run's, ``configurable`` the texts in its configurable and ``context`` LangGraph's runtime
+    context: all three the client's word where ``on_server``, which is true of a run that an agent server or
+    ``metered_config`` started for a client. ``auth_user`` is the user whom the server or the application
+    authenticated, ``lead`` looks up what the application captured for a session, ``now`` is when the run started, in
+    Unix seconds.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -123,6 +126,8 @@ class Facts:
     context: Any = field(default=None, repr=False)
     on_server: bool = False
     lead: Callable[[str], Mapping[str, str] | None] | None = None
+    configurable: Mapping[str, str] = field(default_factory=dict, repr=False)
+    now: int | None = field(default=None, compare=False)
 
     def session(self, *, trust_client: bool) -> str | None:
         """The conversation: ``session_id``, ``thread_id`` or ``conversation_id`` of the run's metadata.
@@ -170,7 +175,7 @@ class FromMetadata:
 
 @dataclass(frozen=True, slots=True)
 class FromAuthUser:
-    """A ``cus_…`` id under ``key`` of the user that the agent server authenticated."""
+    """A ``cus_…`` id under ``key`` of the user that the agent server, or the application, authenticated."""
 
     key: str
 
@@ -211,6 +216,27 @@ class FromLead:
 
 
 @dataclass(frozen=True, slots=True)
+class FromSignedToken:
+    """A token under ``key`` of the run's metadata or configurable, believed whoever sent it: it is signed."""
+
+    key: str
+    secrets: tokens.Secrets
+    account: str | None = None
+
+    def identify(self, facts: Facts) -> Reference | Skip:
+        reason = f"there is no signed token under {self.key!r}"
+        for place in (facts.metadata, facts.configurable):
+            token = place.get(self.key)
+            if token is None or token == "":
+                continue
+            try:
+                return Reference("id", tokens.read(token, self.secrets, facts.now, self.account))
+            except InvalidValueError as error:
+                reason = str(error)
+        return Skip(reason)
+
+
+@dataclass(frozen=True, slots=True)
 class FirstOf:
     """The first source that names somebody."""
 
@@ -226,7 +252,7 @@ class FirstOf:
         return Skip("; ".join(reasons))
 
 
-CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FirstOf
+CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FromSignedToken | FirstOf
 
 
 def _get(source: Any, key: str) -> Any:
@@ -283,7 +309,7 @@ def from_metadata(key: str, *, trust_client: bool = False) -> FromMetadata:
 
 
 def from_auth_user(key: str) -> FromAuthUser:
-    """Read a ``cus_…`` id from the user that a deployed agent server authenticated."""
+    """Read a ``cus_…`` id from the user whom an agent server authenticated, or ``metered_config`` named."""
     return FromAuthUser(_key(key))
 
 
@@ -307,6 +333,13 @@ def _phone_region(by: By, region: str | None) -> str | None:
     if region is not None and by != "phone":
         raise ConfigurationError(f"region={region!r} is for phone numbers; a customer known by {by} has none.")
     return check_region(region) if by == "phone" else None
+
+
+def from_signed_token(
+    key: str, secrets: str | bytes | Sequence[str | bytes], *, account: str | None = None
+) -> FromSignedToken:
+    """Read a signed token; see ``langchain_stripe_meter.agents.from_signed_token``."""
+    return FromSignedToken(_key(key), tokens.Secrets(secrets), tokens.check_account(account))
 
 
 def first_of(*sources: CustomerSource | str) -> FirstOf:

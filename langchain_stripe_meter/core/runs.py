@@ -7,7 +7,7 @@ no interrupt left it waiting; the call that succeeded last is the one that answe
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_stripe_meter.core.customers import Facts
@@ -27,7 +27,8 @@ _NO_FACTS = Facts()
 
 @dataclass(slots=True)
 class Run:
-    """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself."""
+    """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
+    ``user`` is whom an agent server authenticated where a step began."""
 
     id: Hashable
     started: int
@@ -43,6 +44,7 @@ class Run:
     taken: bool = False
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
+    user: Any = field(default=None, repr=False)
     message: Run | None = field(default=None, repr=False)
     active: int = field(default=0, repr=False)
 
@@ -51,6 +53,18 @@ class Run:
         """The run that stands for the user's message, maybe this one. (Stored, a reference to itself would leave every
         run, and the prompt that it holds, to the garbage collector.)"""
         return self.message or self
+
+    def inherit_user(self) -> None:
+        """Let a call that lost its authenticated user have that of the nearest step around it.
+
+        LangGraph drops the user from the configurable of a graph that is called, inside a graph, with a thread of its
+        own.
+        """
+        around = self.parent
+        while around is not None and around.user is None:
+            around = around.parent
+        if around is not None:
+            self.facts = replace(self.facts, auth_user=around.user, on_server=True)
 
     def touch(self, now: int) -> None:
         """Something happened in this run: it and those around it are alive."""
