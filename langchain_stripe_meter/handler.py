@@ -13,13 +13,22 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.callbacks import MeteringCallbacks
-from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
+from langchain_stripe_meter.core.customers import (
+    CustomerSource,
+    as_source,
+    first_of,
+    from_auth_user,
+    from_metadata,
+    lead_fields,
+    lead_region,
+)
 from langchain_stripe_meter.core.meters import Call, Cost, Meter
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 
@@ -89,7 +98,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
             self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up)
-        self.leads = Leads(self._ledger)
+        self.leads = Leads(
+            self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
+        )
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
             on_missing_usage, bill_cache_hits, on_error,
@@ -124,13 +135,16 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         """
         call = Call(None, model, provider)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, metadata=metadata, at=at)
-        if entries:
-            self._ledger.record(entries)
-        self._recorder.recorded(entries)
+        self._recorder.recorded(self.leads.record(entries) if entries else [])
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""
         await asyncio.to_thread(self.record_usage, usage, id=id, **options)
+
+    def _claimed(self) -> None:
+        """What had been skipped shall be billed after all."""
+        if self._courier is not None:
+            self._courier.wake()
 
     # -- seeing it
 

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from uuid import UUID
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source, needs_lookup
+from langchain_stripe_meter.core.customers import (
+    CustomerSource,
+    Facts,
+    Reference,
+    Skip,
+    as_source,
+    lead_session,
+    needs_lookup,
+)
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
@@ -23,7 +31,8 @@ from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 
 logger = logging.getLogger("langchain_stripe_meter")
@@ -73,11 +82,11 @@ class Recorder:
 
     def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
         """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises."""
-        entries: list[Entry] = []
+        entries: Sequence[Entry] = []
         try:
             entries = self._entries(decide(*args, **kwargs))
             if entries:
-                self.ledger.record(entries)
+                entries = self.leads.record(entries)
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
             self._failed(error, entries)
         else:
@@ -184,7 +193,8 @@ class Recorder:
             return []
         who = self.customer.identify(replace(facts, lead=self.leads.find) if self._needs_lookup else facts)
         key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
-        return [make_entry(key, who, reading, run.ended or run.started) for reading in readings]
+        session = lead_session(self.customer, facts) if self._needs_lookup and isinstance(who, Skip) else None
+        return [make_entry(key, who, reading, run.ended or run.started, session) for reading in readings]
 
     def usage_entries(
         self,
@@ -209,9 +219,12 @@ class Recorder:
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         readings = self._readings("call", replace(call, usage=counted))
         source = self.customer if customer is None else as_source(customer)
-        who = source.identify(Facts(metadata or {}, lead=self.leads.find, now=now))
+        facts = Facts(metadata or {}, lead=self.leads.find, now=now)
+        who = source.identify(facts)
         when = now if at is None else check_timestamp(at, now)
-        return [make_entry(id, who, reading, when) for reading in readings]
+        # What the handler's own source skipped may be claimed by its leads; another source is this one call's alone.
+        session = lead_session(source, facts) if customer is None and isinstance(who, Skip) else None
+        return [make_entry(id, who, reading, when, session) for reading in readings]
 
 
 def _is_known(observed: Observed) -> bool:
@@ -235,8 +248,8 @@ def call_of(run: Run, observed: Observed) -> Call:
     return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
 
 
-def make_entry(key: str, who: Reference | Skip, reading: Reading, at: int) -> Entry:
-    """One reading of a run, with what is known of who pays."""
+def make_entry(key: str, who: Reference | Skip, reading: Reading, at: int, session: str | None = None) -> Entry:
+    """One reading of a run, with what is known of who pays; ``session`` is where a lead may still be captured."""
     customer, reference, reason = None, None, reading.doubt
     if isinstance(who, Skip):
         state, reason = ReadingState.SKIPPED, who.reason
@@ -257,4 +270,5 @@ def make_entry(key: str, who: Reference | Skip, reading: Reading, at: int) -> En
         dimensions=reading.dimensions,
         estimated=reading.estimated,
         reason=reason,
+        session=session,
     )

@@ -97,7 +97,7 @@ def test_a_clock_that_jumps_while_an_outcome_is_unknown_bills_nothing_twice(
     settled(ledger, sandbox, fault="the clock jumps while an outcome is unknown")
     states = {row.customer: row.state for row in views.tail(ledger)}
     assert states["cus_1"] == ("doubtful" if jump > 23 * HOUR else "delivered")
-    # Stripe takes usage from 35 days ago to 5 minutes ahead; by a clock that is wrong beyond that, a person must re-time
+    # Stripe takes usage from 35 days ago to 5 minutes ahead; beyond that by a wrong clock, a person must re-time
     assert states["cus_2"] == ("delivered" if -35 * DAY < jump < 300 else "rejected")
     assert states["cus_3"] == "delivered"
 
