@@ -22,7 +22,9 @@ from langchain_stripe_meter.core.customers import (
     lead_fields,
     lead_region,
 )
-from langchain_stripe_meter.core.meters import Call, Cost, Meter
+from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.meters import Call, Meter
+from langchain_stripe_meter.core.tenants import Tenant, TenantSource
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
@@ -30,6 +32,7 @@ from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
+from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 
 if TYPE_CHECKING:
@@ -60,6 +63,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
+        tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer
+            source where they differ. None skips the run. On an agent server only the authenticated user is trusted.
         roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
             with more than a few runs a second: Stripe takes their events one after the other.
 
@@ -82,9 +88,11 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
         roll_up: int | None = None,
+        stripe_account: str | None = None,
+        tenant: TenantSource | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.meters = _check_meters(meters)
+        self.meters = checked_meters(meters)
         self.customer = _default_customer() if customer is None else as_source(customer)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
@@ -92,6 +100,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
         if roll_up is not None and not 1 <= roll_up <= MAX_ROLL_UP:
             raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
+        if stripe_account is not None and tenant is not None:
+            raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._courier: Courier | None = None
@@ -103,7 +113,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         )
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
-            on_missing_usage, bill_cache_hits, on_error,
+            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(check_account(stripe_account or "")),
         )  # fmt: skip
         super().__init__(recorder)
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -241,31 +251,6 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             self.close()
         except MeteringError as error:  # what the block did matters more, and what it recorded is still in the ledger
             logger.error("stripe-meter: closing failed: %s", error)
-
-
-def _check_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
-    if not meters:
-        raise ConfigurationError("StripeMeterCallbackHandler needs at least one meter, such as Tokens('ai_tokens').")
-    for meter in meters:
-        if not isinstance(meter, Meter):
-            raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.")
-    names = [meter.event_name for meter in meters]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ConfigurationError(f"Two meters have the event name {twice!r}; each needs its own, or one would be lost.")
-    return tuple(_priced(meter) for meter in meters)
-
-
-def _priced(meter: Meter) -> Meter:
-    if not isinstance(meter, Cost) or meter.pricer is not None:
-        return meter
-    from langchain_stripe_meter.prices import genai_price, is_installed
-
-    if not is_installed():
-        if meter.prices:
-            return meter
-        raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
-    return replace(meter, pricer=genai_price)
 
 
 def _default_customer() -> CustomerSource:

@@ -130,6 +130,10 @@ class Facts:
     configurable: Mapping[str, str] = field(default_factory=dict, repr=False)
     now: int | None = field(default=None, compare=False)
 
+    def trusted(self) -> Facts:
+        """What of this a client has no say in, for choosing whose business a run is."""
+        return Facts(auth_user=self.auth_user, on_server=True, now=self.now) if self.on_server else self
+
     def session(self, *, trust_client: bool) -> str | None:
         """The conversation: ``session_id``, ``thread_id`` or ``conversation_id`` of the run's metadata.
 

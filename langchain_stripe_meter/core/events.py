@@ -158,17 +158,18 @@ def check_dimensions(dimensions: Mapping[str, str]) -> dict[str, str]:
     return dict(dimensions)
 
 
-def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] | None = None) -> str:
-    """The identifier of what ``run`` adds to one meter: the same on every machine and every repetition.
+def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] | None = None, account: str = "") -> str:
+    """The identifier of what ``run`` adds to one meter of an account: the same on every machine and every repetition.
 
     ``run`` leads, so that identifiers of uuid7 runs are ordered by time and the ledger's unique index stays flat;
     behind it stands a digest of the meter and its dimensions. A run that is no plain name (``record_usage(id=...)``
     takes any text) becomes a digest too, and so does one that could be taken for such a digest.
     """
     lead = run if _PLAIN_LEAD.match(run) else f"x{_digest(run)}"
-    if not dimensions:
+    if not dimensions and not account:
         return f"{lead}-{_digest(event_name)}"
-    return f"{lead}-{_digest(event_name, *(part for pair in sorted(dimensions.items()) for part in pair))}"
+    parts = [part for pair in sorted((dimensions or {}).items()) for part in pair]
+    return f"{lead}-{_digest(event_name, *parts, *([account] if account else []))}"
 
 
 @lru_cache(maxsize=1024)
