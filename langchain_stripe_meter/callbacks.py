@@ -215,25 +215,28 @@ class MeteringCallbacks(BaseCallbackHandler):
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
-            observed = _as_told(run, observed)
             call = None
             if observed is not None:
+                observed = _as_told(run, observed)
+                empty = observed.is_empty
                 call = call_of(run, observed)
-                if answers and not (observed.partial and observed.is_empty):
+                if answers and not (empty and observed.partial):
                     self._runs.answered(run, call)
+                if empty:
+                    call = None
             if cut and run.top is run:
                 self._runs.cut(run, now)
-            endings = self._take_lost()
+            endings = self._take_lost() if self._runs.lost else []
             for lost in endings:
                 if answers and lost.run.top is run and lost.call is not None:
                     self._runs.answered(lost.run, lost.call)
             message = self._runs.take_message(run)
-        if message is not None or (observed is not None and not observed.is_empty):
+        if message is not None or call is not None:
             endings.append(Ending(run, observed, call, message))
         return endings
 
     def _take_lost(self) -> list[Ending]:
-        return [_lost_ending(run) for run in self._runs.take_lost()] if self._runs.has_lost else []
+        return [_lost_ending(run) for run in self._runs.take_lost()]
 
     def _sweep(self) -> Sequence[Ending]:
         """Calls that ended without saying so, as far as that is known by now."""
@@ -242,10 +245,8 @@ class MeteringCallbacks(BaseCallbackHandler):
             return self._take_lost()
 
 
-def _as_told(run: Run, observed: Observed | None) -> Observed | None:
+def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
-    if observed is None:
-        return None
     if observed.partial and observed.is_empty and run.received:  # a text completion's error may leave out what came
         return replace(observed, output=["".join(run.received)])
     batch = run.batch if isinstance(run, _Completion) else None

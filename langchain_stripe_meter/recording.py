@@ -45,8 +45,8 @@ OnMissingUsage = Literal["estimate", "hold", "ignore"]
 
 @valueclass
 class Ending:
-    """What ended: a model call (``observed`` and the ``call`` that it was), a message (its answer and who pays), or
-    both."""
+    """What ended: a model call that consumed something (``observed``, and the ``call`` that it was), a message (its
+    answer and who pays), or both."""
 
     run: Run
     observed: Observed | None = None
@@ -170,16 +170,13 @@ class Recorder:
 
     def _add(self, ending: Ending, entries: list[Entry]) -> None:
         run, observed, call = ending.run, ending.observed, ending.call
-        if observed is not None and call is not None and self._bills(observed):
+        if observed is not None and call is not None and (self.bill_cache_hits or not observed.cached):
             call = self._complete(call, run, observed)
             if call is not None:
                 entries += self._of_run(run, run.facts, "call", call)
         if ending.message is not None:
             call, facts = ending.message
             entries += self._of_run(run.top, facts, "message", call)
-
-    def _bills(self, observed: Observed) -> bool:
-        return not observed.is_empty and (self.bill_cache_hits or not observed.cached)
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""
@@ -269,7 +266,7 @@ def _is_known(observed: Observed) -> bool:
     if observed.doubt is not None:
         return True
     # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
-    return usage is not None and usage.complete and usage.input != 0 and not observed.partial
+    return usage is not None and bool(usage.input) and usage.output is not None and not observed.partial
 
 
 def _place(error: BaseException) -> str:

@@ -103,18 +103,14 @@ class Tokens:
     def readings(self, call: Call) -> list[Reading]:
         """What ``call`` adds to this meter; nothing where it consumed nothing."""
         usage = call.usage
-        if usage is None or not self._known(usage):
+        count = None if usage is None else getattr(usage, self.count)
+        if usage is None or count is None:
             return [Reading(self.event_name, None, doubt=call.doubt or "the provider reported no usage")]
         if self.split:
             return self._split(usage, call)
-        if self.weights is None:
-            return _reading(self.event_name, getattr(usage, self.count), usage.estimated)
-        return _reading(self.event_name, self._weigh(usage, self.weights), usage.estimated)
-
-    def _known(self, usage: Usage) -> bool:
-        if self.count != "total":
-            return getattr(usage, self.count) is not None
-        return usage.complete
+        if self.weights is not None:
+            count = self._weigh(usage, self.weights)
+        return _reading(self.event_name, count, usage.estimated)
 
     def _weigh(self, usage: Usage, given: Mapping[str, Number]) -> Decimal:
         return round_digits(_weighted(given, usage))

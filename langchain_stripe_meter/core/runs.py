@@ -80,7 +80,8 @@ class OpenRuns:
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
         self._starts = 0
-        self._lost: list[Run] = []
+        self.lost: list[Run] = []
+        """Abandoned calls that had produced something: they are still to be billed."""
         self.abandoned = 0
 
     def __len__(self) -> int:
@@ -96,11 +97,12 @@ class OpenRuns:
         fallbacks, explicit callbacks inside a run).
         """
         parent = self._first_open(parents)
+        run.active = run.started
         if self._runs.setdefault(run.id, run) is not run:
             return False
         if parent is not None:
             run.parent, run.message = parent, parent.top
-        run.touch(run.started)
+            parent.touch(run.started)
         self._starts += 1
         if self._starts % SWEEP_EVERY == 0:
             self.sweep(run.started)
@@ -129,7 +131,7 @@ class OpenRuns:
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message."""
-        run.top.answer = (call, run.facts)
+        (run.message or run).answer = (call, run.facts)
 
     def interrupt(self, run_id: Hashable) -> None:
         """A person must decide before the message goes on: it is answered when the resumed run ends."""
@@ -146,7 +148,7 @@ class OpenRuns:
 
     def take_message(self, run: Run) -> tuple[Call, Facts] | None:
         """The answer of the message that ``run`` belongs to, once: when the message has ended."""
-        top = run.top
+        top = run.message or run
         if top.ended is None or top.interrupted or top.answer is None or top.taken:
             return None
         answer, top.answer, top.taken = top.answer, None, True
@@ -166,16 +168,11 @@ class OpenRuns:
             run.ended = now
             self.abandoned += run.is_call
             if run.received:
-                self._lost.append(run)
-
-    @property
-    def has_lost(self) -> bool:
-        """Whether there are any for ``take_lost``."""
-        return bool(self._lost)
+                self.lost.append(run)
 
     def take_lost(self) -> list[Run]:
-        """Abandoned calls that had produced something, each once: they are still to be billed."""
-        lost, self._lost = self._lost, []
+        """What was ``lost``, each once."""
+        lost, self.lost = self.lost, []
         return lost
 
 

@@ -18,9 +18,6 @@ OUTPUT_PARTS = ("reasoning", "audio_output")
 KINDS = ("input", "output", *INPUT_PARTS, *OUTPUT_PARTS)
 """The kinds of tokens that a meter can weigh or price."""
 
-_PLAIN = {int}
-"""The types of counts that need no closer look, which are those of nearly every report."""
-
 _CACHE_READ = ("cache_read", "flex_cache_read", "priority_cache_read")
 _CACHE_WRITE = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 _REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
@@ -45,9 +42,8 @@ class Usage:
 
     def __post_init__(self) -> None:
         parts = (self.cache_read, self.cache_write, self.audio_input, self.reasoning, self.audio_output)
-        counts = (self.input, self.output, *parts)
-        if set(map(type, counts)) != _PLAIN or min(counts) < 0:  # type: ignore[type-var, operator]
-            for kind, count in zip(KINDS, counts, strict=True):
+        for kind, count in zip(KINDS, (self.input, self.output, *parts), strict=True):
+            if type(count) is not int or count < 0:
                 _check_count(kind, count)
         if not any(parts):
             return

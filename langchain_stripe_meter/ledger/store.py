@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import field
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -108,10 +109,9 @@ class Ledger:
     def _write(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        rows = [entry.row() for entry in entries]
-        is_sqlite = self.database.is_sqlite
+        insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
         try:
-            self.database.lane("record").run(lambda driver: _execute(driver, self._insert, rows, sqlite=is_sqlite))
+            self.database.lane("record").run(partial(insert, self._insert, [entry.row() for entry in entries]))
         except MeteringError:
             raise
         except Exception as error:
@@ -156,20 +156,25 @@ def _insert_statement(*, sqlite: bool) -> str:
     return f"INSERT INTO {readings.name} ({', '.join(COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
 
 
-def _execute(driver: Any, statement: str, rows: list[tuple[Any, ...]], *, sqlite: bool) -> None:
+def _insert_on_sqlite(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
     """Insert in one transaction: a single row commits by itself, which saves two round trips."""
     if len(rows) == 1:
         driver.execute(statement, rows[0])
         return
-    if sqlite:
-        driver.execute("BEGIN IMMEDIATE")
-        try:
-            driver.executemany(statement, rows)
-            driver.execute("COMMIT")
-        except BaseException:
-            if driver.in_transaction:
-                driver.execute("ROLLBACK")
-            raise
+    driver.execute("BEGIN IMMEDIATE")
+    try:
+        driver.executemany(statement, rows)
+        driver.execute("COMMIT")
+    except BaseException:
+        if driver.in_transaction:
+            driver.execute("ROLLBACK")
+        raise
+
+
+def _insert_on_postgres(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
+    """As ``_insert_on_sqlite``."""
+    if len(rows) == 1:
+        driver.execute(statement, rows[0])
         return
     with driver.transaction(), driver.cursor() as cursor:
         cursor.executemany(statement, rows)
