@@ -28,6 +28,7 @@ README = TESTS.parent / "README.md"
 START, END = "<!-- faults: written by python tests/faults.py -->\n", "\n<!-- end of faults -->"
 HEAD = "| fault | times tried | lost | billed twice | needed a person |\n|---|---|---|---|---|"
 FOR_A_PERSON = (ReadingState.HELD, EventState.REJECTED, EventState.DOUBTFUL)
+PERHAPS_BILLED = (EventState.PENDING, EventState.SENDING, EventState.DOUBTFUL)
 
 
 @dataclass
@@ -106,7 +107,8 @@ def settled(
         billed = sandbox.billed(event_name, customer) if customer != "?" else Decimal(0)
         delivered = amounts.get(EventState.DELIVERED, Decimal(0))
         lost += max(delivered - billed, Decimal(0))
-        twice += max(billed - delivered - amounts.get(EventState.DOUBTFUL, Decimal(0)), Decimal(0))
+        possible = delivered + sum(amounts.get(state, Decimal(0)) for state in PERHAPS_BILLED)
+        twice += max(billed - possible, Decimal(0))
         person += sum(amounts.get(state, Decimal(0)) for state in FOR_A_PERSON)
     twice += _billed_unrecorded(sandbox, totals)
     tally(fault, tried=tried, lost=lost, billed_twice=twice, needed_a_person=person, varies=varies)
