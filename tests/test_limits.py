@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import threading
 from collections.abc import Callable, Iterator
@@ -286,10 +287,6 @@ def test_every_way_to_call_a_model_is_stopped(meter: StripeMeterCallbackHandler,
     async def synchronously_on_a_loop() -> None:
         model.invoke("Hi", config)
 
-    async def events() -> None:
-        async for _ in model.astream_events("Hi", config, version="v2"):
-            pass
-
     ways: list[Callable[[], Any]] = [
         lambda: model.invoke("Hi", config),
         lambda: list(model.stream("Hi", config)),
@@ -298,7 +295,6 @@ def test_every_way_to_call_a_model_is_stopped(meter: StripeMeterCallbackHandler,
         lambda: asyncio.run(model.ainvoke("Hi", config)),
         lambda: asyncio.run(astream()),
         lambda: asyncio.run(model.abatch(["Hi", "Ho"], config)),
-        lambda: asyncio.run(events()),
         lambda: asyncio.run(completion.ainvoke("Hi", config)),
         lambda: asyncio.run(synchronously_on_a_loop()),
         lambda: model.with_fallbacks([server.chat()]).invoke("Hi", config),
@@ -310,6 +306,23 @@ def test_every_way_to_call_a_model_is_stopped(meter: StripeMeterCallbackHandler,
     assert meter.flush().pending == 0
     status = meter.status()
     assert (status.open_runs, status.abandoned, status.unrecorded) == (0, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore:coroutine 'ahandle_event' was never awaited")
+def test_a_stream_of_events_is_stopped_though_langchain_forgets_its_own_handler(
+    meter: StripeMeterCallbackHandler, server: OpenAIServer
+) -> None:
+    """LangChain puts its handler after ours, and drops the coroutine that would have told it of the start."""
+
+    async def events() -> None:
+        config = gated(Budget(meter, SpendLimit("tokens", 0)), meter)
+        async for _ in server.chat().astream_events("Hi", config, version="v2"):
+            pass
+
+    with pytest.raises(SpendLimitError):
+        asyncio.run(events())
+    gc.collect()  # so that the warning comes while it is expected
+    assert server.requests == []
 
 
 def test_an_event_loop_goes_on_while_the_ledger_is_read(

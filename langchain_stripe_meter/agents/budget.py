@@ -253,9 +253,10 @@ class _Gate:
 class SpendLimitCallback(BaseCallbackHandler):
     """Stops model calls of customers whose budget is used up, in anything that takes callbacks.
 
-    Raises ``SpendLimitError`` into the run before its model is called. Put it last, so that LangChain has told the
-    others of the start: ``config={"callbacks": [meter, SpendLimitCallback(budget)]}``. The meter learns that the call
-    was stopped, and bills nothing.
+    Raises ``SpendLimitError`` into the run before its model is called. Put it last:
+    ``config={"callbacks": [meter, SpendLimitCallback(budget)]}``. In async runs LangChain drops the coroutines of the
+    handlers after one that raises, and Python then warns of a coroutine that was never awaited. The meter learns that
+    the call was stopped, and bills nothing.
     """
 
     raise_error = True
