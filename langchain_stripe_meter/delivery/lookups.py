@@ -46,7 +46,7 @@ class Lookups:
         """Settle the readings of somebody of whom Stripe has these customers: exactly one pays, else they are held."""
         if len(found) == 1:
             self._found.setdefault(asked, found[0])
-            return resolving.resolve(connection, asked, found[0])
+            return resolving.resolve(connection, asked, found[0], now)
         if not found:
             self._missing.setdefault(asked, True)
         return resolving.hold(connection, asked, _why_held(asked, found), now)

@@ -1,7 +1,8 @@
 """The ledger's connections: opening, forking, writing, and bringing the schema up to date.
 
 SQLite has one writer, so all of a process's writes share one connection behind one lock and never wait for each other
-by polling. PostgreSQL has many: recording and delivering get a connection each.
+by polling. PostgreSQL has many: recording and delivering get a connection each. Counting what limits allow reads on
+one more, on either.
 """
 
 from __future__ import annotations
@@ -189,10 +190,12 @@ class Database:
         opened = self._opened
         if opened is None:
             return
-        lane = opened.lanes["record"]
-        self._held = [lock for lock in (lane.lock, self.reading) if lock.acquire(timeout=FORK_SECONDS)]
-        if len(self._held) == 2:
-            lane.close()
+        lanes = list(dict.fromkeys(opened.lanes.values()))
+        locks = [*(lane.lock for lane in lanes), self.reading]
+        self._held = [lock for lock in locks if lock.acquire(timeout=FORK_SECONDS)]
+        if len(self._held) == len(locks):
+            for lane in lanes:
+                lane.close()
 
     def after_fork_in_parent(self) -> None:
         """Go on; the file is opened again when it is used."""
@@ -218,7 +221,8 @@ class Database:
         return (self._opened or self._open()).engine
 
     def lane(self, name: str) -> Lane:
-        """The connection for ``"record"`` or ``"deliver"``; the same one on SQLite."""
+        """The connection for ``"record"`` or ``"deliver"``, the same one on SQLite; or for ``"count"``, which only
+        reads and so waits for no writer."""
         return (self._opened or self._open()).lanes[name]
 
     def _open(self) -> _Opened:
@@ -233,7 +237,8 @@ class Database:
                 lane.drop()
                 engine.dispose()
                 raise
-            self._opened = _Opened(engine, {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)})
+            deliver = lane if self.is_sqlite else Lane(engine)
+            self._opened = _Opened(engine, {"record": lane, "deliver": deliver, "count": Lane(engine)})
             return self._opened
 
     def _make_engine(self) -> Engine:
