@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from langchain_stripe_meter.audit.doubts import Doubts
 from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import (
     CustomerSource,
@@ -107,7 +108,10 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up)
+            self._courier = Courier(
+                self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
+                chores=[Doubts(self._ledger, gateway)],
+            )  # fmt: skip
         self.leads = Leads(
             self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
         )

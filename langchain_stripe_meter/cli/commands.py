@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
 from langchain_stripe_meter.cli.show import (
     JsonOption,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.add_typer(meters_app, name="meters")
 app.add_typer(leads_app, name="leads")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(doubtful_app, name="doubtful")
 
 
 @app.command()
@@ -150,10 +152,11 @@ def deliver(
 ) -> None:
     """Send what is recorded, until Ctrl-C or SIGTERM."""
     with clear_errors(), until_stopped() as stopping, open_ledger(ledger) as opened, open_gateway() as gateway:
+        from langchain_stripe_meter.audit.doubts import Doubts
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(opened, gateway, roll_up=roll_up)
+        courier = Courier(opened, gateway, roll_up=roll_up, chores=[Doubts(opened, gateway)])
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
