@@ -57,6 +57,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: Called with a ``MeteringError`` when something could not be recorded or delivered; never raises
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
+        create_missing: Whether somebody whom Stripe does not know by e-mail, name or phone is made a customer, marked
+            with the metadata ``created_by: langchain_stripe_meter``, instead of being held.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
 
     Raises:
@@ -77,6 +79,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        create_missing: bool = False,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = _check_meters(meters)
@@ -90,7 +93,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
+            self._courier = Courier(
+                self._ledger, gateway, concurrency=concurrency, on_error=on_error, create_missing=create_missing
+            )
         self.leads = Leads(
             self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
         )

@@ -141,6 +141,9 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 def deliver(
     once: Annotated[bool, typer.Option("--once", help="Stop when nothing is pending.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Stop after so many seconds (60 with --once).", min=0)] = None,
+    create_missing: Annotated[
+        bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
+    ] = False,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -149,7 +152,7 @@ def deliver(
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(opened, gateway)
+        courier = Courier(opened, gateway, create_missing=create_missing)
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
