@@ -6,12 +6,13 @@
     ├── LedgerError             the operator: the database cannot be used as it stands
     │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
     │   └── NewerLedgerError        it was written by a newer version of this package
+    ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
     ├── UsageError              the provider's report contradicts itself
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
     └── StripeError             what Stripe answered, when a person asked a question of it
 
-Nothing here is ever raised into a chain: the handler turns what goes wrong inside a run into a
-counter, one log line and a call of ``on_error``.
+Only ``UnidentifiedError`` is ever raised into a chain, and only where it was asked for: the handler turns what goes
+wrong inside a run into a counter, one log line and a call of ``on_error``.
 """
 
 
@@ -37,6 +38,10 @@ class ForeignLedgerError(LedgerError):
 
 class NewerLedgerError(LedgerError):
     """The database was written by a newer version of this package."""
+
+
+class UnidentifiedError(MeteringError):
+    """A run names nobody who pays; it was refused before the model was called. The message says what was missing."""
 
 
 class UsageError(MeteringError):

@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import (
     CustomerSource,
     as_source,
@@ -31,6 +30,7 @@ from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
+from langchain_stripe_meter.refusing import RefusingCallbacks
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -40,7 +40,7 @@ EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
+class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -59,6 +59,10 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         create_missing: Whether somebody whom Stripe does not know by e-mail, name or phone is made a customer, marked
             with the metadata ``created_by: langchain_stripe_meter``, instead of being held.
+        on_unidentified: What becomes of a run that names nobody who pays: ``"skip"`` (it is recorded as skipped, and
+            ``skips()`` shows it), ``"raise"`` (it is refused with ``UnidentifiedError`` before the model is called;
+            with ``from_lead``, so is every run before its lead is captured), or the customer who pays for it, a
+            ``cus_…`` id or a source.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
 
     Raises:
@@ -80,10 +84,12 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
         create_missing: bool = False,
+        on_unidentified: Literal["skip", "raise"] | CustomerSource | str = "skip",
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = _check_meters(meters)
-        self.customer = _default_customer() if customer is None else as_source(customer)
+        self._refuses = on_unidentified == "raise"
+        self.customer = _with_default(_default_customer() if customer is None else as_source(customer), on_unidentified)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
@@ -246,6 +252,15 @@ def _priced(meter: Meter) -> Meter:
             return meter
         raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
     return replace(meter, pricer=genai_price)
+
+
+def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> CustomerSource:
+    """``customer``, and where it names nobody, the default customer if there is one."""
+    if isinstance(otherwise, str) and otherwise in ("skip", "raise"):
+        return customer
+    if isinstance(otherwise, str) and not otherwise.startswith("cus_"):
+        raise ConfigurationError(f"on_unidentified={otherwise!r}: use 'skip', 'raise', a 'cus_…' id or a source.")
+    return first_of(customer, otherwise)
 
 
 def _default_customer() -> CustomerSource:

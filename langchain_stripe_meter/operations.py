@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
 
 if TYPE_CHECKING:
@@ -24,6 +25,13 @@ class Operations:
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
         return views.held(self._ledger)
+
+    def skips(self, since: datetime | int = 0) -> SkipList:
+        """What went unbilled for want of somebody to bill: per day (UTC), meter and reason, how often and how much.
+
+        ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
+        """
+        return skips(self._ledger, _seconds(since))
 
     def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
@@ -42,15 +50,19 @@ class Operations:
         """
         if self._courier is None:
             raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
-        if isinstance(since, datetime):
-            if since.tzinfo is None:
-                raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-            since = int(since.timestamp())
         from langchain_stripe_meter.audit.verify import verify
 
-        return verify(self._ledger, self._courier.gateway, since)
+        return verify(self._ledger, self._courier.gateway, _seconds(since))
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:
             self._courier.wake()
         return count
+
+
+def _seconds(since: datetime | int) -> int:
+    if not isinstance(since, datetime):
+        return since
+    if since.tzinfo is None:
+        raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
+    return int(since.timestamp())

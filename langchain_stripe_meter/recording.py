@@ -63,11 +63,11 @@ class Recorder:
     skipped: int = 0
     unrecorded: int = 0
     _lock: threading.Lock = field(init=False)
-    _needs_lookup: bool = field(init=False)
+    needs_lookup: bool = field(init=False)
     _per: dict[str, list[Meter]] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._needs_lookup = needs_lookup(self.customer)
+        self.needs_lookup = needs_lookup(self.customer)
         self._per = {per: [meter for meter in self.meters if meter.per == per] for per in ("call", "message")}
 
         self.after_fork()
@@ -111,7 +111,7 @@ class Recorder:
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        if self._needs_lookup:
+        if self.needs_lookup:
             return True
         observed = [ending.observed for ending in endings if ending.observed is not None]
         return self.on_missing_usage == "estimate" and not all(_is_known(one) for one in observed)
@@ -182,10 +182,14 @@ class Recorder:
     def _of_run(self, run: Run, facts: Facts, readings: Sequence[Reading]) -> list[Entry]:
         if not readings:
             return []
-        who = self.customer.identify(replace(facts, lead=self.leads.find) if self._needs_lookup else facts)
+        who = self.payer(facts)
         key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
-        session = lead_session(self.customer, facts) if self._needs_lookup and isinstance(who, Skip) else None
+        session = lead_session(self.customer, facts) if self.needs_lookup and isinstance(who, Skip) else None
         return [make_entry(key, who, reading, run.ended or run.started, session) for reading in readings]
+
+    def payer(self, facts: Facts) -> Reference | Skip:
+        """Who pays for a run, or why nobody does; it may ask the ledger for a lead."""
+        return self.customer.identify(replace(facts, lead=self.leads.find) if self.needs_lookup else facts)
 
     def usage_entries(
         self,

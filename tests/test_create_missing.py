@@ -19,9 +19,11 @@ from conftest import assert_invariant
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.delivery.lookups import Lookups
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import sealing, views
+from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.secret import digest_of, secret_of
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer, drop_request, refuse, server_error
@@ -56,10 +58,10 @@ class Desk:
         self._couriers.append(made)
         return made
 
-    def record(self, by: Any, value: str, key: str = "run", account: str = "") -> None:
+    def record(self, by: Any, value: str, key: str = "run") -> None:
         who = Reference(by, value)
         facts: dict[str, Any] = {"at": self.ledger.now(), "state": ReadingState.RECORDED, "reference": who}
-        self.ledger.record([Entry(key, "tokens", Decimal(1), **facts, account=account)])
+        self.ledger.record([Entry(key, "tokens", Decimal(1), **facts)])
 
     def drive(self, courier: Courier, seconds: int = 7200) -> None:
         """Let it work, moving the clock on while it waits, until nothing is pending."""
@@ -197,13 +199,12 @@ def test_what_stripe_refuses_is_held_without_naming_the_person(desk: Desk) -> No
 def test_a_customer_is_made_on_the_account_whose_usage_it_is(desk: Desk) -> None:
     connected = desk.sandbox.connect("acct_1Other")
     connected.create_meter("tokens")
-    desk.record("email", "ann@example.com", "theirs", account="acct_1Other")
-    courier = desk.courier()
-    while not connected._account.customers.all():
-        courier.turn()
+    gateway = desk.courier().gateway
+    lookups = Lookups(desk.ledger, create_missing=True)
+    made = lookups.ask(gateway, Unknown("acct_1Other", Reference("email", "ann@example.com")))
     assert desk.customers() == []
     (theirs,) = connected._account.customers.all()
-    assert theirs.email == "ann@example.com"
+    assert ([theirs.id], theirs.email) == (made.customers, "ann@example.com")
     secret, ann = secret_of(desk.ledger), Reference("email", "ann@example.com")
     assert digest_of(secret, "acct_1Other", ann) != digest_of(secret, "", ann)
 

@@ -105,6 +105,19 @@ def held(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def skips(
+    since: Annotated[int, typer.Option(help="Usage since then, in Unix seconds.", min=0)] = 0,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What went unbilled because nobody was named: per day, meter and reason."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.ledger.skips import skips as unbilled
+
+        rows(unbilled(opened, since), as_json=as_json, empty="Nothing was skipped.")
+
+
+@app.command()
 def assign(
     ids: Annotated[list[str], typer.Argument(help="Held readings, as 'held' shows them: 3 or 3-7.")],
     customer: Annotated[str | None, typer.Option(help="Who pays: 'cus_…'.")] = None,
