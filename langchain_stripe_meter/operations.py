@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -32,6 +33,22 @@ class Operations:
         ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
         """
         return skips(self._ledger, _seconds(since))
+
+    def forget(
+        self,
+        *,
+        email: str | None = None,
+        phone: str | None = None,
+        name: str | None = None,
+        session: str | None = None,
+        customer: str | None = None,
+    ) -> Forgotten:
+        """Erase a person from the ledger and its files: leads, names on waiting usage, and what points to them.
+
+        Amounts are kept: usage that waited for the person is held without a name. Look at the report's ``complete``:
+        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again.
+        """
+        return forget(self._ledger, email=email, phone=phone, name=name, session=session, customer=customer)
 
     def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""

@@ -118,6 +118,30 @@ def skips(
 
 
 @app.command()
+def forget(
+    *,
+    email: Annotated[str | None, typer.Option()] = None,
+    phone: Annotated[str | None, typer.Option()] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    session: Annotated[str | None, typer.Option(help="Whoever was captured for this session.")] = None,
+    customer: Annotated[str | None, typer.Option(help="'cus_…': what points to this customer.")] = None,
+    region: Annotated[str | None, typer.Option(help="Where a phone without '+' is dialled, such as DE.")] = None,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase a person; amounts are kept. Exit code 1 if it must be run again."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from dataclasses import asdict
+
+        from langchain_stripe_meter.ledger.forget import forget as erase
+
+        done = erase(opened, email=email, phone=phone, name=name, session=session, customer=customer, region=region)
+        record(asdict(done), as_json=as_json)
+    if not done.complete:
+        fail(done.advice, 1)
+
+
+@app.command()
 def assign(
     ids: Annotated[list[str], typer.Argument(help="Held readings, as 'held' shows them: 3 or 3-7.")],
     customer: Annotated[str | None, typer.Option(help="Who pays: 'cus_…'.")] = None,
