@@ -54,3 +54,11 @@ class IllegalMoveError(MeteringError):
 
 class StripeError(MeteringError):
     """Stripe refused a question that a person asked (listing meters, looking up a customer)."""
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, ``file:line``: what may be logged of a bug, whose text may quote a person."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

@@ -28,7 +28,7 @@ from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.usage import completed, usage_from_metadata
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -133,7 +133,7 @@ class Recorder:
             logger.error("stripe-meter: a run could not be recorded: %s", error)
         else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
-            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, _place(error))
+            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, place_of(error))
         if self.on_error is None:
             return
         try:
@@ -229,13 +229,6 @@ def _is_known(observed: Observed) -> bool:
         return True
     # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
     return usage is not None and usage.complete and usage.input != 0 and not observed.partial
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
 def call_of(run: Run, observed: Observed) -> Call:

@@ -16,7 +16,7 @@ from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.guard import Guard
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
 from langchain_stripe_meter.delivery.pace import QUIET_SECONDS, Pace
-from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, StripeError
+from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, StripeError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
@@ -326,7 +326,7 @@ class Courier:
 
     def _report(self, error: Exception) -> None:
         if not isinstance(error, MeteringError):
-            logger.warning("stripe-meter: the courier failed: %s", type(error).__name__, exc_info=error)
+            logger.warning("stripe-meter: the courier failed: %s at %s", type(error).__name__, place_of(error))
             return
         logger.warning("stripe-meter: %s", error)
         try:
