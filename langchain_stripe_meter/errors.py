@@ -6,13 +6,14 @@
     ├── LedgerError             the operator: the database cannot be used as it stands
     │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
     │   └── NewerLedgerError        it was written by a newer version of this package
+    ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
     ├── UsageError              the provider's report contradicts itself
     ├── SpendLimitError         the customer: a limit is used up (the only one that is raised into a chain)
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
     └── StripeError             what Stripe answered, when a person asked a question of it
 
-Nothing else here is ever raised into a chain: the handler turns what goes wrong inside a run into a
-counter, one log line and a call of ``on_error``.
+Only what was asked for is ever raised into a chain, ``UnidentifiedError`` and ``SpendLimitError``: the handler turns
+what goes wrong inside a run into a counter, one log line and a call of ``on_error``.
 """
 
 from datetime import datetime
@@ -41,6 +42,10 @@ class ForeignLedgerError(LedgerError):
 
 class NewerLedgerError(LedgerError):
     """The database was written by a newer version of this package."""
+
+
+class UnidentifiedError(MeteringError):
+    """A run names nobody who pays; it was refused before the model was called. The message says what was missing."""
 
 
 class UsageError(MeteringError):
@@ -78,3 +83,11 @@ class IllegalMoveError(MeteringError):
 
 class StripeError(MeteringError):
     """Stripe refused a question that a person asked (listing meters, looking up a customer)."""
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, ``file:line``: what may be logged of a bug, whose text may quote a person."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"

@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.audit.doubts import Doubts
-from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import (
     CustomerSource,
     as_source,
@@ -35,6 +34,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
+from langchain_stripe_meter.refusing import RefusingCallbacks
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -46,7 +46,7 @@ EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
+class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -63,6 +63,12 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: Called with a ``MeteringError`` when something could not be recorded or delivered; never raises
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
+        create_missing: Whether somebody whom Stripe does not know by e-mail, name or phone is made a customer, marked
+            with the metadata ``created_by: langchain_stripe_meter``, instead of being held.
+        on_unidentified: What becomes of a run that names nobody who pays: ``"skip"`` (it is recorded as skipped, and
+            ``skips()`` shows it), ``"raise"`` (it is refused with ``UnidentifiedError`` before the model is called;
+            with ``from_lead``, so is every run before its lead is captured), or the customer who pays for it, a
+            ``cus_…`` id or a source.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
         stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
         tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer
@@ -88,13 +94,16 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        create_missing: bool = False,
+        on_unidentified: Literal["skip", "raise"] | CustomerSource | str = "skip",
         roll_up: int | None = None,
         stripe_account: str | None = None,
         tenant: TenantSource | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = checked_meters(meters)
-        self.customer = _default_customer() if customer is None else as_source(customer)
+        self._refuses = on_unidentified == "raise"
+        self.customer = _with_default(_default_customer() if customer is None else as_source(customer), on_unidentified)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
@@ -110,7 +119,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
             self._courier = Courier(
                 self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
-                chores=[Doubts(self._ledger, gateway)],
+                create_missing=create_missing, chores=[Doubts(self._ledger, gateway)],
             )  # fmt: skip
         self.leads = Leads(
             self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
@@ -255,6 +264,15 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             self.close()
         except MeteringError as error:  # what the block did matters more, and what it recorded is still in the ledger
             logger.error("stripe-meter: closing failed: %s", error)
+
+
+def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> CustomerSource:
+    """``customer``, and where it names nobody, the default customer if there is one."""
+    if isinstance(otherwise, str) and otherwise in ("skip", "raise"):
+        return customer
+    if isinstance(otherwise, str) and not otherwise.startswith("cus_"):
+        raise ConfigurationError(f"on_unidentified={otherwise!r}: use 'skip', 'raise', a 'cus_…' id or a source.")
+    return first_of(customer, otherwise)
 
 
 def _default_customer() -> CustomerSource:

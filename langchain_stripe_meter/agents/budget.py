@@ -197,6 +197,10 @@ class Budget:
         meter = self._meter
         await meter._recorder.asettle(meter._call_failed, error, run_id=run_id)
 
+    def now(self) -> int:
+        """The ledger's clock, in Unix seconds."""
+        return self._meter._ledger.now()
+
     def refresh(self) -> None:
         """Read what the first check would, such as when a server starts. Raises ``LedgerError``."""
         self._counters.used(Reference("id", "cus_nobody"), ())
@@ -206,7 +210,7 @@ class Budget:
             return Spender(Reference("id", customer), Facts())
         if isinstance(customer, Reference):
             return Spender(customer, Facts())
-        facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"))
+        facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
         if self._needs_lookup and facts.lead is None:
             facts = replace(facts, lead=self._meter.leads.find)
         who = self._meter.customer.identify(facts)
@@ -276,14 +280,14 @@ class SpendLimitCallback(BaseCallbackHandler):
 
     def _check(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
         try:
-            self._budget.check(facts_of(metadata))
+            self._budget.check(facts_of(metadata, self._budget.now()))
         except BaseException as error:
             self._budget.stopped(run_id, error)
             raise
 
     async def _acheck(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
         try:
-            await self._budget.acheck(facts_of(metadata))
+            await self._budget.acheck(facts_of(metadata, self._budget.now()))
         except BaseException as error:  # a task that is cancelled here makes no call either
             await self._budget.astopped(run_id, error)
             raise

@@ -8,6 +8,7 @@ one more, on either.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sqlite3
 import threading
@@ -36,6 +37,18 @@ FORK_SECONDS = BUSY_SECONDS + 1
 VERSION_TABLE = "stripe_meter_version"
 _POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
 """A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
+
+
+_DISCREET: dict[str, Any] = {"hide_parameters": True, "logging_name": "stripe_meter"}
+"""Values name people, so neither SQLAlchemy's errors nor its log may show them."""
+
+
+def _is_no_row(record: logging.LogRecord) -> bool:
+    """At DEBUG, SQLAlchemy logs every row that it reads."""
+    return record.levelno > logging.DEBUG
+
+
+logging.getLogger("sqlalchemy.engine.Engine.stripe_meter").addFilter(_is_no_row)
 
 
 class Lane:
@@ -246,7 +259,9 @@ class Database:
             return _postgres_engine(self.url)
         prepare_file(Path(str(self.url.database)))
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
-        engine = create_engine(self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience})
+        engine = create_engine(
+            self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET
+        )
         event.listen(engine, "connect", self._set_pragmas)
         return engine
 
@@ -272,6 +287,7 @@ def _postgres_engine(url: URL) -> Engine:
         return create_engine(
             url.update_query_dict({name: value for name, value in _POSTGRES_PATIENCE.items() if name not in url.query}),
             pool_pre_ping=True,
+            **_DISCREET,
         )
     except ModuleNotFoundError as error:
         raise ConfigurationError(
