@@ -6,6 +6,7 @@
     ├── LedgerError             the operator: the database cannot be used as it stands
     │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
     │   └── NewerLedgerError        it was written by a newer version of this package
+    ├── AgeAlarm                the operator: usage grows old before Stripe has it
     ├── UsageError              the provider's report contradicts itself
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
     └── StripeError             what Stripe answered, when a person asked a question of it
@@ -13,6 +14,10 @@
 Nothing here is ever raised into a chain: the handler turns what goes wrong inside a run into a
 counter, one log line and a call of ``on_error``.
 """
+
+from __future__ import annotations
+
+from collections.abc import Mapping
 
 
 class MeteringError(Exception):
@@ -49,3 +54,16 @@ class IllegalMoveError(MeteringError):
 
 class StripeError(MeteringError):
     """Stripe refused a question that a person asked (listing meters, looking up a customer)."""
+
+
+class AgeAlarm(MeteringError):  # noqa: N818 - it is no error that something raised, but what ``on_error`` is told
+    """Usage grows old, or its billing period closes, before Stripe has it.
+
+    ``threshold`` is ``"7 days"``, ``"21 days"``, ``"30 days"``, ``"closing"`` or ``"closed"``; ``counts`` maps meters
+    to how many readings and events there are.
+    """
+
+    def __init__(self, message: str, threshold: str = "", counts: Mapping[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.threshold = threshold
+        self.counts = dict(counts or {})

@@ -12,6 +12,8 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from langchain_stripe_meter.audit.ages import Ages
+from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
 from langchain_stripe_meter.core.meters import Call, Cost, Meter
@@ -49,6 +51,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
+        billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
+            that is undelivered when one closes.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
@@ -68,6 +73,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        webhook_secret: str | None = None,
+        billing_day: int = 1,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = _check_meters(meters)
@@ -78,10 +85,13 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
+        self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
+            todo = chores(self._ledger, gateway, on_error=on_error, billing_day=billing_day)
+            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, chores=todo)
         self.leads = Leads(self._ledger)
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
@@ -175,6 +185,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             open_runs=open_runs,
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
+            alarms=self._ages.standing(),
         )
 
     def close(self, timeout: float = 10.0) -> views.FlushReport:

@@ -61,6 +61,10 @@ class Entry:
             None,
         )
 
+    def columns(self) -> dict[str, Any]:
+        """The values by column."""
+        return dict(zip(_COLUMNS, self.row(), strict=True))
+
 
 class Ledger:
     """The durable truth, on SQLite or PostgreSQL.
@@ -227,3 +231,9 @@ def _session(session: object) -> str:
 
 def _dialect_insert(connection: Connection, table: Any) -> Any:
     return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless its key is there already; whether it is new."""
+    statement = _dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
+    return bool(connection.execute(statement).rowcount)
