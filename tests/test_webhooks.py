@@ -15,7 +15,7 @@ from sqlalchemy import select
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger import acts, views
+from langchain_stripe_meter.ledger import acts, reports, views
 from langchain_stripe_meter.ledger.schema import events, webhook_events
 from langchain_stripe_meter.sandbox import drop_answer, server_error
 
@@ -147,6 +147,11 @@ def test_a_repeated_notification_changes_nothing_even_after_the_event_was_sent_a
     (again,) = books.take(*rejections)
     assert (again.status, again.rejected) == (200, ())
     assert books.snapshot() == before
+
+
+def test_a_notification_is_new_once(books: Books) -> None:
+    with books.ledger.deliver_lane().transaction() as connection:
+        assert [reports.is_new(connection, "evt_1", 1) for _ in range(3)] == [True, False, False]
 
 
 def test_eight_threads_with_one_notification_have_one_effect(books: Books) -> None:

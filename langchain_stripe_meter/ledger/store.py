@@ -236,4 +236,5 @@ def _dialect_insert(connection: Connection, table: Any) -> Any:
 def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, Any]) -> bool:
     """Insert a row unless its key is there already; whether it is new."""
     statement = _dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
-    return bool(connection.execute(statement).rowcount)
+    # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
