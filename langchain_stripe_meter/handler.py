@@ -12,7 +12,8 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.audit.ages import Ages
+from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.core.customers import (
     CustomerSource,
     as_source,
@@ -75,6 +76,9 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             source where they differ. None skips the run. On an agent server only the authenticated user is trusted.
         roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
             with more than a few runs a second: Stripe takes their events one after the other.
+        webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
+        billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
+            that is undelivered when one closes.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
@@ -99,6 +103,8 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         roll_up: int | None = None,
         stripe_account: str | None = None,
         tenant: TenantSource | None = None,
+        webhook_secret: str | None = None,
+        billing_day: int = 1,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = checked_meters(meters)
@@ -114,12 +120,15 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
+        self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
+            todo = chores(self._ledger, gateway, on_error=on_error, billing_day=billing_day)
             self._courier = Courier(
                 self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
-                create_missing=create_missing, chores=[Doubts(self._ledger, gateway)],
+                create_missing=create_missing, chores=todo,
             )  # fmt: skip
         self.leads = Leads(
             self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
@@ -219,6 +228,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             open_runs=open_runs,
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
+            alarms=self._ages.standing(),
         )
 
     def close(self, timeout: float = 10.0) -> views.FlushReport:

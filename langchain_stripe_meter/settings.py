@@ -101,6 +101,7 @@ class MeteringSettings(_Strict):
     deliver: bool = True
     on_missing_usage: Literal["estimate", "hold", "ignore"] = "estimate"
     bill_cache_hits: bool = False
+    billing_day: int = Field(default=1, ge=1, le=31)
 
     @model_validator(mode="after")
     def _builds(self) -> Self:
@@ -124,5 +125,6 @@ class MeteringSettings(_Strict):
             deliver=self.deliver,
             on_missing_usage=self.on_missing_usage,
             bill_cache_hits=self.bill_cache_hits,
+            billing_day=self.billing_day,
             **options,
         )

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from langchain_stripe_meter.cli.acts import acts_app
 from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
 from langchain_stripe_meter.cli.show import (
+    BillingDayOption,
     JsonOption,
     LedgerOption,
     clear_errors,
@@ -45,6 +47,7 @@ app.add_typer(meters_app, name="meters")
 app.add_typer(leads_app, name="leads")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(doubtful_app, name="doubtful")
+app.add_typer(acts_app)
 
 
 @app.command()
@@ -69,14 +72,15 @@ def demo(
 
 
 @app.command()
-def status(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Counts and ages: delivered, pending, held, skipped and why."""
     with clear_errors(), open_ledger(ledger) as opened:
         from dataclasses import asdict
 
+        from langchain_stripe_meter.audit.ages import Ages
         from langchain_stripe_meter.ledger import views
 
-        known = asdict(views.status(opened))
+        known = asdict(views.status(opened)) | {"alarms": Ages(opened, billing_day=billing_day).standing()}
         for of_a_handler in ("open_runs", "abandoned", "unrecorded"):
             del known[of_a_handler]
         record({**known, "why_skipped": views.skips(opened)}, as_json=as_json)
@@ -188,18 +192,18 @@ def deliver(
     create_missing: Annotated[
         bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
     ] = False,
+    billing_day: BillingDayOption = 1,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Send what is recorded, until Ctrl-C or SIGTERM."""
     with clear_errors(), until_stopped() as stopping, open_ledger(ledger) as opened, open_gateway() as gateway:
-        from langchain_stripe_meter.audit.doubts import Doubts
+        from langchain_stripe_meter.audit.chores import chores
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(
-            opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=[Doubts(opened, gateway)]
-        )
+        todo = chores(opened, gateway, billing_day=billing_day)
+        courier = Courier(opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=todo)
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)

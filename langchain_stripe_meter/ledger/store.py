@@ -68,6 +68,10 @@ class Entry:
             session_digest(self.account, self.session) if self.session else None,
         )
 
+    def columns(self) -> dict[str, Any]:
+        """The values by column."""
+        return dict(zip(COLUMNS, self.row(), strict=True))
+
 
 class Ledger:
     """The durable truth, on SQLite or PostgreSQL.
@@ -193,3 +197,10 @@ def _unstorable(error: Exception) -> InvalidValueError:
 def dialect_insert(connection: Connection, table: Any) -> Any:
     """An insert that can say what to do about a row that is there already."""
     return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless its key is there already; whether it is new."""
+    statement = dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
+    # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1

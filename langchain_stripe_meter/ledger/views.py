@@ -12,9 +12,10 @@ from typing import Any
 from sqlalchemy import Connection, func, select, update
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.events import check_value, number_text
+from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
 from langchain_stripe_meter.ledger.schema import events, leads, notes, readings
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -49,7 +50,8 @@ class Status(NotebookTable):
     """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
 
     ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
-    those of this handler; ``paused`` says why nothing is sent.
+    those of this handler; ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five
+    minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old.
     """
 
     delivered: int
@@ -65,6 +67,8 @@ class Status(NotebookTable):
     open_runs: int = 0
     abandoned: int = 0
     unrecorded: int = 0
+    ahead: int = 0
+    alarms: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,8 @@ def status(ledger: Ledger) -> Status:
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
         estimated = connection.execute(select(func.count()).where(readings.c.estimated == 1)).scalar_one()
         paused = connection.execute(select(notes.c.value).where(notes.c.name == "paused")).scalar()
+        waits = (OPEN_READINGS, readings.c.state == "resolved", readings.c.at > ledger.now() + FUTURE_LIMIT)
+        ahead = connection.execute(select(func.count()).select_from(readings).where(*waits)).scalar_one()
     return Status(
         delivered=count.get("delivered", 0),
         pending=sum(count.get(state, 0) for state in ("recorded", "resolved", "pending", "sending")),
@@ -166,6 +172,7 @@ def status(ledger: Ledger) -> Status:
         estimated=int(estimated),
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
         paused=paused,
+        ahead=int(ahead),
     )
 
 
