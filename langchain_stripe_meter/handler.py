@@ -19,6 +19,7 @@ from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.keeping import PruneChore
 from langchain_stripe_meter.ledger.store import Leads, Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
@@ -49,9 +50,13 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        prune_after_days: Delete what is final and older than so many days (36 at least) while delivering, as
+            ``prune`` does; by default everything is kept.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
+        ForeignLedgerError: The key is for test mode and the ledger for live mode, or the reverse. (Where the ledger
+            cannot be looked at yet, this is told when it is first used, and nothing is recorded.)
 
     Attach one instance anywhere and as often as you like: on a call, a model, a chain, or with ``stripe_meter``.
     """
@@ -68,6 +73,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        prune_after_days: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = _check_meters(meters)
@@ -79,9 +85,12 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._courier: Courier | None = None
-        if deliver:
+        if deliver or stripe is not None:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error)
+            self._ledger.pin(is_test=gateway.is_test)
+        if deliver:
+            chores = [] if prune_after_days is None else [PruneChore(self._ledger, prune_after_days)]
+            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, chores=chores)
         self.leads = Leads(self._ledger)
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,

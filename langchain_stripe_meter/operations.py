@@ -13,6 +13,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
     from langchain_stripe_meter.delivery.courier import Courier
+    from langchain_stripe_meter.ledger.keeping import Pruned
 
 
 class Operations:
@@ -49,6 +50,16 @@ class Operations:
         from langchain_stripe_meter.audit.verify import verify
 
         return verify(self._ledger, self._courier.gateway, since)
+
+    def prune(self, older_than_days: int = 40) -> Pruned:
+        """Delete what is final (delivered, skipped, written off) and older than so many days, 36 at least.
+
+        Its sums are kept per customer, meter and day, so totals and ``verify`` stay right. A run or job that is
+        recorded again after its row was pruned is recorded as new.
+        """
+        from langchain_stripe_meter.ledger.keeping import prune
+
+        return prune(self._ledger, older_than_days)
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:
