@@ -182,7 +182,7 @@ def _sizes(ledger: Ledger, ids: Sequence[int]) -> list[tuple[int, int]]:
         return []
     query = select(readings.c.event_id, func.count()).where(readings.c.event_id.in_(ids))
     with ledger.read() as connection:
-        known: dict[int, int] = dict(connection.execute(query.group_by(readings.c.event_id)).tuples().all())
+        known = {row[0]: row[1] for row in connection.execute(query.group_by(readings.c.event_id))}
     return [(event, known.get(event, 0) + 1) for event in ids]
 
 
