@@ -79,9 +79,13 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
         billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
             that is undelivered when one closes.
+        prune_after_days: Delete what is final and older than so many days (36 at least) while delivering, as
+            ``prune`` does; by default everything is kept.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
+        ForeignLedgerError: The key is for test mode and the ledger for live mode, or the reverse. (Where the ledger
+            cannot be looked at yet, this is told when it is first used, and nothing is recorded.)
 
     Attach one instance anywhere and as often as you like: on a call, a model, a chain, or with ``stripe_meter``.
     """
@@ -105,6 +109,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         tenant: TenantSource | None = None,
         webhook_secret: str | None = None,
         billing_day: int = 1,
+        prune_after_days: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = checked_meters(meters)
@@ -123,9 +128,13 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         self._webhook_secret, self._on_error = webhook_secret, on_error
         self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
-        if deliver:
+        if deliver or stripe is not None:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            todo = chores(self._ledger, gateway, on_error=on_error, billing_day=billing_day)
+            self._ledger.pin(is_test=gateway.is_test)
+        if deliver:
+            todo = chores(
+                self._ledger, gateway, on_error=on_error, billing_day=billing_day, prune_after_days=prune_after_days
+            )
             self._courier = Courier(
                 self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
                 create_missing=create_missing, chores=todo,

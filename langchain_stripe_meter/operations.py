@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from langchain_stripe_meter.audit.webhooks import Webhooks
     from langchain_stripe_meter.delivery.courier import Courier, OnError
     from langchain_stripe_meter.gateway.client import Gateway
+    from langchain_stripe_meter.ledger.keeping import Pruned
 
 
 class Operations:
@@ -140,6 +141,16 @@ class Operations:
         if self._courier is None:
             raise ConfigurationError(f"{asking} asks Stripe, but this handler was made with deliver=False.")
         return self._courier.gateway
+
+    def prune(self, older_than_days: int = 40) -> Pruned:
+        """Delete what is final (delivered, skipped, written off) and older than so many days, 36 at least.
+
+        Its sums are kept per customer, meter and day, so totals and ``verify`` stay right. A run or job that is
+        recorded again after its row was pruned is recorded as new.
+        """
+        from langchain_stripe_meter.ledger.keeping import prune
+
+        return prune(self._ledger, older_than_days)
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:

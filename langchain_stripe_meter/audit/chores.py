@@ -13,7 +13,12 @@ from langchain_stripe_meter.ledger.store import Ledger
 
 
 def chores(
-    ledger: Ledger, gateway: Gateway, *, on_error: OnError | None = None, billing_day: int = 1
+    ledger: Ledger,
+    gateway: Gateway,
+    *,
+    on_error: OnError | None = None,
+    billing_day: int = 1,
+    prune_after_days: int | None = None,
 ) -> list[Callable[[int], None]]:
     """For ``Courier(chores=...)``."""
     return [

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from langchain_stripe_meter.cli.acts import acts_app
 from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
+from langchain_stripe_meter.cli.keeping import export, prune
 from langchain_stripe_meter.cli.show import (
     BillingDayOption,
     JsonOption,
     LedgerOption,
     clear_errors,
-    console,
     errors,
     fail,
     from_ranges,
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
     import threading
 
     from langchain_stripe_meter.delivery.courier import Courier
-    from langchain_stripe_meter.ledger.store import Ledger
     from langchain_stripe_meter.sandbox import StripeSandbox
 
 app = typer.Typer(
@@ -202,6 +199,7 @@ def deliver(
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
+        opened.pin(is_test=gateway.is_test)
         todo = chores(opened, gateway, billing_day=billing_day)
         courier = Courier(opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=todo)
         seconds = 60.0 if once and timeout is None else timeout
@@ -243,6 +241,7 @@ def verify(
     with clear_errors(), open_ledger(ledger) as opened, open_gateway() as gateway:
         from langchain_stripe_meter.audit.verify import verify as compare
 
+        opened.pin(is_test=gateway.is_test)
         with errors.status("asking Stripe") as shown:
             found = compare(
                 opened,
@@ -258,44 +257,8 @@ def verify(
         fail(f"Stripe differs for {names}. Its sums lag behind: look again in a few minutes.", 1)
 
 
-@app.command()
-def export(
-    file: Annotated[Path | None, typer.Argument(help="Where to; standard output by default.")] = None,
-    ledger: LedgerOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of CSV.")] = False,
-) -> None:
-    """Every reading and what became of it, as CSV or JSON lines."""
-    with clear_errors(), open_ledger(ledger) as opened:
-        if file is None:
-            _export(opened, sys.stdout, as_json=as_json)
-            return
-        try:
-            with file.open("w", newline="", encoding="utf-8") as stream:
-                count = _export(opened, stream, as_json=as_json)
-        except OSError as error:
-            fail(f"{file} cannot be written: {error.strerror}. Give another path.")
-        console.print(f"{count:,} readings written to {file}.", soft_wrap=True)
-
-
-def _export(ledger: Ledger, stream: Any, *, as_json: bool) -> int:
-    import dataclasses
-    import json
-
-    from langchain_stripe_meter.ledger import views
-
-    names = [field.name for field in dataclasses.fields(views.Row)]
-    writer = csv.DictWriter(stream, names)
-    if not as_json:
-        writer.writeheader()
-    count = 0
-    for row in views.every(ledger):
-        plain = dataclasses.asdict(row)
-        if as_json:
-            stream.write(json.dumps(plain, default=str) + "\n")
-        else:
-            writer.writerow(plain)
-        count += 1
-    return count
+app.command()(export)
+app.command()(prune)
 
 
 @app.command()

@@ -38,6 +38,8 @@ VERSION_TABLE = "stripe_meter_version"
 _POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
 """A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
 
+logger = logging.getLogger("langchain_stripe_meter")
+
 
 _DISCREET: dict[str, Any] = {"hide_parameters": True, "logging_name": "stripe_meter"}
 """Values name people, so neither SQLAlchemy's errors nor its log may show them."""
@@ -181,6 +183,8 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class _Opened(NamedTuple):
     engine: Engine
     lanes: dict[str, Lane]
+    file: tuple[int, int] | None
+    """Device and inode of the file, where there is one."""
 
 
 class Database:
@@ -191,6 +195,8 @@ class Database:
         self._synchronous = synchronous
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
+        self.on_open: Callable[[Lane], None] | None = None  # looks at a ledger before it is used; may refuse it
+        self.openings = 0
         self._opened: _Opened | None = None
         self.reading = threading.RLock()
         self._held: list[Any] = []
@@ -246,13 +252,33 @@ class Database:
             lane = Lane(engine)
             try:
                 bring_up_to_date(lane, automatic=self.automatic)
+                if self.on_open is not None:
+                    self.on_open(lane)
             except BaseException:
                 lane.drop()
                 engine.dispose()
                 raise
             deliver = lane if self.is_sqlite else Lane(engine)
-            self._opened = _Opened(engine, {"record": lane, "deliver": deliver, "count": Lane(engine)})
+            self._opened = _Opened(engine, {"record": lane, "deliver": deliver, "count": Lane(engine)}, self._file())
+            self.openings += 1
             return self._opened
+
+    def _file(self) -> tuple[int, int] | None:
+        """What is at the ledger's path now."""
+        if not self.is_sqlite:
+            return None
+        try:
+            found = os.stat(str(self.url.database))
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def reopen_if_moved(self) -> None:
+        """Open the file anew if it was deleted or replaced while it was open: what is written into it would be lost."""
+        opened = self._opened
+        if opened is not None and self.is_sqlite and opened.file != self._file():
+            logger.error("stripe-meter: the ledger %s was deleted or replaced while in use", self.url.database)
+            self.close()
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
