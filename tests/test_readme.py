@@ -37,7 +37,8 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: S
     builder.add_node("answer", lambda state: {"messages": [model().invoke(state["messages"])]})
     builder.add_edge(START, "answer")
     public = {name: getattr(langchain_stripe_meter, name) for name in langchain_stripe_meter.__all__}
-    return {**public, "chain": ChatPromptTemplate.from_template("{question}") | model(), "builder": builder}
+    chain = ChatPromptTemplate.from_template("{question}") | model()
+    return {**public, "chain": chain, "builder": builder, "model": model(), "tools": []}
 
 
 def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], stripe_sandbox: StripeSandbox) -> None:
@@ -51,5 +52,7 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     assert namespace["out"]["success"] is True
     for handler in handlers:
         assert handler.close().pending == 0
-    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 812 + 500
+    limited = 15 + 15  # an agent and a chain
+    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 812 + 500 + limited
+    assert namespace["left"] == 100_000 - (15 + 812 + limited)  # what was sent without a ledger does not count
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)
