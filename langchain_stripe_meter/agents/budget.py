@@ -116,8 +116,9 @@ class Budget:
     Usage counts as soon as its run has ended, in whichever process shares the ledger. What a call will use is not known
     before it ends, so calls that have begun when the limit is reached go beyond it: by what was in flight, no more.
 
-    Nobody's e-mail, name or phone must be known at Stripe yet for a limit to hold. The first check reads the readings
-    of the longest period once (about 3 seconds per million); ``refresh`` does so when a server starts.
+    A limit holds for a lead's e-mail, name or phone also before Stripe's customer is known. The first check of a
+    process reads the readings of the longest period (a second or more, where there are hundreds of thousands);
+    ``refresh`` does so when a server starts.
     """
 
     def __init__(
