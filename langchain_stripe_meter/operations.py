@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import doubts, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
+from langchain_stripe_meter.ledger.forget import Forgotten, forget
+from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
 
 if TYPE_CHECKING:
@@ -25,6 +27,29 @@ class Operations:
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
         return views.held(self._ledger)
+
+    def skips(self, since: datetime | int = 0) -> SkipList:
+        """What went unbilled for want of somebody to bill: per day (UTC), meter and reason, how often and how much.
+
+        ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
+        """
+        return skips(self._ledger, _seconds(since))
+
+    def forget(
+        self,
+        *,
+        email: str | None = None,
+        phone: str | None = None,
+        name: str | None = None,
+        session: str | None = None,
+        customer: str | None = None,
+    ) -> Forgotten:
+        """Erase a person from the ledger and its files: leads, names on waiting usage, and what points to them.
+
+        Amounts are kept: usage that waited for the person is held without a name. Look at the report's ``complete``:
+        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again.
+        """
+        return forget(self._ledger, email=email, phone=phone, name=name, session=session, customer=customer)
 
     def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
@@ -51,15 +76,19 @@ class Operations:
         """
         if self._courier is None:
             raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
-        if isinstance(since, datetime):
-            if since.tzinfo is None:
-                raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-            since = int(since.timestamp())
         from langchain_stripe_meter.audit.verify import verify
 
-        return verify(self._ledger, self._courier.gateway, since)
+        return verify(self._ledger, self._courier.gateway, _seconds(since))
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:
             self._courier.wake()
         return count
+
+
+def _seconds(since: datetime | int) -> int:
+    if not isinstance(since, datetime):
+        return since
+    if since.tzinfo is None:
+        raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
+    return int(since.timestamp())

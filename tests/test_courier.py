@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from conftest import assert_invariant, wait_until
 from courier_shop import Shop, of, payer
+from faults import settled, tally
 from sqlalchemy import update
 
 from langchain_stripe_meter.core.customers import Reference
@@ -114,6 +115,7 @@ def test_two_customers_with_one_address_are_held_with_both_named(shop: Shop) -> 
     views.assign(shop.ledger, held.ids, pair[0])
     shop.drive()
     assert shop.billed(pair[0]) == 1
+    settled(shop.ledger, shop.sandbox, fault="two customers with one address")
 
 
 def test_a_customer_that_is_made_later_is_found_when_the_held_reading_is_due(shop: Shop) -> None:
@@ -151,8 +153,8 @@ def test_a_search_that_fails_is_told_and_tried_again(shop: Shop) -> None:
     assert "look up a customer by email" in str(shop.errors[0])
     assert "ann@" not in str(shop.errors[0])
 
-
-# -- Stripe's answers
+    # -- Stripe's answers
+    settled(shop.ledger, shop.sandbox, fault="a lookup of a customer fails")
 
 
 @pytest.mark.parametrize(
@@ -172,6 +174,7 @@ def test_an_unknown_outcome_is_sent_again_under_its_identifier_and_a_new_key_and
     assert len({request.headers["idempotency-key"] for request in requests}) == len(requests)
     assert shop.billed() == 5
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="an answer that Stripe lost, broke off or stored as 500")
 
 
 def test_an_identifier_that_stripe_has_already_counts_as_delivered(shop: Shop) -> None:
@@ -194,6 +197,7 @@ def test_429_waits_as_long_as_stripe_says_while_other_customers_go_on(shop: Shop
     assert min(request.at for request in later) >= refused.at + 40
     assert max(request.at for request in shop.sent("cus_2")) < began + 40
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="429 Too Many Requests")
 
 
 def test_the_more_stripe_refuses_the_less_is_sent_at_once(shop: Shop) -> None:
@@ -208,6 +212,7 @@ def test_the_more_stripe_refuses_the_less_is_sent_at_once(shop: Shop) -> None:
     shop.drive()
     assert shop.status.delivered == 60
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="429 Too Many Requests")
 
 
 def test_nothing_is_sent_to_a_meter_that_nobody_could_look_at(shop: Shop) -> None:
@@ -232,6 +237,7 @@ def test_a_refused_connection_leaves_no_doubt_and_is_overcome(shop: Shop) -> Non
     assert shop.billed() == 1
     assert shop.status.doubtful == 0
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="Stripe refuses connections")
 
 
 def test_a_revoked_key_pauses_everything_burns_nothing_and_is_told_once(shop: Shop) -> None:
@@ -250,6 +256,7 @@ def test_a_revoked_key_pauses_everything_burns_nothing_and_is_told_once(shop: Sh
     shop.drive()
     assert (shop.status.delivered, shop.status.paused) == (3, None)
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="the key is revoked")
 
 
 def test_a_key_without_the_permission_pauses_too_and_a_new_courier_clears_the_pause(shop: Shop) -> None:
@@ -261,6 +268,7 @@ def test_a_key_without_the_permission_pauses_too_and_a_new_courier_clears_the_pa
     reader.close(1)
     shop.drive(shop.courier)
     assert (shop.status.delivered, shop.status.paused) == (1, None)
+    settled(shop.ledger, shop.sandbox, fault="the key lacks a permission")
 
 
 def test_a_key_that_may_only_write_events_suffices(shop: Shop) -> None:
@@ -289,6 +297,7 @@ def test_a_meter_that_would_bill_wrongly_is_held_and_only_it(shop: Shop, make: A
     assert shop.states() == {"bad": "held", "good": "delivered"}
     assert "'bad'" in views.held(shop.ledger)[0].reason
     assert shop.sandbox.billed("bad") == {}
+    settled(shop.ledger, shop.sandbox, fault="a meter that adds up wrongly")
 
 
 def test_a_poison_row_is_set_aside_and_the_queue_goes_on(shop: Shop) -> None:
@@ -303,6 +312,7 @@ def test_a_poison_row_is_set_aside_and_the_queue_goes_on(shop: Shop) -> None:
     assert shop.states() == {"refused": "rejected", "too-long": "held", "good": "delivered"}
     assert shop.courier.rejected == 1
     assert "rejected" in str(shop.errors[0])
+    tally("a row that cannot be read or sent", needed_a_person=2)
 
 
 def test_an_outcome_that_stays_unknown_for_23_hours_is_doubtful_and_never_sent_again(shop: Shop) -> None:
@@ -320,6 +330,7 @@ def test_an_outcome_that_stays_unknown_for_23_hours_is_doubtful_and_never_sent_a
         shop.courier.turn()
     assert len(shop.sent()) == before
     assert shop.billed() == 5
+    settled(shop.ledger, shop.sandbox, fault="Stripe is away for a day after an answer was lost")
 
 
 def test_usage_that_waited_34_days_is_held(shop: Shop) -> None:
@@ -328,8 +339,8 @@ def test_usage_that_waited_34_days_is_held(shop: Shop) -> None:
     shop.drive()
     assert shop.states() == {"run": "held"}
 
-
-# -- how many at once
+    # -- how many at once
+    settled(shop.ledger, shop.sandbox, fault="usage waited for 34 days")
 
 
 def test_one_customer_and_meter_has_one_call_at_a_time_while_others_run_in_parallel(shop: Shop) -> None:
@@ -385,6 +396,7 @@ def test_close_keeps_its_deadline_while_stripe_hangs_and_the_next_courier_bills_
     assert [request.status for request in shop.sent()][-1] == 400  # a duplicate
     assert shop.billed() == 9
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="Stripe hangs while the handler closes")
 
 
 def test_close_waits_for_the_answer_where_there_is_time(shop: Shop) -> None:

@@ -107,6 +107,43 @@ def held(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def skips(
+    since: Annotated[int, typer.Option(help="Usage since then, in Unix seconds.", min=0)] = 0,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What went unbilled because nobody was named: per day, meter and reason."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.ledger.skips import skips as unbilled
+
+        rows(unbilled(opened, since), as_json=as_json, empty="Nothing was skipped.")
+
+
+@app.command()
+def forget(
+    *,
+    email: Annotated[str | None, typer.Option()] = None,
+    phone: Annotated[str | None, typer.Option()] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    session: Annotated[str | None, typer.Option(help="Whoever was captured for this session.")] = None,
+    customer: Annotated[str | None, typer.Option(help="'cus_…': what points to this customer.")] = None,
+    region: Annotated[str | None, typer.Option(help="Where a phone without '+' is dialled, such as DE.")] = None,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase a person; amounts are kept. Exit code 1 if it must be run again."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from dataclasses import asdict
+
+        from langchain_stripe_meter.ledger.forget import forget as erase
+
+        done = erase(opened, email=email, phone=phone, name=name, session=session, customer=customer, region=region)
+        record(asdict(done), as_json=as_json)
+    if not done.complete:
+        fail(done.advice, 1)
+
+
+@app.command()
 def assign(
     ids: Annotated[list[str], typer.Argument(help="Held readings, as 'held' shows them: 3 or 3-7.")],
     customer: Annotated[str | None, typer.Option(help="Who pays: 'cus_…'.")] = None,
@@ -141,12 +178,16 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def deliver(
+    *,
     once: Annotated[bool, typer.Option("--once", help="Stop when nothing is pending.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Stop after so many seconds (60 with --once).", min=0)] = None,
     roll_up: Annotated[
         int | None,
         typer.Option(help="One event for what a customer uses of a meter in so many seconds.", min=1, max=3600),
     ] = None,
+    create_missing: Annotated[
+        bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
+    ] = False,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -156,7 +197,9 @@ def deliver(
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(opened, gateway, roll_up=roll_up, chores=[Doubts(opened, gateway)])
+        courier = Courier(
+            opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=[Doubts(opened, gateway)]
+        )
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)

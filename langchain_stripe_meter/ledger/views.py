@@ -24,7 +24,7 @@ _IDS_AT_ONCE = 10_000
 """Databases take only so many bound values in one statement."""
 
 
-class _Table:
+class NotebookTable:
     """Shows a record as a small table in a notebook."""
 
     def _repr_html_(self) -> str:
@@ -32,7 +32,7 @@ class _Table:
 
 
 @dataclass(frozen=True, slots=True)
-class FlushReport(_Table):
+class FlushReport(NotebookTable):
     """``delivered``, ``skipped`` and ``rejected`` since the handler was made; ``pending``, ``held`` and ``doubtful``
     as its ledger stands now. Readings and events are counted, one for each run and meter."""
 
@@ -45,7 +45,7 @@ class FlushReport(_Table):
 
 
 @dataclass(frozen=True, slots=True)
-class Status(_Table):
+class Status(NotebookTable):
     """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
 
     ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
@@ -68,7 +68,7 @@ class Status(_Table):
 
 
 @dataclass(frozen=True, slots=True)
-class Held(_Table):
+class Held(NotebookTable):
     """One group of held readings: ``ids`` of the readings, what they wait for, and how much they come to.
 
     ``reference`` is how the customer was named; ``value`` is None where no amount is known.
@@ -91,7 +91,7 @@ class HeldList(list[Held]):
 
 
 @dataclass(frozen=True, slots=True)
-class Row(_Table):
+class Row(NotebookTable):
     """One reading and the event it became, for ``tail``; ``state`` is the event's where there is one."""
 
     identifier: str
