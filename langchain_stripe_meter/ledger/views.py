@@ -12,10 +12,11 @@ from typing import Any
 from sqlalchemy import Connection, func, null, select, union, union_all, update
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.events import check_value, number_text
+from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
+from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
 from langchain_stripe_meter.ledger.schema import events, leads, notes, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -25,7 +26,7 @@ _IDS_AT_ONCE = 10_000
 """Databases take only so many bound values in one statement."""
 
 
-class _Table:
+class NotebookTable:
     """Shows a record as a small table in a notebook."""
 
     def _repr_html_(self) -> str:
@@ -33,7 +34,7 @@ class _Table:
 
 
 @dataclass(frozen=True, slots=True)
-class FlushReport(_Table):
+class FlushReport(NotebookTable):
     """``delivered``, ``skipped`` and ``rejected`` since the handler was made; ``pending``, ``held`` and ``doubtful``
     as its ledger stands now. Readings and events are counted, one for each run and meter."""
 
@@ -46,12 +47,13 @@ class FlushReport(_Table):
 
 
 @dataclass(frozen=True, slots=True)
-class Status(_Table):
+class Status(NotebookTable):
     """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
 
     ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
-    those of this handler; ``paused`` says why nothing is sent, ``restored`` when and why the ledger was taken for
-    one that came back from a backup. ``pruned`` readings are in none of the counts.
+    those of this handler; ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five
+    minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old; ``restored`` when and why the
+    ledger was taken for one that came back from a backup. ``pruned`` readings are in none of the counts.
     """
 
     delivered: int
@@ -67,12 +69,14 @@ class Status(_Table):
     open_runs: int = 0
     abandoned: int = 0
     unrecorded: int = 0
+    ahead: int = 0
+    alarms: tuple[str, ...] = ()
     pruned: int = 0
     restored: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Held(_Table):
+class Held(NotebookTable):
     """One group of held readings: ``ids`` of the readings, what they wait for, and how much they come to.
 
     ``reference`` is how the customer was named; ``value`` is None where no amount is known.
@@ -95,7 +99,7 @@ class HeldList(list[Held]):
 
 
 @dataclass(frozen=True, slots=True)
-class Row(_Table):
+class Row(NotebookTable):
     """One reading and the event it became, for ``tail``; ``state`` is the event's where there is one."""
 
     identifier: str
@@ -159,6 +163,8 @@ def status(ledger: Ledger) -> Status:
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
         estimated = connection.execute(select(func.count()).where(readings.c.estimated == 1)).scalar_one()
         paused = connection.execute(select(notes.c.value).where(notes.c.name == "paused")).scalar()
+        waits = (OPEN_READINGS, readings.c.state == "resolved", readings.c.at > ledger.now() + FUTURE_LIMIT)
+        ahead = connection.execute(select(func.count()).select_from(readings).where(*waits)).scalar_one()
         gone = connection.execute(select(func.sum(pruned.c.readings))).scalar()
         restored = told(connection)
     return Status(
@@ -172,6 +178,7 @@ def status(ledger: Ledger) -> Status:
         estimated=int(estimated),
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
         paused=paused,
+        ahead=int(ahead),
         pruned=int(gone or 0),
         restored=restored,
     )
