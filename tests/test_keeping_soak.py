@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from benchmarks.soak import soak
+from faults import tally
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -15,3 +16,4 @@ def test_a_hundred_days_with_faults_bill_every_run_once_and_prune_most_of_them(t
     assert figures.pruned > 2_500
     assert figures.faults > 10
     assert figures.disk_peak < 2 * figures.disk_first
+    tally("Stripe fails again and again over a hundred days, while what is old is pruned", tried=figures.faults)

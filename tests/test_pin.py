@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
+from faults import settled, tally
 from sqlalchemy import select
 from typer.testing import CliRunner
 
@@ -185,6 +186,7 @@ def test_a_courier_of_the_other_mode_pauses_and_sends_nothing(sandbox: StripeSan
     assert "test mode" in str(told[0])
     assert "test mode" in str(views.status(ledger).paused)
     assert live.events == sandbox.events == []
+    tally("a key of another account or mode")
     ledger.close()
 
 
@@ -256,6 +258,7 @@ def test_another_accounts_key_pauses_everything_and_burns_no_attempt(shop: Shop)
     assert views.status(shop.ledger).paused is None
     assert shop.attempts() == [1, 1, 1]
     assert len(shop.told) == 1
+    settled(shop.ledger, shop.sandbox, fault="a key of another account or mode")
 
 
 def test_a_key_that_may_not_read_its_account_delivers_and_pins_none(shop: Shop) -> None:
