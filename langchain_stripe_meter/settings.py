@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from langchain_stripe_meter.core import customers, meters
 from langchain_stripe_meter.errors import ConfigurationError
@@ -49,7 +52,8 @@ class CustomerSettings(_Strict):
     """Who pays: ``source`` and what that source reads.
 
     ``static`` takes exactly one of ``id``, ``email``, ``name``, ``phone``; ``metadata``, ``auth_user`` and
-    ``context`` take ``key``; ``lead`` takes ``by``; ``first_of`` takes ``sources``.
+    ``context`` take ``key``; ``lead`` takes ``by``; ``first_of`` takes ``sources``. ``region`` (``"DE"``) is where a
+    phone without a leading ``+`` is dialled.
     """
 
     source: Literal["static", "metadata", "auth_user", "context", "lead", "first_of"]
@@ -59,17 +63,18 @@ class CustomerSettings(_Strict):
     phone: str | None = Field(default=None, repr=False)
     key: str = "stripe_customer_id"
     by: Literal["email", "name", "phone"] = "email"
+    region: str | None = None
     trust_client: bool = False
     sources: tuple[CustomerSettings, ...] = ()
 
     def build(self) -> customers.CustomerSource:
         """The source itself."""
         if self.source == "static":
-            return customers.static(id=self.id, email=self.email, name=self.name, phone=self.phone)
+            return customers.static(id=self.id, email=self.email, name=self.name, phone=self.phone, region=self.region)
         if self.source == "first_of":
             return customers.first_of(*(one.build() for one in self.sources))
         if self.source == "lead":
-            return customers.from_lead(self.by, trust_client=self.trust_client)
+            return customers.from_lead(self.by, trust_client=self.trust_client, region=self.region)
         if self.source == "auth_user":
             return customers.from_auth_user(self.key)
         if self.source == "context":
@@ -90,6 +95,30 @@ class MeteringSettings(_Strict):
     deliver: bool = True
     on_missing_usage: Literal["estimate", "hold", "ignore"] = "estimate"
     bill_cache_hits: bool = False
+    create_missing: bool = False
+    on_unidentified: Literal["skip", "raise"] | CustomerSettings = "skip"
+    concurrency: int = Field(default=16, ge=1)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The settings in a ``.toml`` or ``.json`` file.
+
+        Raises ``ConfigurationError``, which names the file, the field and what to do, but repeats no personal data.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror}. Give another path.") from None
+        except ValueError as error:  # TOML, JSON and UTF-8 alike
+            kind = "TOML" if path.suffix == ".toml" else "JSON"
+            raise ConfigurationError(f"{path} is no {kind}: {error}.") from None
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            told = "; ".join(map(_explain, error.errors(include_url=False, include_context=False)))
+            raise ConfigurationError(f"{path}: {told}.") from None
 
     @model_validator(mode="after")
     def _builds(self) -> Self:
@@ -97,8 +126,9 @@ class MeteringSettings(_Strict):
         try:
             for meter in self.meters:
                 meter.build()
-            if self.customer is not None:
-                self.customer.build()
+            for source in (self.customer, self.on_unidentified):
+                if isinstance(source, CustomerSettings):
+                    source.build()
         except ConfigurationError as error:
             raise ValueError(str(error)) from error
         return self
@@ -112,5 +142,29 @@ class MeteringSettings(_Strict):
             deliver=self.deliver,
             on_missing_usage=self.on_missing_usage,
             bill_cache_hits=self.bill_cache_hits,
+            create_missing=self.create_missing,
+            on_unidentified=self._otherwise(),
+            concurrency=self.concurrency,
             **options,
         )
+
+    def _otherwise(self) -> Literal["skip", "raise"] | customers.CustomerSource:
+        policy = self.on_unidentified
+        return policy.build() if isinstance(policy, CustomerSettings) else policy
+
+
+_REMEDIES = {
+    "extra_forbidden": "there is no such setting; correct its name or leave it out",
+    "missing": "it is missing; add it",
+    "too_short": "it needs at least one",
+}
+_PERSONAL = {"email", "name", "phone"}
+
+
+def _explain(error: Any) -> str:
+    """One fault: which field, which value, and what to do about it."""
+    where = ".".join(str(part) for part in error["loc"])
+    message = _REMEDIES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    shown = isinstance(error["input"], str | int | float) and not _PERSONAL & set(error["loc"])
+    value = f" = {error['input']!r}" if shown else ""
+    return f"{where or 'the settings'}{value}: {message}".rstrip(".")
