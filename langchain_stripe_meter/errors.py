@@ -8,12 +8,16 @@
     │   └── NewerLedgerError        it was written by a newer version of this package
     ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
     ├── UsageError              the provider's report contradicts itself
+    ├── SpendLimitError         the customer: a limit is used up (the only one that is raised into a chain)
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
     └── StripeError             what Stripe answered, when a person asked a question of it
 
-Only ``UnidentifiedError`` is ever raised into a chain, and only where it was asked for: the handler turns what goes
-wrong inside a run into a counter, one log line and a call of ``on_error``.
+Only what was asked for is ever raised into a chain, ``UnidentifiedError`` and ``SpendLimitError``: the handler turns
+what goes wrong inside a run into a counter, one log line and a call of ``on_error``.
 """
+
+from datetime import datetime
+from decimal import Decimal
 
 
 class MeteringError(Exception):
@@ -46,6 +50,31 @@ class UnidentifiedError(MeteringError):
 
 class UsageError(MeteringError):
     """A provider's usage report contradicts itself; the message names both numbers."""
+
+
+class SpendLimitError(MeteringError):
+    """A customer has used up a limit, so the model was not called.
+
+    ``event_name`` is the meter's, ``limit`` and ``used`` are in its unit, ``resets_at`` (UTC) is when the next period
+    begins. All are None where nobody could be identified. The message names nobody.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        event_name: str | None = None,
+        limit: Decimal | None = None,
+        used: Decimal | None = None,
+        resets_at: datetime | None = None,
+    ) -> None:
+        super().__init__(message, event_name, limit, used, resets_at)  # as they are, so that it can be pickled
+        self.event_name = event_name
+        self.limit = limit
+        self.used = used
+        self.resets_at = resets_at
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class IllegalMoveError(MeteringError):

@@ -7,7 +7,8 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import doubts, views
+from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
@@ -54,6 +55,14 @@ class Operations:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
         moved = views.assign(self._ledger, held.ids if isinstance(held, views.Held) else held, customer, value)
         return self._moved(moved)
+
+    def doubtful(self) -> DoubtfulList:
+        """Events that Stripe may have or not, and why they could not be settled by comparing with its sums (yet)."""
+        return doubts.doubtful(self._ledger)
+
+    def settle_doubt(self, identifiers: Sequence[str], *, delivered: bool) -> int:
+        """A person has looked: Stripe has these doubtful events, or they are sent again. Returns how many moved."""
+        return self._moved(doubts.settle_doubt(self._ledger, identifiers, delivered=delivered))
 
     def retry(self) -> int:
         """Try held and rejected things again, now. Returns how many."""

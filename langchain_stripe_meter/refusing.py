@@ -37,14 +37,14 @@ class _Gate:
         if handler._recorder.needs_lookup and sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE:
 
             async def astarted(*args: Any, **kwargs: Any) -> None:
-                facts = facts_of(kwargs.get("metadata"))
+                facts = facts_of(kwargs.get("metadata"), handler._recorder.ledger.now())
                 await asyncio.to_thread(handler._check_payer, facts)
                 start(*args, **kwargs)
 
             return astarted
 
         def started(*args: Any, **kwargs: Any) -> None:
-            handler._check_payer(facts_of(kwargs.get("metadata")))
+            handler._check_payer(facts_of(kwargs.get("metadata"), handler._recorder.ledger.now()))
             start(*args, **kwargs)
 
         return started

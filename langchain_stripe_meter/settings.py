@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from langchain_stripe_meter.agents.tokens import SECRET, from_signed_token, secrets_in
 from langchain_stripe_meter.core import customers, meters
+from langchain_stripe_meter.core.tokens import MIN_SECRET
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+from langchain_stripe_meter.handler import MAX_ROLL_UP, StripeMeterCallbackHandler
 
 
 class _Strict(BaseModel):
@@ -51,35 +54,52 @@ class MeterSettings(_Strict):
 class CustomerSettings(_Strict):
     """Who pays: ``source`` and what that source reads.
 
-    ``static`` takes exactly one of ``id``, ``email``, ``name``, ``phone``; ``metadata``, ``auth_user`` and
-    ``context`` take ``key``; ``lead`` takes ``by``; ``first_of`` takes ``sources``. ``region`` (``"DE"``) is where a
-    phone without a leading ``+`` is dialled.
+    ``static`` takes exactly one of ``id``, ``email``, ``name``, ``phone``; ``metadata``, ``auth_user``, ``context`` and
+    ``signed_token`` take ``key`` (by default ``stripe_customer_id``, for a token ``stripe_customer_token``); ``lead``
+    takes ``by``; ``first_of`` takes ``sources``. ``secret_env`` is the *name* of the environment variable that holds
+    the secret of signed tokens, and ``account`` the Stripe account that they are bound to. ``region``
+    (``"DE"``) is where a phone without a leading ``+`` is dialled.
     """
 
-    source: Literal["static", "metadata", "auth_user", "context", "lead", "first_of"]
+    source: Literal["static", "metadata", "auth_user", "context", "lead", "signed_token", "first_of"]
     id: str | None = None
     email: str | None = Field(default=None, repr=False)
     name: str | None = Field(default=None, repr=False)
     phone: str | None = Field(default=None, repr=False)
-    key: str = "stripe_customer_id"
+    key: str | None = None
     by: Literal["email", "name", "phone"] = "email"
     region: str | None = None
     trust_client: bool = False
+    secret_env: str = Field(default=SECRET, repr=False)
+    account: str | None = None
     sources: tuple[CustomerSettings, ...] = ()
 
-    def build(self) -> customers.CustomerSource:
-        """The source itself."""
+    def build(self, secrets: Callable[[str], list[str]] = secrets_in) -> customers.CustomerSource:
+        """The source itself; ``secrets`` gives those in an environment variable."""
         if self.source == "static":
             return customers.static(id=self.id, email=self.email, name=self.name, phone=self.phone, region=self.region)
         if self.source == "first_of":
-            return customers.first_of(*(one.build() for one in self.sources))
+            return customers.first_of(*(one.build(secrets) for one in self.sources))
         if self.source == "lead":
             return customers.from_lead(self.by, trust_client=self.trust_client, region=self.region)
+        if self.source == "signed_token":
+            key = self.key or "stripe_customer_token"
+            return from_signed_token(key, secrets(self.secret_env), account=self.account)
+        key = self.key or "stripe_customer_id"
         if self.source == "auth_user":
-            return customers.from_auth_user(self.key)
+            return customers.from_auth_user(key)
         if self.source == "context":
-            return customers.from_context(self.key, trust_client=self.trust_client)
-        return customers.from_metadata(self.key, trust_client=self.trust_client)
+            return customers.from_context(key, trust_client=self.trust_client)
+        return customers.from_metadata(key, trust_client=self.trust_client)
+
+    def in_words(self) -> str:
+        """Who pays, for people; the customer of a static source is not named."""
+        if self.source == "first_of":
+            return ", else ".join(one.in_words() for one in self.sources)
+        if self.source == "static":
+            by = next(by for by in ("id", "email", "name", "phone") if getattr(self, by) is not None)
+            return f"one fixed customer, known by {by}"
+        return f"the lead, by {self.by}" if self.source == "lead" else f"{self.source}, under {self.key or 'its key'}"
 
 
 class MeteringSettings(_Strict):
@@ -98,6 +118,7 @@ class MeteringSettings(_Strict):
     create_missing: bool = False
     on_unidentified: Literal["skip", "raise"] | CustomerSettings = "skip"
     concurrency: int = Field(default=16, ge=1)
+    roll_up: int | None = Field(default=None, ge=1, le=MAX_ROLL_UP)
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -122,13 +143,14 @@ class MeteringSettings(_Strict):
 
     @model_validator(mode="after")
     def _builds(self) -> Self:
-        """Refuse at the door what the handler would refuse later."""
+        """Refuse at the door what the handler would refuse later, except for a secret that is missing here: settings
+        are also read where nothing is metered."""
         try:
             for meter in self.meters:
                 meter.build()
             for source in (self.customer, self.on_unidentified):
                 if isinstance(source, CustomerSettings):
-                    source.build()
+                    source.build(lambda variable: [variable.ljust(MIN_SECRET)])
         except ConfigurationError as error:
             raise ValueError(str(error)) from error
         return self
@@ -145,8 +167,28 @@ class MeteringSettings(_Strict):
             create_missing=self.create_missing,
             on_unidentified=self._otherwise(),
             concurrency=self.concurrency,
+            roll_up=self.roll_up,
             **options,
         )
+
+    def in_words(self) -> dict[str, str]:
+        """What the settings mean, one line for each; nobody is named."""
+        delivered = "at once" if self.roll_up is None else f"as one event for each customer and {self.roll_up} seconds"
+        otherwise = self.on_unidentified if isinstance(self.on_unidentified, str) else self.on_unidentified.in_words()
+        unknown = "is made a customer" if self.create_missing else "is held until Stripe knows them"
+        return {
+            "counted": "; ".join(f"{one.kind} on {one.event_name!r}" for one in self.meters),
+            "who_pays": self.customer.in_words()
+            if self.customer
+            else "the authenticated user, else the run's metadata",
+            "if_nobody_is_named": otherwise,
+            "whom_stripe_does_not_know": unknown,
+            "ledger": self.ledger or "$STRIPE_METER_LEDGER, else stripe_meter.db in the working directory",
+            "delivered": delivered if self.deliver else "by another process: stripe-meter deliver",
+            "usage_that_is_not_reported": {"estimate": "is estimated", "hold": "is held", "ignore": "is not billed"}[
+                self.on_missing_usage
+            ],
+        }
 
     def _otherwise(self) -> Literal["skip", "raise"] | customers.CustomerSource:
         policy = self.on_unidentified

@@ -111,6 +111,11 @@ def test_deliver_fails_when_stripe_refused_an_event_for_good(sandbox: StripeSand
     assert "1 rejected" in call("deliver", "--once", code=1).stdout
 
 
+def test_deliver_rolls_up_what_has_waited_long_enough(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once", "--roll-up", "1")
+    assert sandbox.billed("ai_tokens", "cus_1") == 100
+
+
 def test_deliver_gives_the_signal_handlers_back(sandbox: StripeSandbox, recorded: None) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     call("deliver", "--timeout", "0")

@@ -44,7 +44,7 @@ def capture_lead_tool(
     sorry = f"That is not a complete {called}. Ask the user to write it once more."
 
     def capture_lead(config: RunnableConfig, **typed: str) -> str:
-        session = lead_session(meter.customer, facts_of(config.get("metadata")))
+        session = lead_session(meter.customer, facts_of(config.get("metadata"), meter._ledger.now()))
         if session is None:
             return "This conversation has no session, so nothing can be noted. Go on without it."
         try:

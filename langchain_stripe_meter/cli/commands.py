@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
 from langchain_stripe_meter.cli.show import (
     JsonOption,
@@ -43,6 +44,7 @@ app = typer.Typer(
 app.add_typer(meters_app, name="meters")
 app.add_typer(leads_app, name="leads")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(doubtful_app, name="doubtful")
 
 
 @app.command()
@@ -176,8 +178,13 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def deliver(
+    *,
     once: Annotated[bool, typer.Option("--once", help="Stop when nothing is pending.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Stop after so many seconds (60 with --once).", min=0)] = None,
+    roll_up: Annotated[
+        int | None,
+        typer.Option(help="One event for what a customer uses of a meter in so many seconds.", min=1, max=3600),
+    ] = None,
     create_missing: Annotated[
         bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
     ] = False,
@@ -186,10 +193,13 @@ def deliver(
 ) -> None:
     """Send what is recorded, until Ctrl-C or SIGTERM."""
     with clear_errors(), until_stopped() as stopping, open_ledger(ledger) as opened, open_gateway() as gateway:
+        from langchain_stripe_meter.audit.doubts import Doubts
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(opened, gateway, create_missing=create_missing)
+        courier = Courier(
+            opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=[Doubts(opened, gateway)]
+        )
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)

@@ -104,7 +104,7 @@ def _attention(now: Status) -> Iterator[Finding]:
     waiting = (
         (now.held, "held", "Run: stripe-meter held"),
         (now.rejected, "rejected", "Run: stripe-meter tail"),
-        (now.doubtful, "in doubt", "Run: stripe-meter verify"),
+        (now.doubtful, "in doubt", "Run: stripe-meter doubtful"),
     )
     for count, what, remedy in waiting:
         if count:

@@ -92,7 +92,7 @@ class Lookups:
         found = answer.customers
         if len(found) == 1:
             self._found.setdefault(asked, found[0])
-            return resolving.resolve(connection, asked, found[0])
+            return resolving.resolve(connection, asked, found[0], now)
         if not found:
             self._missing.setdefault(asked, True)
         return resolving.hold(connection, asked, answer.why or _why_held(asked, found), now)

@@ -1,7 +1,8 @@
 """The ledger's connections: opening, forking, writing, and bringing the schema up to date.
 
 SQLite has one writer, so all of a process's writes share one connection behind one lock and never wait for each other
-by polling. PostgreSQL has many: recording and delivering get a connection each.
+by polling. PostgreSQL has many: recording and delivering get a connection each. Counting what limits allow reads on
+one more, on either.
 """
 
 from __future__ import annotations
@@ -202,10 +203,12 @@ class Database:
         opened = self._opened
         if opened is None:
             return
-        lane = opened.lanes["record"]
-        self._held = [lock for lock in (lane.lock, self.reading) if lock.acquire(timeout=FORK_SECONDS)]
-        if len(self._held) == 2:
-            lane.close()
+        lanes = list(dict.fromkeys(opened.lanes.values()))
+        locks = [*(lane.lock for lane in lanes), self.reading]
+        self._held = [lock for lock in locks if lock.acquire(timeout=FORK_SECONDS)]
+        if len(self._held) == len(locks):
+            for lane in lanes:
+                lane.close()
 
     def after_fork_in_parent(self) -> None:
         """Go on; the file is opened again when it is used."""
@@ -231,7 +234,8 @@ class Database:
         return (self._opened or self._open()).engine
 
     def lane(self, name: str) -> Lane:
-        """The connection for ``"record"`` or ``"deliver"``; the same one on SQLite."""
+        """The connection for ``"record"`` or ``"deliver"``, the same one on SQLite; or for ``"count"``, which only
+        reads and so waits for no writer."""
         return (self._opened or self._open()).lanes[name]
 
     def _open(self) -> _Opened:
@@ -246,7 +250,8 @@ class Database:
                 lane.drop()
                 engine.dispose()
                 raise
-            self._opened = _Opened(engine, {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)})
+            deliver = lane if self.is_sqlite else Lane(engine)
+            self._opened = _Opened(engine, {"record": lane, "deliver": deliver, "count": Lane(engine)})
             return self._opened
 
     def _make_engine(self) -> Engine:
@@ -297,7 +302,7 @@ def clear_errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise explain(error.orig or error) from error
-    except (sqlite3.Error, AnyDatabaseError) as error:
+    except (sqlite3.Error, AnyDatabaseError, UnicodeDecodeError) as error:
         raise explain(error) from error
 
 
@@ -306,11 +311,19 @@ def explain(error: BaseException) -> LedgerError:
     if isinstance(error, LedgerError):
         return error
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, UnicodeDecodeError) or "Could not decode" in said:  # it goes on to quote the row
+        said = "it holds text that is no UTF-8"
+    corrupt = "The file is corrupt; it was left untouched. Restore a backup."
     advice = {
         "not a database": "The file is corrupt or no SQLite database; it was left untouched. Restore a backup.",
-        "malformed": "The file is corrupt; it was left untouched. Restore a backup.",
+        "malformed": corrupt,
+        "no UTF-8": corrupt,
+        "unsupported file": corrupt,
+        "no such column": corrupt,
+        "has no column": corrupt,
         "locked": "Another process holds it; try again, or find the process.",
         "full": "Free some disk space; what is stored is safe.",
+        "disk I/O": "Look at the disk and its free space; what is stored is safe.",
         "readonly": "Make the file and its folder writable.",
         "unable to open": "Make the file and its folder writable.",
     }
@@ -386,8 +399,12 @@ def migrate(connection: Connection) -> None:
     """Run the migrations inside the caller's transaction."""
     from alembic import command
     from alembic.config import Config
+    from alembic.util.exc import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise LedgerError(f"The ledger cannot be brought up to date: {error}. Restore a backup.") from error

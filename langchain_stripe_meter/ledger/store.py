@@ -6,8 +6,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, select
@@ -17,18 +18,19 @@ from sqlalchemy.dialects import postgresql, sqlite
 from langchain_stripe_meter.core.customers import Reference, session_digest
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.schema import notes, readings
 
 COLUMNS = (
-    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason", "due",
+    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason",
     "account", "session",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Entry:
     """One reading on its way into the ledger. ``key`` makes it unique: a second entry with it changes nothing.
 
@@ -38,7 +40,7 @@ class Entry:
 
     key: str
     event_name: str
-    value: Decimal | None
+    value: Decimal | int | None
     at: int
     state: ReadingState
     customer: str | None = None
@@ -60,9 +62,8 @@ class Entry:
             json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
             self.at,
             int(self.estimated),
-            self.state.value,
+            str(self.state),
             self.reason,
-            None,
             self.account,
             session_digest(self.account, self.session) if self.session else None,
         )
@@ -108,10 +109,9 @@ class Ledger:
     def _write(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        rows = [entry.row() for entry in entries]
-        is_sqlite = self.database.is_sqlite
+        insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
         try:
-            self.database.lane("record").run(lambda driver: _execute(driver, self._insert, rows, sqlite=is_sqlite))
+            self.database.lane("record").run(partial(insert, self._insert, [entry.row() for entry in entries]))
         except MeteringError:
             raise
         except Exception as error:
@@ -156,20 +156,25 @@ def _insert_statement(*, sqlite: bool) -> str:
     return f"INSERT INTO {readings.name} ({', '.join(COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
 
 
-def _execute(driver: Any, statement: str, rows: list[tuple[Any, ...]], *, sqlite: bool) -> None:
+def _insert_on_sqlite(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
     """Insert in one transaction: a single row commits by itself, which saves two round trips."""
     if len(rows) == 1:
         driver.execute(statement, rows[0])
         return
-    if sqlite:
-        driver.execute("BEGIN IMMEDIATE")
-        try:
-            driver.executemany(statement, rows)
-            driver.execute("COMMIT")
-        except BaseException:
-            if driver.in_transaction:
-                driver.execute("ROLLBACK")
-            raise
+    driver.execute("BEGIN IMMEDIATE")
+    try:
+        driver.executemany(statement, rows)
+        driver.execute("COMMIT")
+    except BaseException:
+        if driver.in_transaction:
+            driver.execute("ROLLBACK")
+        raise
+
+
+def _insert_on_postgres(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
+    """As ``_insert_on_sqlite``."""
+    if len(rows) == 1:
+        driver.execute(statement, rows[0])
         return
     with driver.transaction(), driver.cursor() as cursor:
         cursor.executemany(statement, rows)
