@@ -138,7 +138,8 @@ class MeteringSettings(_Strict):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            told = "; ".join(map(_explain, error.errors(include_url=False, include_context=False)))
+            faults = error.errors(include_url=False, include_context=False)
+            told = "; ".join(_explain(fault) for fault in faults if not _is_noise(fault))
             raise ConfigurationError(f"{path}: {told}.") from None
 
     @model_validator(mode="after")
@@ -203,9 +204,17 @@ _REMEDIES = {
 _PERSONAL = {"email", "name", "phone"}
 
 
+def _is_noise(error: Any) -> bool:
+    """Of a choice between a word and a table, pydantic tells what is wrong with either."""
+    is_table = isinstance(error["input"], dict)
+    is_word_fault = any(str(part).startswith("literal[") for part in error["loc"])
+    return (is_word_fault and is_table) or (error["type"] == "model_type" and not is_table and len(error["loc"]) > 1)
+
+
 def _explain(error: Any) -> str:
     """One fault: which field, which value, and what to do about it."""
-    where = ".".join(str(part) for part in error["loc"])
+    kinds = ("CustomerSettings", "literal[")
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(kinds))
     message = _REMEDIES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
     shown = isinstance(error["input"], str | int | float) and not _PERSONAL & set(error["loc"])
     value = f" = {error['input']!r}" if shown else ""

@@ -76,13 +76,24 @@ def test_a_policy_can_be_a_word(tmp_path: Path, policy: str) -> None:
         ('kind = "tokens"', 'kind = "token"', r"meters\.0\.kind = 'token': .*'tokens', 'messages'"),
         ('by = "phone"\nregion = "DE"', 'by = "phone"\nregion = "Germany"', "region='Germany'.*two letters"),
         ('source = "static"', 'source = "statics"', r"on_unidentified.*'statics': .*'static', 'metadata'"),
+        (
+            '[on_unidentified]\nsource = "static"',
+            '[on_unidentified]\nkind = "static"',
+            r"toml: on_unidentified\.source: it is",
+        ),
+        (
+            "create_missing",
+            'on_unidentified = "refuse"\n[other]\ncreate_missing',
+            "on_unidentified = 'refuse': .*'skip'",
+        ),
         ("roll_up = 60", "roll_up = 99999", "roll_up = 99999: .*3600"),
         ("create_missing = true", "create_missing = {", "metering.toml is no TOML"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_value_and_what_to_do(tmp_path: Path, old: str, new: str, says: str) -> None:
     assert old in TOML
-    file = write(tmp_path, TOML.replace(old, new))
+    text = TOML.partition("[on_unidentified]")[0] if "refuse" in new else TOML
+    file = write(tmp_path, text.replace(old, new))
     with pytest.raises(ConfigurationError, match=says):
         MeteringSettings.from_file(file)
 
