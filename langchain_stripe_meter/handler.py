@@ -140,8 +140,9 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
                 create_missing=create_missing, chores=todo,
             )  # fmt: skip
         self.leads = Leads(
-            self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
-        )
+            self._ledger, lead_fields(self.customer), account=check_account(stripe_account or ""),
+            region=lead_region(self.customer), claimed=self._claimed,
+        )  # fmt: skip
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
             on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(check_account(stripe_account or "")),

@@ -297,6 +297,22 @@ def _furnish(running: StripeSandbox, meters: list[str], emails: list[str], *, as
 
 
 @app.command()
+def settings(
+    file: Annotated[Path, typer.Argument(help="A .toml or .json file of MeteringSettings.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check a file of settings, and say what it means."""
+    with clear_errors():
+        from langchain_stripe_meter.settings import MeteringSettings
+
+        read = MeteringSettings.from_file(file)
+        if as_json:
+            print_json(read.model_dump(mode="json"))
+            return
+        record(read.in_words(), as_json=False)
+
+
+@app.command()
 def doctor(
     meter: Annotated[list[str] | None, typer.Option(help="A meter that you bill on, by its event name.")] = None,
     ledger: LedgerOption = None,
