@@ -7,28 +7,42 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.callbacks import MeteringCallbacks
-from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
-from langchain_stripe_meter.core.meters import Call, Cost, Meter
+from langchain_stripe_meter.core.customers import (
+    CustomerSource,
+    as_source,
+    first_of,
+    from_auth_user,
+    from_metadata,
+    lead_fields,
+    lead_region,
+)
+from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.meters import Call, Meter
+from langchain_stripe_meter.core.tenants import Tenant, TenantSource
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
+from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 
 if TYPE_CHECKING:
     from stripe import StripeClient
 
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
+MAX_ROLL_UP = 3600
+"""Seconds; invoices are finalised an hour after their period, so usage must not wait longer."""
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
@@ -51,6 +65,11 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
+        tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer
+            source where they differ. None skips the run. On an agent server only the authenticated user is trusted.
+        roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
+            with more than a few runs a second: Stripe takes their events one after the other.
         webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
         billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
             that is undelivered when one closes.
@@ -73,29 +92,41 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        roll_up: int | None = None,
+        stripe_account: str | None = None,
+        tenant: TenantSource | None = None,
         webhook_secret: str | None = None,
         billing_day: int = 1,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.meters = _check_meters(meters)
+        self.meters = checked_meters(meters)
         self.customer = _default_customer() if customer is None else as_source(customer)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
+        if roll_up is not None and not 1 <= roll_up <= MAX_ROLL_UP:
+            raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
+        if stripe_account is not None and tenant is not None:
+            raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._stripe_account = check_account(stripe_account or "")
         self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
         if deliver:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
             todo = chores(self._ledger, gateway, on_error=on_error, billing_day=billing_day)
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, chores=todo)
-        self.leads = Leads(self._ledger)
+            self._courier = Courier(
+                self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up, chores=todo
+            )
+        self.leads = Leads(
+            self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
+        )
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
-            on_missing_usage, bill_cache_hits, on_error,
+            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(self._stripe_account),
         )  # fmt: skip
         super().__init__(recorder)
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -127,13 +158,16 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         """
         call = Call(None, model, provider)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, metadata=metadata, at=at)
-        if entries:
-            self._ledger.record(entries)
-        self._recorder.recorded(entries)
+        self._recorder.recorded(self.leads.record(entries) if entries else [])
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""
         await asyncio.to_thread(self.record_usage, usage, id=id, **options)
+
+    def _claimed(self) -> None:
+        """What had been skipped shall be billed after all."""
+        if self._courier is not None:
+            self._courier.wake()
 
     # -- seeing it
 
@@ -205,6 +239,24 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
                     self._courier.close(deadline - time.monotonic())
             return self._report()
 
+    @asynccontextmanager
+    async def lifespan(self, app: object = None, *, timeout: float = 10.0) -> AsyncIterator[None]:
+        """The ``lifespan=`` of a Starlette or FastAPI application, and of an agent server's ``"http": {"app": …}``.
+
+        SIGTERM ends a server without the interpreter's exit hooks: this delivers what is pending when it shuts down,
+        at most ``timeout`` seconds, without blocking the loop; and what an earlier process left, when it starts. An
+        application with a lifespan of its own writes ``async with meter.lifespan(app):`` around its ``yield``.
+        """
+        if self._courier is not None:
+            self._courier.reopen()
+        try:
+            yield
+        finally:
+            try:
+                await asyncio.to_thread(self.close, timeout)
+            except MeteringError as error:  # the others must shut down too, and the ledger keeps what is pending
+                logger.error("stripe-meter: closing failed: %s", error)
+
     def __enter__(self) -> StripeMeterCallbackHandler:
         return self
 
@@ -213,31 +265,6 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             self.close()
         except MeteringError as error:  # what the block did matters more, and what it recorded is still in the ledger
             logger.error("stripe-meter: closing failed: %s", error)
-
-
-def _check_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
-    if not meters:
-        raise ConfigurationError("StripeMeterCallbackHandler needs at least one meter, such as Tokens('ai_tokens').")
-    for meter in meters:
-        if not isinstance(meter, Meter):
-            raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.")
-    names = [meter.event_name for meter in meters]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ConfigurationError(f"Two meters have the event name {twice!r}; each needs its own, or one would be lost.")
-    return tuple(_priced(meter) for meter in meters)
-
-
-def _priced(meter: Meter) -> Meter:
-    if not isinstance(meter, Cost) or meter.pricer is not None:
-        return meter
-    from langchain_stripe_meter.prices import genai_price, is_installed
-
-    if not is_installed():
-        if meter.prices:
-            return meter
-        raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
-    return replace(meter, pricer=genai_price)
 
 
 def _default_customer() -> CustomerSource:

@@ -97,3 +97,35 @@ def assert_invariant(ledger: Ledger, sandbox: StripeSandbox, *, settled: bool = 
             assert waiting == 0
     identifiers = [event.identifier for event in sandbox.events if event.billed]
     assert len(identifiers) == len(set(identifiers))
+
+
+# -- the table of faults: see faults.py
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-faults", action="store_true", help="write the table of faults into the README")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What looks at the table runs when the table is full."""
+    items.sort(key=lambda item: item.path.name == "test_faults_table.py")
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    import faults
+
+    if report.outcome != "passed":
+        faults.not_passed.add(report.nodeid)
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
+) -> None:
+    import faults
+
+    if faults.rows:
+        terminalreporter.section("faults that were tried, and what they cost")
+        terminalreporter.write_line(faults.table())
+    if config.getoption("--write-faults", default=False) and not exitstatus:
+        faults.write(faults.table())

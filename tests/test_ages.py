@@ -62,11 +62,8 @@ def test_each_threshold_is_told_once_as_usage_grows_old(books: Books, caplog: py
     counts = {"ai_tokens": 2, "other": 1}
     ages = {day: one for day, found in told.items() for one in found if "days" in one[0]}
     assert ages == {7: ("7 days", counts), 21: ("21 days", counts), 30: ("30 days", counts)}
-    lines = [record.getMessage() for record in caplog.records if "older than 7 days" in record.getMessage()]
-    assert lines == [
-        "stripe-meter: Undelivered usage is older than 7 days: 2 on ai_tokens, 1 on other. "
-        "Stripe refuses it at 35 days."
-    ]
+    (line,) = [record.getMessage() for record in caplog.records if "older than 7 days" in record.getMessage()]
+    assert line.endswith("is older than 7 days: 2 on ai_tokens, 1 on other. Stripe refuses it at 35 days.")
     assert "cus_" not in caplog.text
 
 

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import assert_invariant, wait_until
+from courier_shop import Shop, of, payer
+from faults import settled, tally
 from sqlalchemy import update
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.delivery.lookups import MISSING_SECONDS
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, views
 from langchain_stripe_meter.ledger.schema import readings
-from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import (
     RecordedRequest,
-    StripeSandbox,
     broken_body,
     drop_answer,
     drop_request,
@@ -33,81 +33,6 @@ from langchain_stripe_meter.sandbox import (
     server_error,
     server_error_after_accept,
 )
-
-EVENTS = "/v1/billing/meter_events"
-
-
-class Shop:
-    """A sandbox, a ledger that goes by its clock, and couriers between them."""
-
-    def __init__(self, path: Path) -> None:
-        self.sandbox = StripeSandbox().start()
-        self.sandbox.create_meter("ai_tokens")
-        for number in range(1, 5):
-            self.sandbox.create_customer(id=f"cus_{number}")
-        self.ledger = Ledger(f"sqlite:///{path}/ledger.db", clock=self.sandbox.now)
-        self.errors: list[MeteringError] = []
-        self._couriers: list[Courier] = []
-        self.courier = self.another_courier()
-
-    def another_courier(self, concurrency: int = 8, key: str | None = None) -> Courier:
-        gateway = Gateway(key or self.sandbox.api_key, api_base=self.sandbox.url)
-        courier = Courier(self.ledger, gateway, concurrency=concurrency, on_error=self.errors.append)
-        self._couriers.append(courier)
-        return courier
-
-    def record(self, *keys: str, value: object = 1, **facts: Any) -> None:
-        usual = {
-            "event_name": "ai_tokens",
-            "at": self.ledger.now(),
-            "state": ReadingState.RESOLVED,
-            "customer": "cus_1",
-        }
-        made: dict[str, Any] = {**usual, **facts}
-        if "reference" in made:
-            made |= {"state": ReadingState.RECORDED, "customer": None}
-        self.ledger.record([Entry(key, value=Decimal(str(value)), **made) for key in keys])
-
-    def drive(self, courier: Courier | None = None, *, seconds: int = 3600) -> None:
-        """Let the courier work until nothing is pending, moving the clock on while it waits, at most ``seconds``."""
-        courier = courier or self.courier
-        until, step = self.sandbox.now() + seconds, max(1, seconds // 600)
-        while self.status.pending and self.sandbox.now() < until:
-            if not courier.turn() and not courier.in_flight:
-                self.sandbox.advance(seconds=step)
-
-    @property
-    def status(self) -> views.Status:
-        return views.status(self.ledger)
-
-    def states(self) -> dict[str, str]:
-        return {row.identifier: row.state for row in views.tail(self.ledger, 1000)}
-
-    def sent(self, *customers: str) -> list[RecordedRequest]:
-        """The requests that carried meter events (for these customers)."""
-        return [
-            request
-            for request in self.sandbox.requests
-            if request.path == EVENTS and (not customers or payer(request) in customers)
-        ]
-
-    def billed(self, customer: str = "cus_1") -> Decimal:
-        return self.sandbox.billed("ai_tokens", customer)
-
-    def close(self) -> None:
-        for courier in self._couriers:
-            courier.close(5)
-            courier.gateway.close()
-        self.ledger.close()
-        self.sandbox.stop()
-
-
-def payer(request: RecordedRequest) -> str:
-    return str(request.params["payload"]["stripe_customer_id"])
-
-
-def of(customer: str) -> Callable[[RecordedRequest], bool]:
-    return lambda request: payer(request) == customer
 
 
 @pytest.fixture
@@ -190,6 +115,7 @@ def test_two_customers_with_one_address_are_held_with_both_named(shop: Shop) -> 
     views.assign(shop.ledger, held.ids, pair[0])
     shop.drive()
     assert shop.billed(pair[0]) == 1
+    settled(shop.ledger, shop.sandbox, fault="two customers with one address")
 
 
 def test_a_customer_that_is_made_later_is_found_when_the_held_reading_is_due(shop: Shop) -> None:
@@ -227,8 +153,8 @@ def test_a_search_that_fails_is_told_and_tried_again(shop: Shop) -> None:
     assert "look up a customer by email" in str(shop.errors[0])
     assert "ann@" not in str(shop.errors[0])
 
-
-# -- Stripe's answers
+    # -- Stripe's answers
+    settled(shop.ledger, shop.sandbox, fault="a lookup of a customer fails")
 
 
 @pytest.mark.parametrize(
@@ -248,6 +174,7 @@ def test_an_unknown_outcome_is_sent_again_under_its_identifier_and_a_new_key_and
     assert len({request.headers["idempotency-key"] for request in requests}) == len(requests)
     assert shop.billed() == 5
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="an answer that Stripe lost, broke off or stored as 500")
 
 
 def test_an_identifier_that_stripe_has_already_counts_as_delivered(shop: Shop) -> None:
@@ -270,6 +197,7 @@ def test_429_waits_as_long_as_stripe_says_while_other_customers_go_on(shop: Shop
     assert min(request.at for request in later) >= refused.at + 40
     assert max(request.at for request in shop.sent("cus_2")) < began + 40
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="429 Too Many Requests")
 
 
 def test_the_more_stripe_refuses_the_less_is_sent_at_once(shop: Shop) -> None:
@@ -284,6 +212,7 @@ def test_the_more_stripe_refuses_the_less_is_sent_at_once(shop: Shop) -> None:
     shop.drive()
     assert shop.status.delivered == 60
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="429 Too Many Requests")
 
 
 def test_nothing_is_sent_to_a_meter_that_nobody_could_look_at(shop: Shop) -> None:
@@ -308,6 +237,7 @@ def test_a_refused_connection_leaves_no_doubt_and_is_overcome(shop: Shop) -> Non
     assert shop.billed() == 1
     assert shop.status.doubtful == 0
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="Stripe refuses connections")
 
 
 def test_a_revoked_key_pauses_everything_burns_nothing_and_is_told_once(shop: Shop) -> None:
@@ -326,6 +256,7 @@ def test_a_revoked_key_pauses_everything_burns_nothing_and_is_told_once(shop: Sh
     shop.drive()
     assert (shop.status.delivered, shop.status.paused) == (3, None)
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="the key is revoked")
 
 
 def test_a_key_without_the_permission_pauses_too_and_a_new_courier_clears_the_pause(shop: Shop) -> None:
@@ -337,6 +268,7 @@ def test_a_key_without_the_permission_pauses_too_and_a_new_courier_clears_the_pa
     reader.close(1)
     shop.drive(shop.courier)
     assert (shop.status.delivered, shop.status.paused) == (1, None)
+    settled(shop.ledger, shop.sandbox, fault="the key lacks a permission")
 
 
 def test_a_key_that_may_only_write_events_suffices(shop: Shop) -> None:
@@ -365,6 +297,7 @@ def test_a_meter_that_would_bill_wrongly_is_held_and_only_it(shop: Shop, make: A
     assert shop.states() == {"bad": "held", "good": "delivered"}
     assert "'bad'" in views.held(shop.ledger)[0].reason
     assert shop.sandbox.billed("bad") == {}
+    settled(shop.ledger, shop.sandbox, fault="a meter that adds up wrongly")
 
 
 def test_a_poison_row_is_set_aside_and_the_queue_goes_on(shop: Shop) -> None:
@@ -379,6 +312,7 @@ def test_a_poison_row_is_set_aside_and_the_queue_goes_on(shop: Shop) -> None:
     assert shop.states() == {"refused": "rejected", "too-long": "held", "good": "delivered"}
     assert shop.courier.rejected == 1
     assert "rejected" in str(shop.errors[0])
+    tally("a row that cannot be read or sent", needed_a_person=2)
 
 
 def test_an_outcome_that_stays_unknown_for_23_hours_is_doubtful_and_never_sent_again(shop: Shop) -> None:
@@ -396,6 +330,7 @@ def test_an_outcome_that_stays_unknown_for_23_hours_is_doubtful_and_never_sent_a
         shop.courier.turn()
     assert len(shop.sent()) == before
     assert shop.billed() == 5
+    settled(shop.ledger, shop.sandbox, fault="Stripe is away for a day after an answer was lost")
 
 
 def test_usage_that_waited_34_days_is_held(shop: Shop) -> None:
@@ -404,8 +339,8 @@ def test_usage_that_waited_34_days_is_held(shop: Shop) -> None:
     shop.drive()
     assert shop.states() == {"run": "held"}
 
-
-# -- how many at once
+    # -- how many at once
+    settled(shop.ledger, shop.sandbox, fault="usage waited for 34 days")
 
 
 def test_one_customer_and_meter_has_one_call_at_a_time_while_others_run_in_parallel(shop: Shop) -> None:
@@ -461,6 +396,7 @@ def test_close_keeps_its_deadline_while_stripe_hangs_and_the_next_courier_bills_
     assert [request.status for request in shop.sent()][-1] == 400  # a duplicate
     assert shop.billed() == 9
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    settled(shop.ledger, shop.sandbox, fault="Stripe hangs while the handler closes")
 
 
 def test_close_waits_for_the_answer_where_there_is_time(shop: Shop) -> None:

@@ -243,6 +243,7 @@ class NoMeter:
         ((Tokens("tokens"),), {"customer": 7}, "customer="),
         ((Tokens("tokens"),), {"on_missing_usage": "guess"}, "'guess'"),
         ((Tokens("tokens"),), {"concurrency": 0}, "concurrency=0"),
+        ((Tokens("tokens"),), {"roll_up": 0}, "roll_up=0"),
         ((Tokens("tokens"),), {"synchronous": "OFF"}, "'OFF'"),
     ],
 )

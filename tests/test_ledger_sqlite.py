@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import wait_until
+from faults import tally
 from sqlalchemy import select
 
 from langchain_stripe_meter.core.states import ReadingState
@@ -154,6 +155,7 @@ def test_a_newer_ledger_is_refused_by_the_name_of_its_schema(ledger: Ledger, pat
 def test_a_file_that_is_no_database_is_refused_and_left_byte_for_byte(path: Path) -> None:
     path.write_bytes(os.urandom(10_000))
     refused(path, LedgerError, "corrupt or no SQLite database")
+    tally("a file that is no database", needed_a_person=1)
 
 
 def test_a_corrupt_ledger_is_refused_and_never_made_anew(ledger: Ledger, path: Path) -> None:
@@ -203,6 +205,7 @@ def test_a_lock_of_another_process_is_waited_for_and_then_an_error_for_all_at_on
     record(ledger, "after")
     ledger.close()
     assert count(path) == 2
+    tally("another process holds the ledger's lock for too long", needed_a_person=40)
 
 
 OPENER = """
@@ -301,6 +304,7 @@ def test_a_full_disk_is_an_error_and_what_was_stored_still_drains(small_disk: Pa
     record(ledger, "after")
     ledger.close()
     assert count(path) == len(stored) + 1
+    tally("a full disk", needed_a_person=1)
 
 
 def test_a_folder_that_may_not_be_written_is_an_error_in_a_sentence(path: Path, ledger: Ledger) -> None:
@@ -321,6 +325,7 @@ def test_a_folder_that_may_not_be_written_is_an_error_in_a_sentence(path: Path, 
             record(open_ledger(path), "b")
     finally:
         subprocess.run(["umount", str(path.parent)], capture_output=True, check=False)
+    tally("a file system that may not be written", needed_a_person=1)
 
 
 # -- the plan

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_invariant, wait_until
+from conftest import wait_until
+from faults import settled as settled_after
 
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
@@ -109,10 +110,10 @@ def finish(start: Callable[..., Any], url: str) -> None:
     assert worker.returncode == 0
 
 
-def settled(url: str, sandbox: StripeSandbox, recorded: int) -> None:
+def settled(url: str, sandbox: StripeSandbox, recorded: int, *, fault: str, tried: int = 1) -> None:
     """Everything is delivered, and Stripe bills exactly what was recorded."""
     ledger = Ledger(url)
-    assert_invariant(ledger, sandbox, settled=True)
+    settled_after(ledger, sandbox, fault=fault, tried=tried)
     assert views.status(ledger).delivered == recorded
     assert sum(sandbox.billed("ai_tokens").values()) == recorded
     ledger.close()
@@ -138,7 +139,7 @@ def test_what_a_process_that_was_killed_while_recording_had_acknowledged_is_bill
     assert keys >= set(filter(None, told[:-1]))  # the last line may have been cut short
     assert len(keys) >= after
     finish(start, url)
-    settled(url, sandbox, len(keys))
+    settled(url, sandbox, len(keys), fault="kill -9 while it records")
 
 
 def test_killed_while_the_request_is_on_its_way(start: Callable[..., Any], sandbox: StripeSandbox, url: str) -> None:
@@ -150,7 +151,7 @@ def test_killed_while_the_request_is_on_its_way(start: Callable[..., Any], sandb
     kill(worker)
     answer.set()
     finish(start, url)
-    settled(url, sandbox, 8)
+    settled(url, sandbox, 8, fault="kill -9 while it delivers")
 
 
 def test_killed_after_stripe_accepted_and_before_that_was_noted(
@@ -166,7 +167,7 @@ def test_killed_after_stripe_accepted_and_before_that_was_noted(
     kill(worker)
     never.set()
     finish(start, url)
-    settled(url, sandbox, 1)
+    settled(url, sandbox, 1, fault="kill -9 after Stripe accepted and before that was noted")
 
 
 def test_killed_again_and_again_while_it_delivers(start: Callable[..., Any], sandbox: StripeSandbox, url: str) -> None:
@@ -178,7 +179,7 @@ def test_killed_again_and_again_while_it_delivers(start: Callable[..., Any], san
         wait_until(lambda goal=goal: len(sandbox.events) >= goal)
         kill(worker)
     finish(start, url)
-    settled(url, sandbox, 120)
+    settled(url, sandbox, 120, fault="kill -9 while it delivers", tried=3)
 
 
 def test_a_process_that_was_stopped_and_resumed_bills_nothing_twice(
@@ -201,7 +202,7 @@ def test_a_process_that_was_stopped_and_resumed_bills_nothing_twice(
     zombie.send_signal(signal.SIGCONT)
     zombie.communicate(timeout=60)
     assert zombie.returncode == 0
-    settled(url, sandbox, 40)
+    settled(url, sandbox, 40, fault="a process is stopped while it delivers, and resumed after its lease")
 
 
 def stopped_while_it_waits(worker: subprocess.Popen[str], url: str) -> bool:
@@ -258,7 +259,9 @@ def test_prefork_children_each_record_and_deliver_and_nothing_goes_twice(sandbox
     courier.close(10)
     courier.gateway.close()
     ledger.close()
-    settled(url, sandbox, 4 + 6 + 80)
+    settled(
+        url, sandbox, 4 + 6 + 80, fault="a prefork server: children record and deliver beside their parent", tried=8
+    )
 
 
 def note(ledger: Ledger, name: str, count: int) -> None:
@@ -295,6 +298,6 @@ def test_couriers_in_several_processes_share_a_ledger_and_nothing_goes_twice(
     for worker in workers:
         worker.communicate(timeout=100)
         assert worker.returncode == 0
-    settled(url, sandbox, 400)
+    settled(url, sandbox, 400, fault="several processes deliver from one ledger", tried=couriers)
     sent = [request for request in sandbox.requests if request.path == "/v1/billing/meter_events"]
     assert [request.status for request in sent] == [200] * 400  # never two calls for one customer and meter at once

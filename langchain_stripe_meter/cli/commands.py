@@ -145,6 +145,11 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 def deliver(
     once: Annotated[bool, typer.Option("--once", help="Stop when nothing is pending.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Stop after so many seconds (60 with --once).", min=0)] = None,
+    roll_up: Annotated[
+        int | None,
+        typer.Option(help="One event for what a customer uses of a meter in so many seconds.", min=1, max=3600),
+    ] = None,
+    *,
     billing_day: BillingDayOption = 1,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
@@ -155,7 +160,8 @@ def deliver(
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(opened, gateway, chores=chores(opened, gateway, billing_day=billing_day))
+        todo = chores(opened, gateway, billing_day=billing_day)
+        courier = Courier(opened, gateway, roll_up=roll_up, chores=todo)
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)

@@ -349,6 +349,11 @@ class Courier:
         elif thread is not threading.current_thread():
             thread.join(timeout + LAST_SECONDS)
 
+    def reopen(self) -> None:
+        """Deliver what is pending, also after a ``close``."""
+        self._closing.clear()
+        self.wake()
+
     def _finish(self) -> None:
         """Settle what was being sent when the courier was told to stop."""
         while self._sending and (left := self._deadline - time.monotonic()) > 0:

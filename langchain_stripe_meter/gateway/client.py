@@ -256,8 +256,9 @@ class Gateway:
                 listed = summaries.list(meter_id, window, _on(account)).auto_paging_iter()
                 return sum((Decimal(f"{summary.aggregated_value:.15g}") for summary in listed), Decimal(0))
         except StripeError as error:
-            if getattr(error.__cause__, "http_status", None) in (400, 404):
-                return None
+            said = error.__cause__
+            if getattr(said, "http_status", None) in (400, 404) and getattr(said, "error", None) is not None:
+                return None  # in Stripe's own words, not those of some box on the way
             raise
 
     def find_customers(self, reference: Reference, account: str = "") -> list[str]:

@@ -35,6 +35,7 @@ def classify(error: Exception) -> Outcome:
 
 
 def _move(error: stripe.StripeError) -> Move:
+    """A final no needs Stripe's own words: a cut answer, or the page of a box on the way, says nothing of it."""
     status = error.http_status or 0
     if is_duplicate(error):
         return Move.DUPLICATE
@@ -44,9 +45,8 @@ def _move(error: stripe.StripeError) -> Move:
         return Move.REFUSED_FOR_NOW
     if _is_gone(error):
         return Move.UNSEAL
-    if 400 <= status < 500 and status not in (408, 409) and not isinstance(error, stripe.IdempotencyError):
-        return Move.REFUSED
-    return Move.UNKNOWN
+    final = 400 <= status < 500 and status not in (408, 409) and not isinstance(error, stripe.IdempotencyError)
+    return Move.REFUSED if final and error.error is not None else Move.UNKNOWN
 
 
 def is_duplicate(error: stripe.StripeError) -> bool:

@@ -281,7 +281,7 @@ def clear_errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise explain(error.orig or error) from error
-    except (sqlite3.Error, AnyDatabaseError) as error:
+    except (sqlite3.Error, AnyDatabaseError, UnicodeDecodeError) as error:
         raise explain(error) from error
 
 
@@ -290,11 +290,19 @@ def explain(error: BaseException) -> LedgerError:
     if isinstance(error, LedgerError):
         return error
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, UnicodeDecodeError) or "Could not decode" in said:  # it goes on to quote the row
+        said = "it holds text that is no UTF-8"
+    corrupt = "The file is corrupt; it was left untouched. Restore a backup."
     advice = {
         "not a database": "The file is corrupt or no SQLite database; it was left untouched. Restore a backup.",
-        "malformed": "The file is corrupt; it was left untouched. Restore a backup.",
+        "malformed": corrupt,
+        "no UTF-8": corrupt,
+        "unsupported file": corrupt,
+        "no such column": corrupt,
+        "has no column": corrupt,
         "locked": "Another process holds it; try again, or find the process.",
         "full": "Free some disk space; what is stored is safe.",
+        "disk I/O": "Look at the disk and its free space; what is stored is safe.",
         "readonly": "Make the file and its folder writable.",
         "unable to open": "Make the file and its folder writable.",
     }
@@ -370,8 +378,12 @@ def migrate(connection: Connection) -> None:
     """Run the migrations inside the caller's transaction."""
     from alembic import command
     from alembic.config import Config
+    from alembic.util.exc import CommandError
 
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.attributes["connection"] = connection
-    command.upgrade(config, "head")
+    try:
+        command.upgrade(config, "head")
+    except CommandError as error:
+        raise LedgerError(f"The ledger cannot be brought up to date: {error}. Restore a backup.") from error

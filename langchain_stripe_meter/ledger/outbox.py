@@ -11,10 +11,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Connection, bindparam, func, or_, select, text, tuple_, update
 
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
+    CLOCK_MARGIN,
     Attempt,
     EventState,
     Move,
@@ -105,7 +106,7 @@ def _claimable(connection: Connection, most: int, now: int, resting: Collection[
     )
     query = (
         select(events)
-        .where(events.c.state == EventState.PENDING.value, events.c.due <= now, ~busy.exists())
+        .where(events.c.state == EventState.PENDING.value, or_(events.c.due <= now, _ran_back(now)), ~busy.exists())
         .order_by(events.c.id)
         .limit(most)
     )
@@ -117,6 +118,12 @@ def _claimable(connection: Connection, most: int, now: int, resting: Collection[
     for row in connection.execute(query).mappings():
         first.setdefault((row["account"], row["customer"], row["event_name"]), row)
     return list(first.values())
+
+
+def _ran_back(now: int) -> ColumnElement[bool]:
+    """Our clock has run back since an event's outcome became unknown. It must be looked at before the clock has caught
+    up with when it is due: by then, an old doubt would look young."""
+    return events.c.first_unknown_at >= now + CLOCK_MARGIN
 
 
 def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: int) -> Claimed | None:

@@ -1,0 +1,178 @@
+"""What was tried to break it, and what that cost: each test of a fault adds to one table.
+
+pytest prints the table when it ends, and the README shows it. After a change that is meant, write it anew:
+python tests/faults.py
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from conftest import assert_invariant
+
+from langchain_stripe_meter.core.states import EventState, ReadingState
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.sandbox import StripeSandbox
+
+TESTS = Path(__file__).parent
+README = TESTS.parent / "README.md"
+START, END = "<!-- faults: written by python tests/faults.py -->\n", "\n<!-- end of faults -->"
+HEAD = "| fault | times tried | lost | billed twice | needed a person |\n|---|---|---|---|---|"
+FOR_A_PERSON = (ReadingState.HELD, EventState.REJECTED, EventState.DOUBTFUL)
+PERHAPS_BILLED = (EventState.PENDING, EventState.SENDING, EventState.DOUBTFUL)
+
+
+@dataclass
+class Row:
+    """One fault: how often it was tried, and the amounts that it cost. ``varies``: not every machine tries it as
+    often, so that the README only says of how many at least."""
+
+    fault: str
+    tried: int = 0
+    lost: Decimal = Decimal(0)
+    billed_twice: Decimal = Decimal(0)
+    needed_a_person: Decimal = Decimal(0)
+    varies: bool = False
+
+    def line(self) -> str:
+        """The row as the README has it."""
+        tried = f"{at_least(self.tried)}+" if self.varies else str(self.tried)
+        person = self.needed_a_person
+        return f"| {self.fault} | {tried} | {self.lost} | {self.billed_twice} | {person} |"
+
+
+def at_least(count: int) -> int:
+    """``count`` rounded down to its first digit, which the next version of a library will hardly change."""
+    scale = int(10 ** (len(str(count)) - 1))
+    return count // scale * scale
+
+
+rows: dict[str, Row] = {}
+"""What this session has tried so far."""
+not_passed: set[str] = set()
+"""The tests of this session that were skipped or failed."""
+
+
+def tally(
+    fault: str,
+    *,
+    tried: int = 1,
+    lost: Decimal | int = 0,
+    billed_twice: Decimal | int = 0,
+    needed_a_person: Decimal | int = 0,
+    varies: bool = False,
+) -> None:
+    """Add to the table's row of ``fault``, which is a few words that a user understands.
+
+    ``varies``: how often it was tried depends on the machine, or on the versions of the libraries.
+    """
+    assert "|" not in fault
+    row = rows.setdefault(fault, Row(fault))
+    row.tried += tried
+    row.lost += lost
+    row.billed_twice += billed_twice
+    row.needed_a_person += needed_a_person
+    row.varies |= varies
+
+
+def settled(
+    ledger: Ledger,
+    sandbox: StripeSandbox,
+    *,
+    fault: str,
+    tried: int = 1,
+    acknowledged: Iterable[str] = (),
+    varies: bool = False,
+) -> None:
+    """Nothing is on its way any more: hold the ledger against Stripe, tally what the fault cost, and fail if it cost
+    anything.
+
+    ``acknowledged`` are the keys of readings whose recording returned. Lost is what was acknowledged and is not in the
+    ledger (1 each), or what the ledger calls delivered and Stripe does not bill; billed twice is what Stripe bills
+    beyond what it may have, or under one identifier again.
+    """
+    totals = views.totals(ledger)
+    lost = Decimal(len(set(acknowledged) - {row.identifier for row in views.every(ledger)}))
+    twice, person = _billed_again(sandbox), Decimal(0)
+    for (event_name, customer), amounts in totals.items():
+        billed = sandbox.billed(event_name, customer) if customer != "?" else Decimal(0)
+        delivered = amounts.get(EventState.DELIVERED, Decimal(0))
+        lost += max(delivered - billed, Decimal(0))
+        possible = delivered + sum(amounts.get(state, Decimal(0)) for state in PERHAPS_BILLED)
+        twice += max(billed - possible, Decimal(0))
+        person += sum(amounts.get(state, Decimal(0)) for state in FOR_A_PERSON)
+    twice += _billed_unrecorded(sandbox, totals)
+    tally(fault, tried=tried, lost=lost, billed_twice=twice, needed_a_person=person, varies=varies)
+    assert (lost, twice) == (0, 0)
+    assert_invariant(ledger, sandbox, settled=True)
+
+
+def deliver(ledger: Ledger, sandbox: StripeSandbox, *, url: str | None = None, concurrency: int = 4) -> None:
+    """Deliver all that is pending, moving the sandbox's clock on while a courier waits; the invariant holds at every
+    turn. The ledger goes by that clock."""
+    courier = Courier(ledger, Gateway(sandbox.api_key, api_base=url or sandbox.url), concurrency=concurrency)
+    while views.status(ledger).pending:
+        if not courier.turn() and not courier.in_flight:
+            sandbox.advance(seconds=5)
+        assert_invariant(ledger, sandbox)
+    courier.close(5)
+    courier.gateway.close()
+
+
+def _billed_again(sandbox: StripeSandbox) -> Decimal:
+    """What Stripe bills under an identifier beyond its first event."""
+    seen: Counter[str] = Counter()
+    again = Decimal(0)
+    for event in sandbox.events:
+        if event.billed:
+            again += event.value if seen[event.identifier] else 0
+            seen[event.identifier] += 1
+    return again
+
+
+def _billed_unrecorded(sandbox: StripeSandbox, totals: Iterable[tuple[str, str]]) -> Decimal:
+    """What Stripe bills to customers of whom the ledger knows nothing."""
+    known = set(totals)
+    payers = {event.event_name: sandbox.billed(event.event_name) for event in sandbox.events}
+    amounts = [amount for name, bills in payers.items() for who, amount in bills.items() if (name, who) not in known]
+    return sum(amounts, Decimal(0))
+
+
+def table() -> str:
+    """What this session has tried, as the README shows it."""
+    return "\n".join([HEAD, *(rows[fault].line() for fault in sorted(rows))])
+
+
+def readme_lines() -> dict[str, str]:
+    """The README's table: its lines by fault."""
+    text = README.read_text()
+    lines = text[text.index(START) + len(START) : text.index(END)].splitlines()
+    assert "\n".join(lines[:2]) == HEAD
+    return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
+
+
+def files() -> list[Path]:
+    """The test files that tally."""
+    mine = TESTS / "test_faults_table.py"
+    return sorted(path for path in TESTS.glob("test_*.py") if path != mine and "from faults import" in path.read_text())
+
+
+def write(text: str) -> None:
+    """Put the table into the README."""
+    whole = README.read_text()
+    start, end = whole.index(START) + len(START), whole.index(END)
+    README.write_text(whole[:start] + text + whole[end:])
+
+
+if __name__ == "__main__":
+    arguments = ["-q", "-p", "no:cacheprovider", "--write-faults", *map(str, files())]
+    sys.exit(subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=TESTS.parent, check=False).returncode)
