@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from auditing import Books
+from faults import tally
 from sqlalchemy import delete, update
 from typer.testing import CliRunner, Result
 
@@ -217,6 +218,7 @@ def test_usage_that_is_too_old_is_held_and_billed_under_a_new_time_when_a_person
     assert (set(books.states().values()), books.billed(), len(ids)) == ({"delivered"}, 2, 2)
     assert all(event.timestamp >= before for event in books.sandbox.events)
     assert books.told() == ["re-timed run-1", "re-timed run-2"]
+    tally("usage is older than 35 days", tried=2, needed_a_person=2)
 
 
 def test_a_new_time_can_be_chosen(books: Books) -> None:

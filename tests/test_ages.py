@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from auditing import Books
+from faults import settled
 from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -250,3 +251,4 @@ def test_usage_from_more_than_five_minutes_ahead_waits_until_stripe_takes_it_and
     status = views.status(books.ledger)
     assert (status.delivered, status.pending, status.ahead) == (2, 0, 0)
     assert all(event.billed for event in books.sandbox.events)
+    settled(books.ledger, books.sandbox, fault="usage is dated more than five minutes ahead")
