@@ -252,3 +252,12 @@ def test_usage_from_more_than_five_minutes_ahead_waits_until_stripe_takes_it_and
     assert (status.delivered, status.pending, status.ahead) == (2, 0, 0)
     assert all(event.billed for event in books.sandbox.events)
     settled(books.ledger, books.sandbox, fault="usage is dated more than five minutes ahead")
+
+
+def test_alarms_are_told_while_stripe_cannot_be_reached(books: Books) -> None:
+    books.record("run-1", at=books.ledger.now() - 8 * DAY)
+    books.sandbox.stop()
+    for _ in range(3):
+        books.do_chores()
+    assert [error.threshold for error in books.errors if isinstance(error, AgeAlarm)] == ["7 days"]
+    books.sandbox.start()
