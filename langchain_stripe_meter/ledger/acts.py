@@ -15,6 +15,7 @@ from sqlalchemy import Connection, exists, func, insert, select, update
 
 from langchain_stripe_meter.core.events import (
     MAX_NAME_LENGTH,
+    check_account,
     check_customer_id,
     check_event_name,
     check_timestamp,
@@ -208,7 +209,15 @@ def _named_move(table: Callable[[Any, Move], Any], state: Any, move: Move, name:
 
 
 def correct(
-    ledger: Ledger, customer: str, event_name: str, value: object, *, reason: str, id: str, at: int | None = None
+    ledger: Ledger,
+    customer: str,
+    event_name: str,
+    value: object,
+    *,
+    reason: str,
+    id: str,
+    at: int | None = None,
+    account: str = "",
 ) -> str:
     """Record a correction, a reading of its own, and the act; returns its identifier.
 
@@ -221,12 +230,13 @@ def correct(
         raise InvalidValueError("A correction by 0 changes nothing. Give the difference, such as -500.")
     now = ledger.now()
     entry = Entry(
-        key=derive_identifier(f"correction/{id}", check_event_name(event_name)),
+        key=derive_identifier(f"correction/{id}", check_event_name(event_name), account=check_account(account)),
         event_name=event_name,
         value=amount,
         at=now if at is None else check_timestamp(at, now),
         state=ReadingState.RESOLVED,
         customer=check_customer_id(customer),
+        account=account,
     )
     said = check_reason(reason)
     with ledger.deliver_lane().transaction() as connection:
