@@ -20,9 +20,10 @@ from conftest import wait_until
 from faults import tally
 from sqlalchemy import select
 
+from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
-from langchain_stripe_meter.ledger import outbox, sealing
+from langchain_stripe_meter.ledger import outbox, resolving, sealing
 from langchain_stripe_meter.ledger.outbox import events
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -329,6 +330,30 @@ def test_a_folder_that_may_not_be_written_is_an_error_in_a_sentence(path: Path, 
 
 
 # -- the plan
+
+
+def test_no_courier_reads_the_whole_table(ledger: Ledger) -> None:
+    somebody = resolving.Unknown("", Reference("email", "ann@example.com"))
+    asked: list[str] = []
+    with ledger.deliver_lane().transaction() as connection:
+        driver = connection.connection.driver_connection
+        assert driver is not None
+        driver.set_trace_callback(asked.append)
+        resolving.unresolved(connection, NOW)
+        resolving.resolve(connection, somebody, "cus_1", NOW)
+        resolving.hold(connection, somebody, "nobody", NOW)
+        resolving.hold_meter(connection, "", "ai_tokens", "inactive", NOW)
+        resolving.release_held(connection, NOW)
+        sealing.open_meters(connection)
+        sealing.seal(connection, NOW)
+        outbox.reap(connection, NOW)
+        outbox.claim(connection, 10, NOW)
+        outbox.next_due(connection)
+        driver.set_trace_callback(None)
+        plans = [row[3] for query in asked for row in driver.execute(f"EXPLAIN QUERY PLAN {query}")]
+    looked = [plan for plan in plans if "readings" in plan or "events" in plan]
+    assert len(looked) > 10
+    assert [plan for plan in looked if "INDEX" not in plan and "PRIMARY KEY" not in plan] == []
 
 
 def test_claiming_and_sealing_read_the_small_indexes_and_not_the_table(ledger: Ledger) -> None:

@@ -18,6 +18,9 @@ HELD_RETRY = (60, 300, 900, 3600)
 """Seconds between looks at a held reading whose customer, or whose meter, Stripe did not have."""
 OPEN_READINGS = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.RESOLVED.value])
 """As the partial index says it, so that it is used."""
+RECORDED = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
+RESOLVED = and_(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
+HELD = readings.c.state == ReadingState.HELD.value
 
 
 class Unknown(NamedTuple):
@@ -29,12 +32,9 @@ class Unknown(NamedTuple):
 
 def unresolved(connection: Connection, now: int) -> list[Unknown]:
     """Who must be looked up at Stripe now, oldest first."""
-    due_again = and_(
-        readings.c.state == ReadingState.HELD.value, readings.c.due <= now, readings.c.reference.is_not(None)
-    )
-    newly = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
+    due_again = and_(HELD, readings.c.due <= now, readings.c.reference.is_not(None))
     found: list[tuple[str, str]] = []
-    for condition in (newly, due_again):
+    for condition in (RECORDED, due_again):
         query = select(readings.c.account, readings.c.reference).where(condition)
         query = query.group_by(readings.c.account, readings.c.reference).order_by(func.min(readings.c.id))
         found += [(row.account, row.reference) for row in connection.execute(query.limit(RESOLVE_AT_MOST))]
@@ -53,7 +53,7 @@ def _reference(connection: Connection, told: str) -> Reference | None:
         return Reference(by, value)  # type: ignore[arg-type]
     except MeteringError:
         held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
-        waiting = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.HELD.value])
+        waiting = or_(RECORDED, HELD)
         statement = update(readings).where(readings.c.reference == told, waiting)
         connection.execute(statement.values(state=held, reason="the customer's name is malformed", due=None))
         return None
@@ -67,10 +67,13 @@ def resolve(connection: Connection, unknown: Unknown, customer: str, now: int | 
     at = int(time.time()) if now is None else now
     payers.remember(connection, unknown.account, _text(unknown.reference), customer, at)
     moved = 0
-    for state, move in ((ReadingState.RECORDED, Move.FOUND), (ReadingState.HELD, Move.ASSIGN)):
+    for waiting, state, move in (
+        (RECORDED, ReadingState.RECORDED, Move.FOUND),
+        (HELD, ReadingState.HELD, Move.ASSIGN),
+    ):
         statement = (
             update(readings)
-            .where(readings.c.state == state.value, _of(unknown))
+            .where(waiting, _of(unknown))
             .where(readings.c.value.is_not(None))
             .values(
                 state=next_reading_state(state, move).value, customer=customer, reference=None, reason=None, due=None
@@ -82,23 +85,18 @@ def resolve(connection: Connection, unknown: Unknown, customer: str, now: int | 
 
 def hold(connection: Connection, unknown: Unknown, reason: str, now: int) -> int:
     """Nobody, or several, at Stripe: hold the readings of ``unknown`` and look again later."""
-    waiting = or_(
-        readings.c.state == ReadingState.RECORDED.value,
-        and_(readings.c.state == ReadingState.HELD.value, readings.c.due <= now),
+    waiting = [(RECORDED, _of(unknown)), (HELD, readings.c.due <= now, _of(unknown))]  # apart: each has its own index
+    tries = [connection.execute(select(func.max(readings.c.tries)).where(*each)).scalar() for each in waiting]
+    changes = {
+        "state": next_reading_state(ReadingState.RECORDED, Move.NOT_FOUND).value,
+        "reason": reason,
+        "due": now + held_delay(max(each or 0 for each in tries)),
+        "tries": readings.c.tries + 1,
+    }
+    # The held ones first: those that become held now are not due again.
+    return sum(
+        connection.execute(update(readings).where(*each).values(**changes)).rowcount for each in reversed(waiting)
     )
-    tries = connection.execute(select(func.max(readings.c.tries)).where(waiting, _of(unknown))).scalar()
-    delay = held_delay(tries)
-    statement = (
-        update(readings)
-        .where(waiting, _of(unknown))
-        .values(
-            state=next_reading_state(ReadingState.RECORDED, Move.NOT_FOUND).value,
-            reason=reason,
-            due=now + delay,
-            tries=readings.c.tries + 1,
-        )
-    )
-    return connection.execute(statement).rowcount
 
 
 def held_delay(tries: int | None) -> int:
@@ -110,7 +108,7 @@ def hold_meter(connection: Connection, account: str, event_name: str, reason: st
     """A meter that cannot take events stops, and only it: its resolved readings wait."""
     statement = (
         update(readings)
-        .where(readings.c.state == ReadingState.RESOLVED.value)
+        .where(RESOLVED)
         .where(readings.c.account == account, readings.c.event_name == event_name)
         .values(
             state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value, reason=reason, due=now + HELD_RETRY[0]

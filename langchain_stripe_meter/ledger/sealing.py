@@ -15,7 +15,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, MAX_DIGITS, MeterEvent, number_text, significant_digits
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
-from langchain_stripe_meter.ledger.resolving import OPEN_READINGS, held_delay
+from langchain_stripe_meter.ledger.resolving import RESOLVED, held_delay
 from langchain_stripe_meter.ledger.schema import events, notes, readings
 
 SEAL_AT_MOST = 1000
@@ -31,7 +31,7 @@ Row = Mapping[Any, Any]
 def open_meters(connection: Connection) -> list[tuple[str, str]]:
     """Account and event name of the readings that could be sealed."""
     query = select(readings.c.account, readings.c.event_name)
-    query = query.where(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value).distinct()
+    query = query.where(RESOLVED).distinct()
     return [(row.account, row.event_name) for row in connection.execute(query)]
 
 
@@ -43,13 +43,7 @@ def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
     """
     _hold_stale(connection, now)
     latest = now + FUTURE_LIMIT if roll_up is None else now - now % roll_up - 1
-    query = (
-        select(readings)
-        .where(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
-        .where(readings.c.at <= latest)
-        .order_by(readings.c.id)
-        .limit(SEAL_AT_MOST)
-    )
+    query = select(readings).where(RESOLVED).where(readings.c.at <= latest).order_by(readings.c.id).limit(SEAL_AT_MOST)
     if connection.dialect.name == "postgresql":
         query = query.with_for_update(skip_locked=True)
     rows = connection.execute(query).mappings().all()
@@ -177,7 +171,7 @@ def unseal(connection: Connection, event_id: int, reason: str, now: int) -> None
 def _hold_stale(connection: Connection, now: int) -> None:
     statement = (
         update(readings)
-        .where(readings.c.state == ReadingState.RESOLVED.value, readings.c.at < now - STALE_AFTER)
+        .where(RESOLVED, readings.c.at < now - STALE_AFTER)
         .values(
             state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value,
             reason="older than 34 days: Stripe would refuse it; re-time it or write it off",
