@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from faults import TESTS, Row, roughly, files, not_passed, readme_lines, rows
+from faults import TESTS, Row, files, not_passed, readme_lines, roughly, rows
 
 
 def cells(line: str) -> list[str]:
