@@ -1,4 +1,4 @@
-"""Where a ledger is: its address, its file if it has one, its server if not."""
+"""Where a ledger is: its address, and its file if it has one."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
@@ -58,30 +57,4 @@ def prepare_file(path: Path) -> None:
         raise LedgerError(
             f"The ledger {path} cannot be opened for writing: {error.strerror}. "
             "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
-        ) from error
-
-
-def identity(path: Path) -> tuple[int, int]:
-    """What tells the file that is at ``path`` now apart from one that was there before; zeros where there is none."""
-    try:
-        found = path.stat()
-    except OSError:
-        return 0, 0
-    return found.st_dev, found.st_ino
-
-
-def postgres_engine(url: URL, patience: int) -> Engine:
-    """An engine for psycopg 3, which gives up after ``patience`` seconds unless the address says otherwise.
-
-    A server that is gone must not hold a run up for the minutes that TCP would wait.
-    """
-    if url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
-    options = {"connect_timeout": str(patience), "tcp_user_timeout": str(2000 * patience)}
-    options = {name: value for name, value in options.items() if name not in url.query}
-    try:
-        return create_engine(url.update_query_dict(options), pool_pre_ping=True)
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
         ) from error

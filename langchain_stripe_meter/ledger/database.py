@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
 
-from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.address import identity, parse_url, postgres_engine, prepare_file
+from langchain_stripe_meter.ledger.address import parse_url, prepare_file
 from langchain_stripe_meter.ledger.schema import HEAD
 
 BUSY_SECONDS = 5
@@ -32,6 +33,8 @@ BUSY_SECONDS = 5
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
 VERSION_TABLE = "stripe_meter_version"
+_POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
+"""A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
 
 
 class Lane:
@@ -164,8 +167,6 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class _Opened(NamedTuple):
     engine: Engine
     lanes: dict[str, Lane]
-    file: tuple[int, int] | None
-    """What tells a SQLite file apart from another one at the same place."""
 
 
 class Database:
@@ -173,7 +174,6 @@ class Database:
 
     def __init__(self, url: str, *, synchronous: str = "FULL") -> None:
         self.url = parse_url(url)
-        self._path = Path(str(self.url.database))
         self._synchronous = synchronous
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
@@ -215,27 +215,11 @@ class Database:
     @property
     def engine(self) -> Engine:
         """For reading. Opens the ledger, and brings its schema up to date, when first asked."""
-        return self._current().engine
+        return (self._opened or self._open()).engine
 
     def lane(self, name: str) -> Lane:
         """The connection for ``"record"`` or ``"deliver"``; the same one on SQLite."""
-        return self._current().lanes[name]
-
-    def _current(self) -> _Opened:
-        """What is open, as long as its file is still in its place: SQLite itself would go on with a deleted one."""
-        opened = self._opened or self._open()
-        if opened.file is None or opened.file == self._file():
-            return opened
-        if self._opened is opened:  # the next use opens what is there now
-            self._opened = None
-        opened.lanes["record"].drop()
-        raise LedgerError(
-            f"The ledger {self.url.database} was deleted or replaced while it was in use; what was recorded since the "
-            "last backup may be gone with it. From now on, the file that is there now is used, or a new one."
-        )
-
-    def _file(self) -> tuple[int, int] | None:
-        return identity(self._path) if self.is_sqlite else None
+        return (self._opened or self._open()).lanes[name]
 
     def _open(self) -> _Opened:
         with _opening.lock, clear_errors():
@@ -249,14 +233,13 @@ class Database:
                 lane.drop()
                 engine.dispose()
                 raise
-            lanes = {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)}
-            self._opened = _Opened(engine, lanes, self._file())
+            self._opened = _Opened(engine, {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)})
             return self._opened
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
-            return postgres_engine(self.url, BUSY_SECONDS)
-        prepare_file(self._path)
+            return _postgres_engine(self.url)
+        prepare_file(Path(str(self.url.database)))
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
         engine = create_engine(self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience})
         event.listen(engine, "connect", self._set_pragmas)
@@ -275,6 +258,20 @@ class Database:
                 for lane in opened.lanes.values():
                     lane.close()
                 opened.engine.dispose()
+
+
+def _postgres_engine(url: URL) -> Engine:
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    try:
+        return create_engine(
+            url.update_query_dict({name: value for name, value in _POSTGRES_PATIENCE.items() if name not in url.query}),
+            pool_pre_ping=True,
+        )
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
+        ) from error
 
 
 @contextmanager
