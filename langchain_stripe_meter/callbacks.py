@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -16,7 +17,15 @@ from langchain_core.outputs import LLMResult
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.observed import Observed, facts_of, observe, requested_model, surrounding_run, text_of
+from langchain_stripe_meter.observed import (
+    Observed,
+    facts_of,
+    observe,
+    requested_model,
+    surrounding_run,
+    surrounding_user,
+    text_of,
+)
 from langchain_stripe_meter.recording import Ending, Recorder, call_of
 
 _Decide = Callable[..., Sequence[Ending]]
@@ -40,11 +49,7 @@ class _DualEvent:
             return self
         decide = self._decide
         if asyncio._get_running_loop() is None:  # the public one raises, which costs more than all the rest here
-
-            def ended(*args: Any, **kwargs: Any) -> None:
-                handler._recorder.settle(decide, handler, *args, **kwargs)
-
-            return ended
+            return partial(handler._recorder.settle, decide, handler)
 
         async def aended(*args: Any, **kwargs: Any) -> None:
             await handler._recorder.asettle(decide, handler, *args, **kwargs)
@@ -126,12 +131,13 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _start_call(
         self, run_id: UUID, parent: UUID | None, prompt: Any, metadata: dict[str, Any] | None, kwargs: dict[str, Any]
     ) -> None:
-        facts = facts_of(metadata)
+        now = self._recorder.ledger.now()
+        facts = facts_of(metadata, now)
         params = kwargs.get("invocation_params") or {}
         kind = _Completion if kwargs.get("batch_size", 1) > 1 and isinstance(prompt, str) and params else Run
         run = kind(
             run_id,
-            self._recorder.ledger.now(),
+            now,
             is_call=True,
             facts=facts,
             model=requested_model(facts.metadata, params),
@@ -144,7 +150,10 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _start(self, run: Run, parent: UUID | None, params: Any = None) -> None:
         around = surrounding_run() if parent is None else None
         with self._lock:
-            if self._runs.start(run, parent, around) and isinstance(run, _Completion):
+            started = self._runs.start(run, parent, around)
+            if started and run.is_call and run.facts.auth_user is None:
+                run.inherit_user()
+            if started and isinstance(run, _Completion):
                 # One request has one object of parameters; the batch keeps it, so that its id stays its own.
                 run.batch = self._batches.setdefault(id(params), _Batch(params))
                 run.batch.facts.append(run.facts)
@@ -153,7 +162,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
-        self._start(Run(run_id, self._recorder.ledger.now()), parent_run_id)
+        self._start(Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id)
 
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start
@@ -206,32 +215,38 @@ class MeteringCallbacks(BaseCallbackHandler):
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
-            observed = _as_told(run, observed)
-            if answers and observed is not None and not (observed.partial and observed.is_empty):
-                self._runs.answered(run, call_of(run, observed))
+            call = None
+            if observed is not None:
+                observed = _as_told(run, observed)
+                empty = observed.is_empty
+                call = call_of(run, observed)
+                if answers and not (empty and observed.partial):
+                    self._runs.answered(run, call)
+                if empty:
+                    call = None
             if cut and run.top is run:
                 self._runs.cut(run, now)
-            lost = [_lost_ending(one) for one in self._runs.take_lost()]
-            for one in lost:
-                if answers and one.run.top is run and one.observed is not None:
-                    self._runs.answered(one.run, call_of(one.run, one.observed))
+            endings = self._take_lost() if self._runs.lost else []
+            for lost in endings:
+                if answers and lost.run.top is run and lost.call is not None:
+                    self._runs.answered(lost.run, lost.call)
             message = self._runs.take_message(run)
-        endings = lost
-        if message is not None or (observed is not None and not observed.is_empty):
-            endings.append(Ending(run, observed, message))
+        if message is not None or call is not None:
+            endings.append(Ending(run, observed, call, message))
         return endings
+
+    def _take_lost(self) -> list[Ending]:
+        return [_lost_ending(run) for run in self._runs.take_lost()]
 
     def _sweep(self) -> Sequence[Ending]:
         """Calls that ended without saying so, as far as that is known by now."""
         with self._lock:
             self._runs.sweep(self._recorder.ledger.now())
-            return [_lost_ending(run) for run in self._runs.take_lost()]
+            return self._take_lost()
 
 
-def _as_told(run: Run, observed: Observed | None) -> Observed | None:
+def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
-    if observed is None:
-        return None
     if observed.partial and observed.is_empty and run.received:  # a text completion's error may leave out what came
         return replace(observed, output=["".join(run.received)])
     batch = run.batch if isinstance(run, _Completion) else None
@@ -240,4 +255,5 @@ def _as_told(run: Run, observed: Observed | None) -> Observed | None:
 
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
-    return Ending(run, Observed(partial=True, output=["".join(run.received)]), None)
+    observed = Observed(partial=True, output=["".join(run.received)])
+    return Ending(run, observed, call_of(run, observed))

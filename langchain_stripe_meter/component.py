@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from langchain_stripe_meter.core.events import (
     MeterEvent,
+    check_account,
     check_customer_id,
     check_event_name,
     check_identifier,
@@ -67,11 +68,19 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
     without billing again (its response has ``"duplicate": True``). Without one, every call bills.
 
     ``stripe`` is an API key or a ``stripe.StripeClient``; by default ``$STRIPE_API_KEY``, read when it runs.
+    ``stripe_account`` (``acct_…``) bills on a connected account.
     """
 
-    def __init__(self, *, stripe: str | StripeClient | None = None, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        stripe: str | StripeClient | None = None,
+        stripe_account: str = "",
+        clock: Callable[[], float] | None = None,
+    ) -> None:
         self.name = "stripe_meter_event"
         self._stripe = stripe
+        self._account = check_account(stripe_account)
         self._clock = clock
         self._gateway: Gateway | None = None
 
@@ -117,6 +126,7 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
             value=checked["value"],
             identifier=uuid.uuid4().hex if identifier is None else _checked("identifier", check_identifier, identifier),
             timestamp=now if timestamp is None else _checked("timestamp", lambda t: check_timestamp(t, now), timestamp),
+            account=self._account,
         )
 
 

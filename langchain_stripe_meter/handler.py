@@ -7,21 +7,35 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_stripe_meter.callbacks import MeteringCallbacks
-from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
-from langchain_stripe_meter.core.meters import Call, Cost, Meter
+from langchain_stripe_meter.audit.ages import Ages
+from langchain_stripe_meter.audit.chores import chores
+from langchain_stripe_meter.core.customers import (
+    CustomerSource,
+    as_source,
+    first_of,
+    from_auth_user,
+    from_metadata,
+    lead_fields,
+    lead_region,
+)
+from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.meters import Call, Meter
+from langchain_stripe_meter.core.tenants import Tenant, TenantSource
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
+from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
+from langchain_stripe_meter.refusing import RefusingCallbacks
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -33,7 +47,7 @@ EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
+class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -50,12 +64,28 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: Called with a ``MeteringError`` when something could not be recorded or delivered; never raises
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
+        create_missing: Whether somebody whom Stripe does not know by e-mail, name or phone is made a customer, marked
+            with the metadata ``created_by: langchain_stripe_meter``, instead of being held.
+        on_unidentified: What becomes of a run that names nobody who pays: ``"skip"`` (it is recorded as skipped, and
+            ``skips()`` shows it), ``"raise"`` (it is refused with ``UnidentifiedError`` before the model is called;
+            with ``from_lead``, so is every run before its lead is captured), or the customer who pays for it, a
+            ``cus_…`` id or a source.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
+        stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
+        tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer
+            source where they differ. None skips the run. On an agent server only the authenticated user is trusted.
         roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
             with more than a few runs a second: Stripe takes their events one after the other.
+        webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
+        billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
+            that is undelivered when one closes.
+        prune_after_days: Delete what is final and older than so many days (36 at least) while delivering, as
+            ``prune`` does; by default everything is kept.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
+        ForeignLedgerError: The key is for test mode and the ledger for live mode, or the reverse. (Where the ledger
+            cannot be looked at yet, this is told when it is first used, and nothing is recorded.)
 
     Attach one instance anywhere and as often as you like: on a call, a model, a chain, or with ``stripe_meter``.
     """
@@ -72,27 +102,49 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        create_missing: bool = False,
+        on_unidentified: Literal["skip", "raise"] | CustomerSource | str = "skip",
         roll_up: int | None = None,
+        stripe_account: str | None = None,
+        tenant: TenantSource | None = None,
+        webhook_secret: str | None = None,
+        billing_day: int = 1,
+        prune_after_days: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
-        self.meters = _check_meters(meters)
-        self.customer = _default_customer() if customer is None else as_source(customer)
+        self.meters = checked_meters(meters)
+        self._refuses = on_unidentified == "raise"
+        self.customer = _with_default(_default_customer() if customer is None else as_source(customer), on_unidentified)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
         if roll_up is not None and not 1 <= roll_up <= MAX_ROLL_UP:
             raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
+        if stripe_account is not None and tenant is not None:
+            raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
+        self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
-        if deliver:
+        if deliver or stripe is not None:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            self._courier = Courier(self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up)
-        self.leads = Leads(self._ledger)
+            self._ledger.pin(is_test=gateway.is_test)
+        if deliver:
+            todo = chores(
+                self._ledger, gateway, on_error=on_error, billing_day=billing_day, prune_after_days=prune_after_days
+            )
+            self._courier = Courier(
+                self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
+                create_missing=create_missing, chores=todo,
+            )  # fmt: skip
+        self.leads = Leads(
+            self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
+        )
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
-            on_missing_usage, bill_cache_hits, on_error,
+            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(check_account(stripe_account or "")),
         )  # fmt: skip
         super().__init__(recorder)
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -124,13 +176,16 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         """
         call = Call(None, model, provider)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, metadata=metadata, at=at)
-        if entries:
-            self._ledger.record(entries)
-        self._recorder.recorded(entries)
+        self._recorder.recorded(self.leads.record(entries) if entries else [])
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""
         await asyncio.to_thread(self.record_usage, usage, id=id, **options)
+
+    def _claimed(self) -> None:
+        """What had been skipped shall be billed after all."""
+        if self._courier is not None:
+            self._courier.wake()
 
     # -- seeing it
 
@@ -182,6 +237,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             open_runs=open_runs,
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
+            alarms=self._ages.standing(),
         )
 
     def close(self, timeout: float = 10.0) -> views.FlushReport:
@@ -201,6 +257,24 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
                     self._courier.close(deadline - time.monotonic())
             return self._report()
 
+    @asynccontextmanager
+    async def lifespan(self, app: object = None, *, timeout: float = 10.0) -> AsyncIterator[None]:
+        """The ``lifespan=`` of a Starlette or FastAPI application, and of an agent server's ``"http": {"app": …}``.
+
+        SIGTERM ends a server without the interpreter's exit hooks: this delivers what is pending when it shuts down,
+        at most ``timeout`` seconds, without blocking the loop; and what an earlier process left, when it starts. An
+        application with a lifespan of its own writes ``async with meter.lifespan(app):`` around its ``yield``.
+        """
+        if self._courier is not None:
+            self._courier.reopen()
+        try:
+            yield
+        finally:
+            try:
+                await asyncio.to_thread(self.close, timeout)
+            except MeteringError as error:  # the others must shut down too, and the ledger keeps what is pending
+                logger.error("stripe-meter: closing failed: %s", error)
+
     def __enter__(self) -> StripeMeterCallbackHandler:
         return self
 
@@ -211,29 +285,13 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             logger.error("stripe-meter: closing failed: %s", error)
 
 
-def _check_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
-    if not meters:
-        raise ConfigurationError("StripeMeterCallbackHandler needs at least one meter, such as Tokens('ai_tokens').")
-    for meter in meters:
-        if not isinstance(meter, Meter):
-            raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.")
-    names = [meter.event_name for meter in meters]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise ConfigurationError(f"Two meters have the event name {twice!r}; each needs its own, or one would be lost.")
-    return tuple(_priced(meter) for meter in meters)
-
-
-def _priced(meter: Meter) -> Meter:
-    if not isinstance(meter, Cost) or meter.pricer is not None:
-        return meter
-    from langchain_stripe_meter.prices import genai_price, is_installed
-
-    if not is_installed():
-        if meter.prices:
-            return meter
-        raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
-    return replace(meter, pricer=genai_price)
+def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> CustomerSource:
+    """``customer``, and where it names nobody, the default customer if there is one."""
+    if isinstance(otherwise, str) and otherwise in ("skip", "raise"):
+        return customer
+    if isinstance(otherwise, str) and not otherwise.startswith("cus_"):
+        raise ConfigurationError(f"on_unidentified={otherwise!r}: use 'skip', 'raise', a 'cus_…' id or a source.")
+    return first_of(customer, otherwise)
 
 
 def _default_customer() -> CustomerSource:

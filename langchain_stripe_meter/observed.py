@@ -5,9 +5,10 @@ Everything here is about LangChain's shapes, and nothing about Stripe's.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import field
+from typing import Any, Self
 
 from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, Generation, LLMResult
@@ -16,11 +17,31 @@ from langchain_core.runnables.config import var_child_runnable_config
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import merged
 from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import UsageError
 
 _AUTH_USER = "langgraph_auth_user"
-_SERVER_KEYS = ("langgraph_auth_user_id", "langgraph_request_id", _AUTH_USER)
+_SERVER_KEYS = frozenset(("langgraph_auth_user_id", "langgraph_request_id", _AUTH_USER))
 _RUNTIME = "__pregel_runtime"
+CLIENT_RUN = "__stripe_meter_client"
+"""Where a run's metadata and configurable say that a client sent its config. (LangGraph keeps keys that begin so out of
+checkpoints, and LangServe out of what it tells clients.)"""
+
+
+class ClientRun(str):
+    """What an application says of a run whose config a client sent: the user whom it authenticated, and the session.
+
+    No client can say it: JSON makes plain text, never this class. As text it holds nothing, so that traces and events,
+    which write metadata out, show nobody.
+    """
+
+    user: Any
+    session: str | None
+
+    def __new__(cls, user: Any = None, session: str | None = None) -> Self:
+        made = super().__new__(cls, "client")
+        made.user, made.session = user, session
+        return made
 
 
 def surrounding_run() -> Any:
@@ -33,27 +54,45 @@ def surrounding_run() -> Any:
     return getattr(config.get("callbacks"), "parent_run_id", None) if config else None
 
 
-def facts_of(metadata: Mapping[str, Any] | None) -> Facts:
-    """Who could pay for the run that is starting, as far as LangChain and LangGraph know."""
-    config = var_child_runnable_config.get()
-    if not config:
-        return Facts(metadata or {}, on_server=_on_server(metadata, {}))
+def facts_of(own: Mapping[str, Any] | None, now: int) -> Facts:
+    """Who could pay for the run with metadata ``own`` that starts ``now``, as far as LangChain and LangGraph know."""
+    config = var_child_runnable_config.get() or {}
+    metadata = merged(config.get("metadata"), own)
     configurable = config.get("configurable") or {}
-    runtime = configurable.get(_RUNTIME)
+    marks = [place[CLIENT_RUN] for place in (metadata, configurable) if CLIENT_RUN in place]
+    said = next((mark for mark in marks if isinstance(mark, ClientRun)), None)
     return Facts(
-        metadata=merged(config.get("metadata"), metadata),
-        auth_user=configurable.get(_AUTH_USER),
-        context=getattr(runtime, "context", None),
-        on_server=_on_server(metadata, configurable),
+        metadata=metadata if said is None else {**metadata, "thread_id": said.session},
+        auth_user=_authenticated(configurable.get(_AUTH_USER)) if said is None else said.user or {},
+        context=getattr(configurable.get(_RUNTIME), "context", None),
+        on_server=bool(marks) or _on_server(metadata, configurable),
+        configurable={key: value for key, value in configurable.items() if isinstance(value, str)},
+        now=now,
     )
 
 
-def _on_server(metadata: Mapping[str, Any] | None, configurable: Mapping[str, Any]) -> bool:
+def surrounding_user() -> Any:
+    """The user whom the agent server authenticated, as a step that starts here finds them around it, or None."""
+    config = var_child_runnable_config.get()
+    configurable = config.get("configurable") if config else None
+    return _authenticated(configurable.get(_AUTH_USER)) if configurable else None
+
+
+def _on_server(metadata: Mapping[str, Any], configurable: Mapping[str, Any]) -> bool:
     """Whether an agent server runs this: it marks every run, even one without authentication."""
-    return "langgraph_api_version" in (metadata or ()) or any(key in configurable for key in _SERVER_KEYS)
+    return "langgraph_api_version" in metadata or not _SERVER_KEYS.isdisjoint(configurable)
 
 
-@dataclass(frozen=True, slots=True)
+def _authenticated(user: Any) -> Any:
+    """The user in the configurable, if the agent server put it there.
+
+    The agent server puts an object there; what a client can put there through other servers is JSON, and so a dict.
+    (Agent servers before 0.4 could put a dict there: it is believed where the agent server is what runs this process.)
+    """
+    return None if isinstance(user, dict) and "langgraph_api" not in sys.modules else user
+
+
+@valueclass
 class Observed:
     """What the end of a model call says. ``usage`` is None where nothing was reported, ``doubt`` where the report
     contradicts itself; ``output`` is what came back; ``partial`` marks a call that broke off, so that its report may
@@ -79,11 +118,10 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
 
     With n > 1 every generation repeats the usage of the whole call, so the first one counts.
     """
-    generations = [generation for prompt in (response.generations if response else []) for generation in prompt]
-    if response is None or not generations:
+    output = [_output(generation) for prompt in (response.generations if response else ()) for generation in prompt]
+    if response is None or not output:
         return Observed(partial=partial)
-    output = [_output(generation) for generation in generations]
-    first = output[0] if isinstance(output[0], BaseMessage) else None
+    first = None if isinstance(output[0], str) else output[0]
     report = getattr(first, "usage_metadata", None)
     cached = "total_cost" in (report or {})  # LangChain's mark of an answer from its own cache
     model = _model(response, first)

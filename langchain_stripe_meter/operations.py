@@ -6,13 +6,21 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.core.states import Move
+from langchain_stripe_meter.errors import ConfigurationError, StripeError
+from langchain_stripe_meter.ledger import acts as decisions
+from langchain_stripe_meter.ledger import doubts, views
+from langchain_stripe_meter.ledger.doubts import DoubtfulList
+from langchain_stripe_meter.ledger.forget import Forgotten, forget
+from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
-    from langchain_stripe_meter.delivery.courier import Courier
+    from langchain_stripe_meter.audit.webhooks import Webhooks
+    from langchain_stripe_meter.delivery.courier import Courier, OnError
+    from langchain_stripe_meter.gateway.client import Gateway
+    from langchain_stripe_meter.ledger.keeping import Pruned
 
 
 class Operations:
@@ -20,15 +28,48 @@ class Operations:
 
     _ledger: Ledger
     _courier: Courier | None
+    _webhook_secret: str | None
+    _on_error: OnError | None
 
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
         return views.held(self._ledger)
 
+    def skips(self, since: datetime | int = 0) -> SkipList:
+        """What went unbilled for want of somebody to bill: per day (UTC), meter and reason, how often and how much.
+
+        ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
+        """
+        return skips(self._ledger, _seconds(since, "since"))
+
+    def forget(
+        self,
+        *,
+        email: str | None = None,
+        phone: str | None = None,
+        name: str | None = None,
+        session: str | None = None,
+        customer: str | None = None,
+    ) -> Forgotten:
+        """Erase a person from the ledger and its files: leads, names on waiting usage, and what points to them.
+
+        Amounts are kept: usage that waited for the person is held without a name. Look at the report's ``complete``:
+        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again.
+        """
+        return forget(self._ledger, email=email, phone=phone, name=name, session=session, customer=customer)
+
     def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
         moved = views.assign(self._ledger, held.ids if isinstance(held, views.Held) else held, customer, value)
         return self._moved(moved)
+
+    def doubtful(self) -> DoubtfulList:
+        """Events that Stripe may have or not, and why they could not be settled by comparing with its sums (yet)."""
+        return doubts.doubtful(self._ledger)
+
+    def settle_doubt(self, identifiers: Sequence[str], *, delivered: bool) -> int:
+        """A person has looked: Stripe has these doubtful events, or they are sent again. Returns how many moved."""
+        return self._moved(doubts.settle_doubt(self._ledger, identifiers, delivered=delivered))
 
     def retry(self) -> int:
         """Try held and rejected things again, now. Returns how many."""
@@ -40,17 +81,107 @@ class Operations:
         ``since`` is a datetime with a time zone or Unix seconds. Raises ``StripeError`` where Stripe does not answer,
         ``ConfigurationError`` for a handler that only records.
         """
-        if self._courier is None:
-            raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
-        if isinstance(since, datetime):
-            if since.tzinfo is None:
-                raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-            since = int(since.timestamp())
+        gateway = self._gateway("verify()")
         from langchain_stripe_meter.audit.verify import verify
 
-        return verify(self._ledger, self._courier.gateway, since)
+        return verify(self._ledger, gateway, _seconds(since, "since"))
+
+    def acts(self, most: int = 1000) -> decisions.ActList:
+        """The newest decisions of persons and webhooks, oldest first: cancelled, corrected, re-timed, written off,
+        rejected later."""
+        return decisions.every_act(self._ledger, most)
+
+    def cancel(self, identifier: str) -> None:
+        """Take back what was delivered within the last 24 hours; ``identifier`` is that of its reading or its event.
+
+        Cancelling again is safe: where an earlier wish was carried out, this says so by returning. Raises
+        ``IllegalMoveError`` for what is too old or was not delivered, ``ConfigurationError`` for what the ledger does
+        not have, ``StripeError`` where Stripe refuses or nobody knows what it did.
+        """
+        cancel(self._ledger, self._gateway("cancel()"), identifier)
+
+    def correct(
+        self, customer: str, event_name: str, value: object, *, reason: str, id: str, at: int | None = None
+    ) -> str:
+        """Correct a customer's total by ``value``, usually negative, in the meter's own unit; returns the identifier.
+
+        It is a reading of its own, delivered like any other; the same ``id`` again changes nothing. ``at`` is the time
+        that it counts for (Unix seconds, default now): Stripe changes no invoice that is final. ``reason`` is kept and
+        shown, and must name nobody.
+        """
+        identifier = decisions.correct(self._ledger, customer, event_name, value, reason=reason, id=id, at=at)
+        self._moved(1)
+        return identifier
+
+    def retime(self, held: views.Held | Sequence[int], at: datetime | int | None = None) -> int:
+        """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).
+
+        All of it or, with an error that names what cannot be, nothing. Returns how many readings moved.
+        """
+        return self._moved(decisions.retime(self._ledger, held, None if at is None else _seconds(at, "at")))
+
+    def write_off(self, what: views.Held | str | Sequence[int | str], *, reason: str) -> int:
+        """Decide not to bill: held readings (``Held``, ids, identifiers), rejected or doubtful events (identifiers).
+
+        All of it or, with an error that names what cannot be, nothing. Returns how many. ``reason`` is kept and shown,
+        and must name nobody.
+        """
+        return decisions.write_off(self._ledger, what, reason=reason)
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Stripe's webhooks: ``handle(raw_body, signature)``, and ``route(path)`` for Starlette or FastAPI."""
+        from langchain_stripe_meter.audit.webhooks import Webhooks
+
+        gateway = self._gateway("webhooks")
+        wake = self._courier.wake if self._courier is not None else None
+        return Webhooks(self._ledger, gateway, self._webhook_secret, on_error=self._on_error, wake=wake)
+
+    def _gateway(self, asking: str) -> Gateway:
+        if self._courier is None:
+            raise ConfigurationError(f"{asking} asks Stripe, but this handler was made with deliver=False.")
+        return self._courier.gateway
+
+    def prune(self, older_than_days: int = 40) -> Pruned:
+        """Delete what is final (delivered, skipped, written off) and older than so many days, 36 at least.
+
+        Its sums are kept per customer, meter and day, so totals and ``verify`` stay right. A run or job that is
+        recorded again after its row was pruned is recorded as new.
+        """
+        from langchain_stripe_meter.ledger.keeping import prune
+
+        return prune(self._ledger, older_than_days)
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:
             self._courier.wake()
         return count
+
+
+def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
+    """As ``Operations.cancel``, for who has a ledger and a gateway."""
+    from langchain_stripe_meter.gateway.audit import cancel as ask
+
+    event = decisions.ask_to_cancel(ledger, identifier)
+    if event is None:
+        return
+    outcome = ask(gateway, event.event_name, event.identifier, event.account)
+    if outcome.move is Move.ACCEPTED:
+        decisions.settle_cancel(ledger, event, None)
+    elif outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW):
+        raise StripeError(
+            f"Whether the meter event {event.identifier} is cancelled is unknown ({outcome.message}). Cancel it again: "
+            "that is safe."
+        )
+    else:
+        if outcome.move is Move.REFUSED:
+            decisions.settle_cancel(ledger, event, outcome.message)
+        raise StripeError(f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}")
+
+
+def _seconds(moment: datetime | int, name: str) -> int:
+    if not isinstance(moment, datetime):
+        return moment
+    if moment.tzinfo is None:
+        raise ConfigurationError(f"{name}={moment!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
+    return int(moment.timestamp())

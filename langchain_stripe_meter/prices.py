@@ -1,11 +1,14 @@
-"""Prices from genai-prices (extra ``[prices]``), as ``Decimal``."""
+"""Meters made ready to count: prices from genai-prices (extra ``[prices]``), as ``Decimal``."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import Decimal
 from importlib.util import find_spec
 
+from langchain_stripe_meter.core.meters import Cost, Meter
 from langchain_stripe_meter.core.usage import Usage
+from langchain_stripe_meter.errors import ConfigurationError
 
 
 def is_installed() -> bool:
@@ -34,3 +37,27 @@ def genai_price(usage: Usage, model: str, provider: str | None) -> Decimal:
 
 _PROVIDERS = {"azure_openai": "azure", "google_genai": "google", "google_vertexai": "google", "amazon_bedrock": "aws"}
 """LangChain's names for providers, where genai-prices has others."""
+
+
+def checked_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
+    """What a handler can count: at least one meter, each with a name of its own, and prices where they are needed."""
+    if not meters:
+        raise ConfigurationError("A handler needs at least one meter, such as Tokens('ai_tokens').")
+    for meter in meters:
+        if not isinstance(meter, Meter):
+            raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.")
+    names = [meter.event_name for meter in meters]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise ConfigurationError(f"Two meters have the event name {twice!r}; each needs its own, or one would be lost.")
+    return tuple(_priced(meter) for meter in meters)
+
+
+def _priced(meter: Meter) -> Meter:
+    if not isinstance(meter, Cost) or meter.pricer is not None:
+        return meter
+    if not is_installed():
+        if meter.prices:
+            return meter
+        raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
+    return replace(meter, pricer=genai_price)

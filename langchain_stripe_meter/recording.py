@@ -10,33 +10,59 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source, needs_lookup
+from langchain_stripe_meter.core.customers import (
+    CustomerSource,
+    Facts,
+    Reference,
+    Skip,
+    as_source,
+    lead_session,
+    needs_lookup,
+)
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.tenants import Tenant, TenantSource
 from langchain_stripe_meter.core.usage import completed, usage_from_metadata
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
+from langchain_stripe_meter.prices import checked_meters
 
 logger = logging.getLogger("langchain_stripe_meter")
 
 OnMissingUsage = Literal["estimate", "hold", "ignore"]
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Ending:
-    """What ended: a model call (``run`` and ``observed``), a message (its answer and who pays), or both."""
+    """What ended: a model call that consumed something (``observed``, and the ``call`` that it was), a message (its
+    answer and who pays), or both."""
 
     run: Run
-    observed: Observed | None
-    message: tuple[Call, Facts] | None
+    observed: Observed | None = None
+    call: Call | None = None
+    message: tuple[Call, Facts] | None = None
+
+
+@valueclass
+class Use:
+    """What a run, named by ``key``, used: a ``call``, or (``per`` "message") the call that answered a message."""
+
+    key: str
+    at: int
+    facts: Facts
+    per: str
+    call: Call
 
 
 @dataclass(eq=False)
@@ -51,16 +77,14 @@ class Recorder:
     on_missing_usage: OnMissingUsage
     bill_cache_hits: bool
     on_error: OnError | None
+    tenant: Tenant | TenantSource
     skipped: int = 0
     unrecorded: int = 0
     _lock: threading.Lock = field(init=False)
-    _needs_lookup: bool = field(init=False)
-    _per: dict[str, list[Meter]] = field(init=False)
+    needs_lookup: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._needs_lookup = needs_lookup(self.customer)
-        self._per = {per: [meter for meter in self.meters if meter.per == per] for per in ("call", "message")}
-
+        self.needs_lookup = needs_lookup(self.customer) or not isinstance(self.tenant, Tenant)
         self.after_fork()
         renew_after_fork(self)
 
@@ -70,11 +94,11 @@ class Recorder:
 
     def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
         """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises."""
-        entries: list[Entry] = []
+        entries: Sequence[Entry] = []
         try:
             entries = self._entries(decide(*args, **kwargs))
             if entries:
-                self.ledger.record(entries)
+                entries = self.leads.record(entries)
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
             self._failed(error, entries)
         else:
@@ -102,14 +126,17 @@ class Recorder:
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        if self._needs_lookup:
+        if self.needs_lookup:
             return True
         observed = [ending.observed for ending in endings if ending.observed is not None]
         return self.on_missing_usage == "estimate" and not all(_is_known(one) for one in observed)
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
-        skipped = sum(entry.state is ReadingState.SKIPPED for entry in entries)
+        skipped = 0
+        for entry in entries:
+            if entry.state is ReadingState.SKIPPED:
+                skipped += 1
         if skipped:
             with self._lock:
                 self.skipped += skipped
@@ -124,11 +151,14 @@ class Recorder:
             logger.error("stripe-meter: a run could not be recorded: %s", error)
         else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
-            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, _place(error))
+            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, place_of(error))
+        self._tell(known)
+
+    def _tell(self, error: MeteringError) -> None:
         if self.on_error is None:
             return
         try:
-            self.on_error(known)
+            self.on_error(error)
         except Exception as own:  # noqa: BLE001 - nor over its owner's callback
             logger.error("stripe-meter: on_error itself failed: %s", type(own).__name__)  # noqa: TRY400
 
@@ -139,14 +169,14 @@ class Recorder:
         return entries
 
     def _add(self, ending: Ending, entries: list[Entry]) -> None:
-        run, observed = ending.run, ending.observed
-        if observed is not None and not observed.is_empty and (self.bill_cache_hits or not observed.cached):
-            call = self._complete(call_of(run, observed), run, observed)
+        run, observed, call = ending.run, ending.observed, ending.call
+        if observed is not None and call is not None and (self.bill_cache_hits or not observed.cached):
+            call = self._complete(call, run, observed)
             if call is not None:
-                entries += self._of_run(run, run.facts, self._readings("call", call))
+                entries += self._of_run(run, run.facts, "call", call)
         if ending.message is not None:
             call, facts = ending.message
-            entries += self._of_run(run.top, facts, self._readings("message", call))
+            entries += self._of_run(run.top, facts, "message", call)
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""
@@ -161,21 +191,59 @@ class Recorder:
         estimated = estimate_usage(run.prompt, run.tools, observed.output, call.model)
         return replace(call, usage=completed(observed.usage, estimated))
 
-    def _readings(self, per: str, call: Call) -> list[Reading]:
+    @staticmethod
+    def _readings(meters: Sequence[Meter], use: Use) -> list[Reading]:
         readings: list[Reading] = []
-        for meter in self._per[per]:
+        for meter in meters:
+            if meter.per != use.per:
+                continue
             try:
-                readings += meter.readings(call)
+                readings += meter.readings(use.call)
             except InvalidValueError as error:  # Stripe would refuse it: a person must look, the other meters go on
                 readings.append(Reading(meter.event_name, None, doubt=str(error)))
         return readings
 
-    def _of_run(self, run: Run, facts: Facts, readings: Sequence[Reading]) -> list[Entry]:
+    def _of_run(self, run: Run, facts: Facts, per: str, call: Call) -> list[Entry]:
+        key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
+        return self._of_use(Use(key, run.ended or run.started, facts, per, call))
+
+    def _of_use(self, use: Use, source: CustomerSource | None = None) -> list[Entry]:
+        """Entries for what was used; ``source`` says who pays for this one alone."""
+        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(use.facts)
+        if isinstance(tenant, Skip):
+            return [make_entry(use, tenant, reading) for reading in self._readings(self.meters, use)]
+        meters = self.meters if tenant.meters is None else checked_meters(tenant.meters)
+        readings = self._readings(meters, use)
         if not readings:
             return []
-        who = self.customer.identify(replace(facts, lead=self.leads.find) if self._needs_lookup else facts)
-        key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
-        return [make_entry(key, who, reading, run.ended or run.started) for reading in readings]
+        payer, facts, session = source or tenant.customer or self.customer, use.facts, None
+        if self.needs_lookup or source is not None:
+            facts = self._with_leads(facts, tenant.account, payer)
+        who = payer.identify(facts)
+        if self.needs_lookup and source is None and isinstance(who, Skip):
+            session = lead_session(payer, facts)
+        return [make_entry(use, who, reading, session=session, account=tenant.account) for reading in readings]
+
+    def _with_leads(self, facts: Facts, account: str, payer: CustomerSource) -> Facts:
+        return replace(facts, lead=partial(self.leads.find, account=account)) if needs_lookup(payer) else facts
+
+    def _tenant(self, facts: Facts) -> Tenant | Skip:
+        """Whose business a run is, by the application's own function; what it fails over is billed to nobody."""
+        assert not isinstance(self.tenant, Tenant)  # noqa: S101 - the caller has looked
+        try:
+            tenant = self.tenant(facts.trusted())
+        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
+            self._tell(ConfigurationError(f"tenant= failed with {type(error).__name__}; the run is billed to nobody."))
+            return Skip(f"tenant= failed: {type(error).__name__}")
+        return Skip("no tenant") if tenant is None else tenant
+
+    def payer(self, facts: Facts) -> Reference | Skip:
+        """Who pays for a run, or why nobody does; it may ask the ledger for a lead."""
+        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
+        if isinstance(tenant, Skip):
+            return tenant
+        payer = tenant.customer or self.customer
+        return payer.identify(self._with_leads(facts, tenant.account, payer))
 
     def usage_entries(
         self,
@@ -198,11 +266,9 @@ class Recorder:
             )
         now = self.ledger.now()
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
-        readings = self._readings("call", replace(call, usage=counted))
-        source = self.customer if customer is None else as_source(customer)
-        who = source.identify(Facts(metadata or {}, lead=self.leads.find))
         when = now if at is None else check_timestamp(at, now)
-        return [make_entry(id, who, reading, when) for reading in readings]
+        use = Use(id, when, Facts(metadata or {}, now=now), "call", replace(call, usage=counted))
+        return self._of_use(use, None if customer is None else as_source(customer))
 
 
 def _is_known(observed: Observed) -> bool:
@@ -211,14 +277,7 @@ def _is_known(observed: Observed) -> bool:
     if observed.doubt is not None:
         return True
     # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
-    return usage is not None and usage.complete and usage.input != 0 and not observed.partial
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+    return usage is not None and bool(usage.input) and usage.output is not None and not observed.partial
 
 
 def call_of(run: Run, observed: Observed) -> Call:
@@ -226,27 +285,30 @@ def call_of(run: Run, observed: Observed) -> Call:
     return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
 
 
-def make_entry(key: str, who: Reference | Skip, reading: Reading, at: int) -> Entry:
-    """One reading of a run, with what is known of who pays."""
-    named = who if isinstance(who, Reference) else None
-    by_id = named is not None and named.by == "id"
+def make_entry(
+    use: Use, who: Reference | Skip, reading: Reading, *, session: str | None = None, account: str = ""
+) -> Entry:
+    """One reading of a run, with what is known of who pays; ``session`` is where a lead may still be captured."""
+    customer, reference, reason = None, None, reading.doubt
+    if isinstance(who, Skip):
+        state, reason = ReadingState.SKIPPED, who.reason
+    elif who.by == "id":
+        state, customer = ReadingState.RESOLVED, who.value
+    else:
+        state, reference = ReadingState.RECORDED, who
+    if reading.value is None and state is not ReadingState.SKIPPED:
+        state = ReadingState.HELD
     return Entry(
-        key=derive_identifier(key, reading.event_name, reading.dimensions),
+        key=derive_identifier(use.key, reading.event_name, reading.dimensions, account),
         event_name=reading.event_name,
         value=reading.value,
-        at=at,
-        state=_state(who, reading),
-        customer=named.value if named and by_id else None,
-        reference=None if by_id else named,
+        at=use.at,
+        state=state,
+        customer=customer,
+        reference=reference,
         dimensions=reading.dimensions,
         estimated=reading.estimated,
-        reason=who.reason if isinstance(who, Skip) else reading.doubt,
+        reason=reason,
+        account=account,
+        session=session,
     )
-
-
-def _state(who: Reference | Skip, reading: Reading) -> ReadingState:
-    if isinstance(who, Skip):
-        return ReadingState.SKIPPED
-    if reading.value is None:
-        return ReadingState.HELD
-    return ReadingState.RESOLVED if who.by == "id" else ReadingState.RECORDED

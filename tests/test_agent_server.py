@@ -1,180 +1,232 @@
-"""A real agent server: the user whom it authenticated pays, whatever the client says."""
+"""A real agent server: the user whom it authenticated pays, whatever the client says and wherever it says it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from agent_serving import (
+    BY_CONFIG,
+    BY_CONTEXT,
+    CLAIMS,
+    FORGERIES,
+    HELLO,
+    METADATA,
+    SECRET,
+    WAIT,
+    Bills,
+    chat,
+    client,
+    install,
+    owed,
+)  # fmt: skip
+from conftest import wait_until
+from serving import KEYS, Server, agent_server
 
+from langchain_stripe_meter.agents import sign_customer
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
 
-EXAMPLE = Path(__file__).parent.parent / "notebooks" / "agent_server"
-LANGGRAPH = Path(sys.executable).with_name("langgraph")
-PATIENCE = 30.0
-SLOW = """
-import asyncio
-from langchain_core.language_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage
-from langgraph.graph import START, MessagesState, StateGraph
-from metering import meter
-
-class Slow(GenericFakeChatModel):
-    async def _astream(self, messages, stop=None, run_manager=None, **kwargs):
-        async for chunk in super()._astream(messages, stop, run_manager, **kwargs):
-            yield chunk
-        await asyncio.sleep(3600)
-
-async def answer(state):
-    model = Slow(messages=iter([AIMessage("one two three")]))
-    return {"messages": [await model.ainvoke(state["messages"])]}
-
-builder = StateGraph(MessagesState)
-builder.add_node("answer", answer)
-builder.add_edge(START, "answer")
-graph = builder.compile().with_config(callbacks=[meter])
-"""
-"""A model that says three words and then goes on for ever."""
-
-pytest.importorskip("langgraph_api", reason="langgraph-cli[inmem] is not installed")
-langgraph_sdk = pytest.importorskip("langgraph_sdk")
-
-
-def wait_until(condition: Any, what: str, patience: float = PATIENCE) -> None:
-    deadline = time.monotonic() + patience
-    while not condition():
-        assert time.monotonic() < deadline, f"waited {patience} s for {what}"
-        time.sleep(0.1)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/ok") as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, ConnectionError):
-        return False
+pytest.importorskip("langgraph_cli", reason="langgraph-cli[inmem] is not installed")
 
 
 @pytest.fixture(scope="module")
 def sandbox() -> Iterator[StripeSandbox]:
     with StripeSandbox() as sandbox:
-        sandbox.create_meter("ai_tokens_used")
+        for name in ("ai_tokens_used", "everything", "answers"):
+            sandbox.create_meter(name)
         for name in ("ann", "bob", "evil"):
             sandbox.create_customer(id=f"cus_{name}")
+        sandbox.create_customer(id="cus_victim", email="victim@example.com")
         yield sandbox
 
 
 @pytest.fixture(scope="module")
-def server(sandbox: StripeSandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def server(sandbox: StripeSandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
-    example = Path(shutil.copytree(EXAMPLE, folder / "example"))  # the server writes next to its graphs
-    (example / "slow.py").write_text(SLOW)
-    setup = json.loads((example / "langgraph.json").read_text())
-    setup["graphs"]["slow"] = "./slow.py:graph"
-    (example / "langgraph.json").write_text(json.dumps(setup))
-    settings = {
-        **sandbox.environment(),
-        "STRIPE_METER_LEDGER": f"sqlite:///{folder}/ledger.db",
-        "LANGGRAPH_CLI_NO_ANALYTICS": "1",
-        "LANGGRAPH_NO_VERSION_CHECK": "true",
-        "LANGSMITH_TRACING": "false",
-    }
-    command = [str(LANGGRAPH), "dev", "--host", "127.0.0.1", "--port", str(port), "--no-browser", "--no-reload"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, cwd=example, env={**os.environ, **settings}, stdout=log, stderr=log)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until(lambda: answers(url) or process.poll() is not None, "the server to answer")
-            assert process.poll() is None, (folder / "log").read_text()[-2000:]
-            yield url
-        finally:
-            process.send_signal(signal.SIGTERM)
-            process.wait(PATIENCE)
-    said = (folder / "log").read_text()
-    assert "BlockingError" not in said
-    assert "could not be recorded" not in said
+    with agent_server(folder, install(folder, sandbox)) as server:
+        yield server
+        server.terminate()
+        for bad in ("BlockingError", "could not be recorded", "Error in StripeMeter", SECRET, "smt1."):
+            assert bad not in server.said()
 
 
-def client(server: str, user: str) -> Any:
-    return langgraph_sdk.get_client(url=server, headers={"Authorization": f"Bearer token-of-{user}"})
+@pytest.fixture(scope="module")
+def ledger(server: Server) -> Iterator[Ledger]:
+    ledger = Ledger(f"sqlite:///{server.log.parent}/ledger.db")
+    yield ledger
+    ledger.close()
 
 
-FORGED: dict[str, Any] = {
-    "metadata": {"stripe_customer_id": "cus_evil", "lead": {"email": "evil@example.com"}},
-    "config": {
-        "metadata": {"stripe_customer_id": "cus_evil"},
-        "configurable": {
-            "stripe_customer_id": "cus_evil",
-            "langgraph_auth_user": {"identity": "evil", "stripe_customer_id": "cus_evil"},
-            "langgraph_auth_user_id": "evil",
-        },
-    },
-}
-HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+@pytest.fixture
+def bills(ledger: Ledger, sandbox: StripeSandbox) -> Bills:
+    return Bills(ledger, sandbox)
 
 
-def test_each_user_pays_for_their_own_runs_and_a_forging_client_changes_nothing(
-    server: str, sandbox: StripeSandbox
-) -> None:
-    async def chat() -> None:
+def test_each_user_pays_for_their_own_runs_and_a_forging_client_changes_nothing(server: Server, bills: Bills) -> None:
+    async def talk() -> None:
         async with client(server, "ann") as ann, client(server, "bob") as bob:
             thread = await ann.threads.create()
             await ann.runs.wait(thread["thread_id"], "agent", input=HELLO)
             await asyncio.gather(
-                ann.runs.wait(None, "agent", input=HELLO, **FORGED),
-                bob.runs.wait(None, "agent", input=HELLO, **FORGED),
+                ann.runs.wait(None, "agent", input=HELLO, **BY_CONFIG),
+                bob.runs.wait(None, "agent", input=HELLO, **BY_CONFIG),
             )
-            async for _ in bob.runs.stream(None, "agent", input=HELLO, stream_mode="messages", **FORGED):
+            async for _ in bob.runs.stream(None, "agent", input=HELLO, stream_mode="messages", **BY_CONTEXT):
                 pass
             thread = await bob.threads.create()
             background = await bob.runs.create(thread["thread_id"], "agent", input=HELLO)
             await bob.runs.join(thread["thread_id"], background["run_id"])
 
-    asyncio.run(chat())
-    wait_until(lambda: sum(sandbox.billed("ai_tokens_used").values()) >= 5 * 120, "five runs to be billed")
-    assert sandbox.billed("ai_tokens_used") == {"cus_ann": 2 * 120, "cus_bob": 3 * 120}
+    asyncio.run(talk())
+    assert bills.since() == {("ai_tokens_used", "cus_ann"): 2 * 120, ("ai_tokens_used", "cus_bob"): 3 * 120}
 
 
-def test_a_client_without_a_known_token_is_turned_away(server: str, sandbox: StripeSandbox) -> None:
-    before = len(sandbox.events)
-
-    async def chat() -> None:
-        async with client(server, "evil") as evil:
-            await evil.runs.wait(None, "agent", input=HELLO, **FORGED)
-
-    with pytest.raises(Exception, match="401"):
-        asyncio.run(chat())
-    assert len(sandbox.events) == before
-
-
-def test_a_run_that_its_client_cancels_is_billed_as_an_estimate_of_what_had_come(
-    server: str, sandbox: StripeSandbox
+@pytest.mark.parametrize("forged", FORGERIES, ids=["config", "context"])
+@pytest.mark.parametrize("on_thread", [False, True])
+@pytest.mark.parametrize("user", ["ann", "eve"])
+def test_what_a_run_is_created_with_decides_nothing(
+    server: Server, bills: Bills, forged: dict[str, Any], on_thread: bool, user: str
 ) -> None:
-    before = sandbox.billed("ai_tokens_used", "cus_ann")
+    """Whoever has no Stripe customer, as eve, rides free, but not unseen."""
 
-    async def leave() -> None:
-        async with client(server, "ann") as ann:
-            pieces = ann.runs.stream(None, "slow", input=HELLO, stream_mode="messages-tuple", on_disconnect="cancel")
-            async for piece in pieces:
-                if "three" in json.dumps(piece.data):
-                    break
-            await pieces.aclose()
+    async def talk(known: Any) -> None:
+        metadata = {"metadata": METADATA, "thread_id": str(uuid4())}
+        thread = (await known.threads.create(**metadata))["thread_id"] if on_thread else None
+        await known.runs.wait(thread, "open", input=HELLO, **forged)
+        async for _ in known.runs.stream(thread, "open", input=HELLO, stream_mode=["events", "messages"], **forged):
+            pass
+        if thread is not None:
+            run = await known.runs.create(thread, "open", input=HELLO, multitask_strategy="enqueue", **forged)
+            await known.runs.join(thread, run["run_id"])
 
-    asyncio.run(leave())
-    wait_until(lambda: sandbox.billed("ai_tokens_used", "cus_ann") > before, "the cancelled run to be billed")
-    assert 3 <= sandbox.billed("ai_tokens_used", "cus_ann") - before <= 20
+    chat(server, user, talk)
+    runs = 3 if on_thread else 2
+    assert bills.since() == (owed("ann", runs) if user == "ann" else {("", "skipped"): 2 * runs})
+
+
+@pytest.mark.parametrize("forged", FORGERIES, ids=["config", "context"])
+def test_an_assistant_that_a_client_made_decides_nothing(server: Server, bills: Bills, forged: dict[str, Any]) -> None:
+    async def talk(known: Any) -> None:
+        made = await known.assistants.create("open", **forged)
+        await known.runs.wait(None, made["assistant_id"], input=HELLO)
+        await known.assistants.update(made["assistant_id"], **forged)
+        await known.runs.wait(None, made["assistant_id"], input=HELLO, **forged)
+
+    chat(server, "bob", talk)
+    chat(server, "eve", talk)
+    assert bills.since() == {**owed("bob", 2), ("", "skipped"): 4}
+
+
+def test_the_assistant_of_a_graph_cannot_be_changed_by_a_client(server: Server, bills: Bills) -> None:
+    async def of_graph(known: Any) -> str:
+        thread = (await known.threads.create())["thread_id"]
+        run = await known.runs.create(thread, "open", input=HELLO)
+        await known.runs.join(thread, run["run_id"])
+        return str(run["assistant_id"])
+
+    shared = chat(server, "bob", of_graph)
+    with pytest.raises(Exception, match=f"{shared} not found"):
+        chat(server, "eve", lambda eve: eve.assistants.update(shared, **BY_CONFIG))
+    chat(server, "bob", lambda bob: bob.runs.wait(None, "open", input=HELLO))
+    assert bills.since() == owed("bob", 2)
+
+
+def test_a_run_that_waited_for_a_person_is_paid_by_who_resumes_it_whatever_they_forge(
+    server: Server, bills: Bills
+) -> None:
+    async def talk(known: Any) -> None:
+        thread = (await known.threads.create(metadata=METADATA))["thread_id"]
+        await known.runs.wait(thread, "open", input=WAIT, **BY_CONFIG)
+        await known.runs.wait(thread, "open", command={"resume": "yes"}, **BY_CONFIG)
+
+    chat(server, "ann", talk)
+    chat(server, "eve", talk)
+    assert bills.since() == {**owed("ann"), ("", "skipped"): 2}
+
+
+def test_only_its_owner_can_make_the_lead_of_a_thread_pay(server: Server, ledger: Ledger, bills: Bills) -> None:
+    """Where leads pay, whoever may use a thread may spend its lead's money: the example's auth forbids it."""
+    thread = str(uuid4())
+    Leads(ledger).capture(thread, email="victim@example.com")
+
+    async def own(known: Any) -> None:
+        await known.threads.create(thread_id=thread)
+        await known.runs.wait(thread, "open", input=HELLO)
+
+    async def steal(known: Any) -> None:
+        claimed = {**CLAIMS, **dict.fromkeys(KEYS, thread)}
+        config = {"metadata": claimed, "configurable": claimed}
+        await known.runs.wait(None, "open", input=HELLO, metadata=claimed, config=config)
+        mine = (await known.threads.create(metadata=claimed))["thread_id"]
+        await known.runs.wait(mine, "open", input=HELLO, metadata=claimed, config=config)
+        await known.runs.wait(thread, "open", input=HELLO)
+
+    chat(server, "eve", own)  # she has no customer of her own, so the lead of her thread pays
+    assert bills.since() == owed("victim")
+    with pytest.raises(Exception, match="404"):
+        chat(server, "bob", steal)
+    assert bills.since() == {**owed("victim"), **owed("bob", 2)}
+
+
+@pytest.mark.parametrize("place", ["metadata", "config metadata", "configurable", "context"])
+def test_a_token_that_the_application_signed_is_believed_where_the_user_has_no_customer(
+    server: Server, bills: Bills, place: str
+) -> None:
+    token = {"stripe_customer_token": sign_customer("cus_bob", SECRET, expires_at=10**11)}
+    sent: dict[str, Any] = {
+        "metadata": {"metadata": token},
+        "config metadata": {"config": {"metadata": token}},
+        "configurable": {"config": {"configurable": token}},
+        "context": {"context": token},
+    }[place]
+    chat(server, "eve", lambda eve: eve.runs.wait(None, "open", input=HELLO, **sent))
+    assert bills.since() == owed("bob")
+
+
+@pytest.mark.parametrize("headers", [{}, {"x-auth-scheme": "langsmith"}], ids=["no token", "as the Studio"])
+def test_a_client_without_a_known_token_is_turned_away(
+    server: Server, sandbox: StripeSandbox, bills: Bills, headers: dict[str, str]
+) -> None:
+    for user in ("evil", None):
+        with pytest.raises(Exception, match="401"):
+            chat(server, user, lambda evil: evil.runs.wait(None, "agent", input=HELLO, **BY_CONFIG), **headers)
+    assert bills.since() == {}
+
+
+def test_a_graph_inside_a_graph_with_a_thread_of_its_own_is_paid_by_the_same_user(server: Server, bills: Bills) -> None:
+    chat(server, "ann", lambda ann: ann.runs.wait(None, "outer", input=HELLO, **BY_CONFIG))
+    assert bills.since() == owed("ann")
+
+
+def test_a_handler_in_a_module_is_one_and_those_of_a_graph_file_bill_each_run_once(
+    server: Server, bills: Bills
+) -> None:
+    async def talk(known: Any) -> None:
+        for graph in ("one", "other", "agent"):
+            await known.runs.wait(None, graph, input=HELLO)
+
+    chat(server, "ann", talk)
+    assert server.said().count("metering.py is imported") == 1
+    assert server.said().count("own.py is imported") == 2  # once for each of its graphs: two handlers, one ledger
+    assert bills.since() == {("ai_tokens_used", "cus_ann"): 3 * 120}
+
+
+def test_a_run_that_its_client_cancels_is_billed_as_an_estimate_of_what_had_come(server: Server, bills: Bills) -> None:
+    async def leave(ann: Any) -> None:
+        pieces = ann.runs.stream(None, "slow", input=HELLO, stream_mode="messages-tuple", on_disconnect="cancel")
+        async for piece in pieces:
+            if "three" in json.dumps(piece.data):
+                break
+        await pieces.aclose()
+
+    chat(server, "ann", leave)
+    wait_until(bills.since)
+    billed = bills.since()
+    assert set(billed) == {("ai_tokens_used", "cus_ann")}
+    assert 3 <= billed["ai_tokens_used", "cus_ann"] <= 20

@@ -45,6 +45,16 @@ def recorded(sandbox: StripeSandbox) -> None:
         )
 
 
+def test_a_lead_is_captured_from_the_first_message_by_what_the_handler_reads(sandbox: StripeSandbox) -> None:
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer=from_lead(), deliver=False) as handler:
+        handler.record_usage({"input_tokens": 5}, id="job", metadata={"session_id": "chat-1"})
+    found = as_json("leads", "capture", "chat-1", "--email", "ann@example.com", "--from-first-message")
+    assert found["claimed"] == 1
+    call("deliver", "--once")
+    assert sandbox.billed("ai_tokens", "cus_1") == 5
+    assert "by='id'" in call("leads", "capture", "c", "--email", "a@b.example", "--by", "id", code=2).stderr
+
+
 def call(*arguments: str, code: int = 0) -> Result:
     result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
     assert result.exit_code == code, result.output
@@ -187,6 +197,7 @@ def test_meters_are_listed_with_what_is_wrong_with_them_and_can_be_made(sandbox:
 
 def test_leads_are_captured_and_forgotten(sandbox: StripeSandbox, recorded: None) -> None:
     assert as_json("leads", "capture", "chat-1", "--email", "ann@example.com")["captured"]
+    assert as_json("leads", "capture", "chat-1", "--phone", "030 901820", "--region", "DE")["claimed"] == 0
     assert as_json("leads", "show-count") == {"sessions": 1}
     assert as_json("leads", "forget", "chat-1")["forgotten"]
     assert "0 sessions" in call("leads", "show-count").stdout

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +35,23 @@ def end(runs: OpenRuns, run: Run, *, answer: Call | None = None, at: int = NOW) 
     if answer is not None:
         runs.answered(run, answer)
     return runs.take_message(run)
+
+
+def test_a_run_that_ended_lets_its_prompt_go_without_waiting_for_the_garbage_collector() -> None:
+    class Prompt:
+        pass
+
+    runs, prompts = OpenRuns(), [Prompt(), Prompt()]
+    references = [weakref.ref(prompt) for prompt in prompts]
+    gc.disable()
+    try:
+        runs.start(Run("root", NOW, is_call=True, prompt=prompts.pop()))
+        runs.start(Run("child", NOW, is_call=True, prompt=prompts.pop()), "root")
+        runs.end("child", NOW)
+        runs.end("root", NOW)
+        assert [reference() for reference in references] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_call_by_itself_is_its_own_message(runs: OpenRuns) -> None:

@@ -20,10 +20,11 @@ from langchain_stripe_meter.core.states import EventState, Move, Outcome, Readin
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError
 from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.database import VERSION_TABLE
+from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import events, metadata, readings
-from langchain_stripe_meter.ledger.store import Entry, Leads, Ledger
+from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 NOW = 1_800_000_000
 ANN = Reference("email", "ann@example.com")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import time
 from decimal import Decimal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langgraph.graph import START, MessagesState, StateGraph
+from starlette.applications import Starlette
 
 import langchain_stripe_meter
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -19,6 +22,8 @@ from langchain_stripe_meter.sandbox import StripeSandbox
 README = (Path(__file__).parent.parent / "README.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+SERVER = {"time": time, "Starlette": Starlette}
+"""What the reader has imported for a server."""
 
 
 def model() -> GenericFakeChatModel:
@@ -36,8 +41,9 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: S
     builder = StateGraph(MessagesState)
     builder.add_node("answer", lambda state: {"messages": [model().invoke(state["messages"])]})
     builder.add_edge(START, "answer")
+    monkeypatch.setenv("STRIPE_METER_TOKEN_SECRET", "a-secret-of-more-than-32-bytes-indeed")
     public = {name: getattr(langchain_stripe_meter, name) for name in langchain_stripe_meter.__all__}
-    return {**public, "chain": ChatPromptTemplate.from_template("{question}") | model(), "builder": builder}
+    return {**public, "chain": ChatPromptTemplate.from_template("{question}") | model(), "builder": builder, **SERVER}
 
 
 def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], stripe_sandbox: StripeSandbox) -> None:
@@ -49,7 +55,9 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     report = namespace["report"]
     assert (report.delivered, report.pending, report.held, report.skipped) == (1, 0, 0, 1)
     assert namespace["out"]["success"] is True
+    user = SimpleNamespace(user=SimpleNamespace(stripe_customer_id="cus_123"))
+    assert namespace["paid_by_user"]({}, user)["callbacks"] == [namespace["meter"]]
     for handler in handlers:
         assert handler.close().pending == 0
-    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 812 + 500
+    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)

@@ -60,23 +60,35 @@ def capture(
     email: Annotated[str | None, typer.Option()] = None,
     name: Annotated[str | None, typer.Option()] = None,
     phone: Annotated[str | None, typer.Option()] = None,
+    region: Annotated[str | None, typer.Option(help="Where a phone without '+' is dialled, such as DE.")] = None,
+    account: Annotated[str, typer.Option(help="The connected account of the session: 'acct_…'.")] = "",
+    from_first: Annotated[
+        bool, typer.Option("--from-first-message", help="Also bill what was skipped of that session.")
+    ] = False,
+    by: Annotated[str, typer.Option(help="What your handler's from_lead() reads: email, name or phone.")] = "email",
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remember who is behind a session. What somebody typed into a chat proves nothing."""
     with clear_errors(), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger.store import Leads
+        from langchain_stripe_meter.core.customers import from_lead
+        from langchain_stripe_meter.ledger.leads import Leads
 
-        Leads(opened).capture(session, email=email, name=name, phone=phone)
-        said = "Captured. Runs of that session are billed from now on."
-        say(said, {"session": session, "captured": True}, as_json=as_json)
+        source = from_lead(by)  # type: ignore[arg-type]
+        claimed = Leads(opened, (source.by,)).capture(
+            session, email=email, name=name, phone=phone, region=region, account=account,
+            bill_from="first_message" if from_first else "now",
+        )  # fmt: skip
+        also = f" {claimed:,} skipped readings will be billed too." if from_first else ""
+        said = f"Captured. Runs of that session are billed from now on.{also}"
+        say(said, {"session": session, "captured": True, "claimed": claimed}, as_json=as_json)
 
 
 @leads_app.command()
 def forget(session: str, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Erase what was captured for a session."""
     with clear_errors(), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger.store import Leads
+        from langchain_stripe_meter.ledger.leads import Leads
 
         if not Leads(opened).forget(session):
             fail("Nothing was captured for that session.", 1)

@@ -6,13 +6,16 @@ that is exactly what was said, or nothing.
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from langchain_stripe_meter.core import tokens
 from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 By = Literal["id", "email", "name", "phone"]
@@ -21,7 +24,7 @@ MAX_TEXT = 512
 """Characters in a reference; Stripe itself takes no longer e-mail, name or phone."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Reference:
     """Somebody who pays: a Stripe customer ``id``, or an ``email``, ``name`` or ``phone`` that names exactly one."""
 
@@ -108,13 +111,15 @@ def check_region(region: str | None) -> str | None:
     return region
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Facts:
     """What is known of a run when it must be decided who pays.
 
-    ``metadata`` is the run's (on an agent server: the client's word), ``auth_user`` the user whom the server
-    authenticated, ``context`` LangGraph's runtime context, ``lead`` looks up what the application captured for a
-    session.
+    ``metadata`` is the run's, ``configurable`` the texts in its configurable and ``context`` LangGraph's runtime
+    context: all three the client's word where ``on_server``, which is true of a run that an agent server or
+    ``metered_config`` started for a client. ``auth_user`` is the user whom the server or the application
+    authenticated, ``lead`` looks up what the application captured for a session, ``now`` is when the run started, in
+    Unix seconds.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
@@ -122,6 +127,12 @@ class Facts:
     context: Any = field(default=None, repr=False)
     on_server: bool = False
     lead: Callable[[str], Mapping[str, str] | None] | None = None
+    configurable: Mapping[str, str] = field(default_factory=dict, repr=False)
+    now: int | None = field(default=None, compare=False)
+
+    def trusted(self) -> Facts:
+        """What of this a client has no say in, for choosing whose business a run is."""
+        return Facts(auth_user=self.auth_user, on_server=True, now=self.now) if self.on_server else self
 
     def session(self, *, trust_client: bool) -> str | None:
         """The conversation: ``session_id``, ``thread_id`` or ``conversation_id`` of the run's metadata.
@@ -137,7 +148,7 @@ class Facts:
         return None
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Skip:
     """Nobody to bill, and why; ``reason`` never holds personal data."""
 
@@ -164,17 +175,17 @@ class FromMetadata:
     def identify(self, facts: Facts) -> Reference | Skip:
         if facts.on_server and not self.trust_client:
             return Skip("metadata comes from the client of an agent server")
-        return _reference("id", facts.metadata.get(self.key), f"metadata has no {self.key!r}")
+        return _by_id(facts.metadata.get(self.key), "metadata", self.key)
 
 
 @dataclass(frozen=True, slots=True)
 class FromAuthUser:
-    """A ``cus_…`` id under ``key`` of the user that the agent server authenticated."""
+    """A ``cus_…`` id under ``key`` of the user that the agent server, or the application, authenticated."""
 
     key: str
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        return _reference("id", _get(facts.auth_user, self.key), f"the authenticated user has no {self.key!r}")
+        return _by_id(_get(facts.auth_user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +198,7 @@ class FromContext:
     def identify(self, facts: Facts) -> Reference | Skip:
         if facts.on_server and not self.trust_client:
             return Skip("the context comes from the client of an agent server")
-        return _reference("id", _get(facts.context, self.key), f"the context has no {self.key!r}")
+        return _by_id(_get(facts.context, self.key), "the context", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +221,27 @@ class FromLead:
 
 
 @dataclass(frozen=True, slots=True)
+class FromSignedToken:
+    """A token under ``key`` of the run's metadata or configurable, believed whoever sent it: it is signed."""
+
+    key: str
+    secrets: tokens.Secrets
+    account: str | None = None
+
+    def identify(self, facts: Facts) -> Reference | Skip:
+        reason = f"there is no signed token under {self.key!r}"
+        for place in (facts.metadata, facts.configurable):
+            token = place.get(self.key)
+            if token is None or token == "":
+                continue
+            try:
+                return Reference("id", tokens.read(token, self.secrets, facts.now, self.account))
+            except InvalidValueError as error:
+                reason = str(error)
+        return Skip(reason)
+
+
+@dataclass(frozen=True, slots=True)
 class FirstOf:
     """The first source that names somebody."""
 
@@ -225,11 +257,19 @@ class FirstOf:
         return Skip("; ".join(reasons))
 
 
-CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FirstOf
+CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FromSignedToken | FirstOf
 
 
 def _get(source: Any, key: str) -> Any:
+    if source is None:
+        return None
     return source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
+
+
+def _by_id(value: Any, where: str, key: str) -> Reference | Skip:
+    if value is None or value == "":
+        return Skip(f"{where} has no {key!r}")
+    return _reference("id", value, "")
 
 
 def _reference(by: By, value: Any, missing: str, region: str | None = None) -> Reference | Skip:
@@ -237,7 +277,7 @@ def _reference(by: By, value: Any, missing: str, region: str | None = None) -> R
     if value is None or value == "":
         return Skip(missing)
     try:
-        return Reference(by, normalise(by, value, region))
+        return Reference(by, value if region is None else normalise(by, value, region))
     except InvalidValueError:
         return Skip(f"the customer's {by} is malformed")
 
@@ -274,7 +314,7 @@ def from_metadata(key: str, *, trust_client: bool = False) -> FromMetadata:
 
 
 def from_auth_user(key: str) -> FromAuthUser:
-    """Read a ``cus_…`` id from the user that a deployed agent server authenticated."""
+    """Read a ``cus_…`` id from the user whom an agent server authenticated, or ``metered_config`` named."""
     return FromAuthUser(_key(key))
 
 
@@ -300,6 +340,13 @@ def _phone_region(by: By, region: str | None) -> str | None:
     return check_region(region) if by == "phone" else None
 
 
+def from_signed_token(
+    key: str, secrets: str | bytes | Sequence[str | bytes], *, account: str | None = None
+) -> FromSignedToken:
+    """Read a signed token; see ``langchain_stripe_meter.agents.from_signed_token``."""
+    return FromSignedToken(_key(key), tokens.Secrets(secrets), tokens.check_account(account))
+
+
 def first_of(*sources: CustomerSource | str) -> FirstOf:
     """Try the sources (a plain string is a ``cus_…`` id) in order; the first that names somebody decides."""
     if not sources:
@@ -309,9 +356,35 @@ def first_of(*sources: CustomerSource | str) -> FirstOf:
 
 def needs_lookup(source: CustomerSource) -> bool:
     """Whether identifying may ask the ledger for a captured lead."""
+    return bool(_from_leads(source))
+
+
+def _from_leads(source: CustomerSource) -> list[FromLead]:
     if isinstance(source, FirstOf):
-        return any(needs_lookup(one) for one in source.sources)
-    return isinstance(source, FromLead)
+        return [found for one in source.sources for found in _from_leads(one)]
+    return [source] if isinstance(source, FromLead) else []
+
+
+def lead_fields(source: CustomerSource) -> tuple[By, ...]:
+    """What of a lead says who pays, in the order in which ``source`` tries it."""
+    return tuple(dict.fromkeys(one.by for one in _from_leads(source)))
+
+
+def lead_region(source: CustomerSource) -> str | None:
+    """Where ``source`` says that a lead's phone number without a leading ``+`` is dialled."""
+    return next((one.region for one in _from_leads(source) if one.region), None)
+
+
+def lead_session(source: CustomerSource, facts: Facts) -> str | None:
+    """The session whose lead, captured later, may pay for a run that names nobody; None where none is trusted."""
+    found = _from_leads(source)
+    return facts.session(trust_client=all(one.trust_client for one in found)) if found else None
+
+
+def session_digest(account: str, session: str) -> str:
+    """What stands for a session in a reading: never the session itself, which may be a secret or name a person."""
+    told = f"{len(account)}:{account}{session}"
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def as_source(customer: CustomerSource | str) -> CustomerSource:

@@ -20,8 +20,9 @@ PAST_LIMIT = 35 * 86_400
 FUTURE_LIMIT = 5 * 60
 """How far ahead, in seconds, a timestamp may lie."""
 
+_ALWAYS_SHORT = 10**MAX_DIGITS
 _IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
-_DIGEST_LEAD = re.compile(r"x[0-9a-f]{24}\Z")
+_PLAIN_LEAD = re.compile(r"(?!x[0-9a-f]{24}\Z)[A-Za-z0-9_-]{1,60}\Z")
 _ACCOUNT_ID = re.compile(r"acct_[A-Za-z0-9_]{1,100}\Z")
 _CUSTOMER_ID = re.compile(r"cus_[A-Za-z0-9_]{1,100}\Z")
 
@@ -111,6 +112,8 @@ def _count_digits(text: str) -> int:
 
 def number_text(number: Decimal | int) -> str:
     """``number`` as Stripe takes it: plain decimal notation, never an exponent, no idle zeros."""
+    if type(number) is int and -_ALWAYS_SHORT < number < _ALWAYS_SHORT:
+        return str(number)
     number = number if isinstance(number, Decimal) else Decimal(number)
     if not number:  # whatever its exponent: "0e-999999999" would otherwise be a gigabyte of zeros
         return "0"
@@ -155,18 +158,18 @@ def check_dimensions(dimensions: Mapping[str, str]) -> dict[str, str]:
     return dict(dimensions)
 
 
-def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] | None = None) -> str:
-    """The identifier of what ``run`` adds to one meter: the same on every machine and every repetition.
+def derive_identifier(run: str, event_name: str, dimensions: Mapping[str, str] | None = None, account: str = "") -> str:
+    """The identifier of what ``run`` adds to one meter of an account: the same on every machine and every repetition.
 
     ``run`` leads, so that identifiers of uuid7 runs are ordered by time and the ledger's unique index stays flat;
     behind it stands a digest of the meter and its dimensions. A run that is no plain name (``record_usage(id=...)``
     takes any text) becomes a digest too, and so does one that could be taken for such a digest.
     """
-    plain = len(run) <= 60 and _IDENTIFIER.match(run) and not _DIGEST_LEAD.match(run)
-    lead = run if plain else f"x{_digest(run)}"
-    if not dimensions:
+    lead = run if _PLAIN_LEAD.match(run) else f"x{_digest(run)}"
+    if not dimensions and not account:
         return f"{lead}-{_digest(event_name)}"
-    return f"{lead}-{_digest(event_name, *(part for pair in sorted(dimensions.items()) for part in pair))}"
+    parts = [part for pair in sorted((dimensions or {}).items()) for part in pair]
+    return f"{lead}-{_digest(event_name, *parts, *([account] if account else []))}"
 
 
 @lru_cache(maxsize=1024)

@@ -14,6 +14,7 @@ from typing import ClassVar, Literal
 
 from langchain_stripe_meter.core.events import check_dimensions, check_event_name, check_value, significant_digits
 from langchain_stripe_meter.core.usage import INPUT_PARTS, KINDS, OUTPUT_PARTS, Usage
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 Number = int | Decimal
@@ -21,7 +22,7 @@ Pricer = Callable[[Usage, str, str | None], Decimal]
 """Prices a usage of a model (and provider) in US dollars; raises ``LookupError`` for a model it does not know."""
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Call:
     """One finished model call. ``usage`` is ``None`` where nobody knows what it consumed, and ``doubt`` says why."""
 
@@ -31,12 +32,12 @@ class Call:
     doubt: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Reading:
     """What one run adds to one meter. ``value`` is ``None`` where it must be held, and ``doubt`` says why."""
 
     event_name: str
-    value: Decimal | None
+    value: Number | None
     dimensions: Mapping[str, str] = field(default_factory=dict)
     estimated: bool = False
     doubt: str | None = None
@@ -102,18 +103,14 @@ class Tokens:
     def readings(self, call: Call) -> list[Reading]:
         """What ``call`` adds to this meter; nothing where it consumed nothing."""
         usage = call.usage
-        if usage is None or not self._known(usage):
+        count = None if usage is None else getattr(usage, self.count)
+        if usage is None or count is None:
             return [Reading(self.event_name, None, doubt=call.doubt or "the provider reported no usage")]
         if self.split:
             return self._split(usage, call)
-        if self.weights is None:
-            return _reading(self.event_name, Decimal(getattr(usage, self.count)), usage.estimated)
-        return _reading(self.event_name, self._weigh(usage, self.weights), usage.estimated)
-
-    def _known(self, usage: Usage) -> bool:
-        if self.count != "total":
-            return getattr(usage, self.count) is not None
-        return usage.complete
+        if self.weights is not None:
+            count = self._weigh(usage, self.weights)
+        return _reading(self.event_name, count, usage.estimated)
 
     def _weigh(self, usage: Usage, given: Mapping[str, Number]) -> Decimal:
         return round_digits(_weighted(given, usage))
@@ -135,7 +132,7 @@ class Tokens:
             return [Reading(self.event_name, None, doubt=str(error))]
         readings = []
         for kind, count in kinds.items():
-            readings += _reading(self.event_name, Decimal(count), usage.estimated, {"model": model, "token_type": kind})
+            readings += _reading(self.event_name, count, usage.estimated, {"model": model, "token_type": kind})
         return readings
 
 
@@ -151,7 +148,7 @@ class Messages:
 
     def readings(self, call: Call) -> list[Reading]:
         """``call`` is the one that answered the message."""
-        return [Reading(self.event_name, Decimal(1))]
+        return [Reading(self.event_name, 1)]
 
 
 @dataclass(frozen=True)
@@ -184,7 +181,7 @@ class Credits:
         value = self.credits.get(call.model or "", self.credits.get(plain_model(call.model or ""), self.default))
         if value is None:
             return [Reading(self.event_name, None, doubt=f"no credits are set for the model {call.model!r}")]
-        return _reading(self.event_name, Decimal(value), estimated=False)
+        return _reading(self.event_name, value, estimated=False)
 
 
 UNITS = {"usd": Decimal(1), "cents": Decimal(100), "micro_usd": Decimal(1_000_000)}
@@ -243,11 +240,11 @@ class Cost:
 Meter = Tokens | Messages | Credits | Cost
 
 
-_ALWAYS_FITS = Decimal(10**15)
+_ALWAYS_FITS = 10**15
 """Whole numbers below it have at most 15 digits, so the common case needs no closer look."""
 
 
-def _reading(name: str, value: Decimal, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
+def _reading(name: str, value: Number, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
     if not value:
         return []
     if value >= _ALWAYS_FITS or value != int(value):

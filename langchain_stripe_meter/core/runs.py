@@ -7,7 +7,7 @@ no interrupt left it waiting; the call that succeeded last is the one that answe
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from langchain_stripe_meter.core.customers import Facts
@@ -22,15 +22,18 @@ SWEEP_EVERY = 256
 """Runs started between two looks for abandoned ones, so that they never accumulate."""
 
 
+_NO_FACTS = Facts()
+
+
 @dataclass(slots=True)
 class Run:
-    """One open run. ``top`` is the run that stands for the user's message (maybe this one)."""
+    """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
+    ``user`` is whom an agent server authenticated where a step began."""
 
     id: Hashable
     started: int
-    top: Run = field(init=False, repr=False)
     is_call: bool = False
-    facts: Facts = field(default_factory=Facts, repr=False)
+    facts: Facts = field(default=_NO_FACTS, repr=False)
     model: str | None = None
     provider: str | None = None
     prompt: Any = field(default=None, repr=False)
@@ -41,10 +44,27 @@ class Run:
     taken: bool = False
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
-    active: int = field(init=False, repr=False)
+    user: Any = field(default=None, repr=False)
+    message: Run | None = field(default=None, repr=False)
+    active: int = field(default=0, repr=False)
 
-    def __post_init__(self) -> None:
-        self.active = self.started
+    @property
+    def top(self) -> Run:
+        """The run that stands for the user's message, maybe this one. (Stored, a reference to itself would leave every
+        run, and the prompt that it holds, to the garbage collector.)"""
+        return self.message or self
+
+    def inherit_user(self) -> None:
+        """Let a call that lost its authenticated user have that of the nearest step around it.
+
+        LangGraph drops the user from the configurable of a graph that is called, inside a graph, with a thread of its
+        own.
+        """
+        around = self.parent
+        while around is not None and around.user is None:
+            around = around.parent
+        if around is not None:
+            self.facts = replace(self.facts, auth_user=around.user, on_server=True)
 
     def touch(self, now: int) -> None:
         """Something happened in this run: it and those around it are alive."""
@@ -60,7 +80,8 @@ class OpenRuns:
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
         self._starts = 0
-        self._lost: list[Run] = []
+        self.lost: list[Run] = []
+        """Abandoned calls that had produced something: they are still to be billed."""
         self.abandoned = 0
 
     def __len__(self) -> int:
@@ -75,17 +96,24 @@ class OpenRuns:
         The second parent is the surrounding run: LangChain reports some nested runs as roots (top-level
         fallbacks, explicit callbacks inside a run).
         """
-        if run.id in self._runs:
+        parent = self._first_open(parents)
+        run.active = run.started
+        if self._runs.setdefault(run.id, run) is not run:
             return False
-        parent = next((self._runs[p] for p in parents if p in self._runs), None)
-        run.top = parent.top if parent else run
-        run.parent = parent
-        run.touch(run.started)
-        self._runs[run.id] = run
+        if parent is not None:
+            run.parent, run.message = parent, parent.top
+            parent.touch(run.started)
         self._starts += 1
         if self._starts % SWEEP_EVERY == 0:
             self.sweep(run.started)
         return True
+
+    def _first_open(self, ids: tuple[Hashable | None, ...]) -> Run | None:
+        for run_id in ids:
+            run = None if run_id is None else self._runs.get(run_id)
+            if run is not None:
+                return run
+        return None
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""
@@ -103,7 +131,7 @@ class OpenRuns:
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message."""
-        run.top.answer = (call, run.facts)
+        (run.message or run).answer = (call, run.facts)
 
     def interrupt(self, run_id: Hashable) -> None:
         """A person must decide before the message goes on: it is answered when the resumed run ends."""
@@ -120,7 +148,7 @@ class OpenRuns:
 
     def take_message(self, run: Run) -> tuple[Call, Facts] | None:
         """The answer of the message that ``run`` belongs to, once: when the message has ended."""
-        top = run.top
+        top = run.message or run
         if top.ended is None or top.interrupted or top.answer is None or top.taken:
             return None
         answer, top.answer, top.taken = top.answer, None, True
@@ -140,11 +168,11 @@ class OpenRuns:
             run.ended = now
             self.abandoned += run.is_call
             if run.received:
-                self._lost.append(run)
+                self.lost.append(run)
 
     def take_lost(self) -> list[Run]:
-        """Abandoned calls that had produced something, each once: they are still to be billed."""
-        lost, self._lost = self._lost, []
+        """What was ``lost``, each once."""
+        lost, self.lost = self.lost, []
         return lost
 
 

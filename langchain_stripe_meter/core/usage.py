@@ -7,9 +7,10 @@ parts of ``input_tokens`` and ``output_tokens``). Unknown is ``None``, never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import UsageError
 
 INPUT_PARTS = ("cache_read", "cache_write", "audio_input")
@@ -22,7 +23,7 @@ _CACHE_WRITE = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_inp
 _REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Usage:
     """Tokens of one model call, in inclusive buckets.
 
@@ -40,8 +41,12 @@ class Usage:
     estimated: bool = False
 
     def __post_init__(self) -> None:
-        for kind in KINDS:
-            _check_count(kind, getattr(self, kind))
+        parts = (self.cache_read, self.cache_write, self.audio_input, self.reasoning, self.audio_output)
+        for kind, count in zip(KINDS, (self.input, self.output, *parts), strict=True):
+            if type(count) is not int or count < 0:
+                _check_count(kind, count)
+        if not any(parts):
+            return
         # Cached audio is counted by both details, so each bucket of input is held against the sum by itself.
         _check_part("cache_read + cache_write", self.cache_read + self.cache_write, "input", self.input)
         _check_part("audio_input", self.audio_input, "input", self.input)
@@ -97,6 +102,8 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
         return None
     inputs = _details(report, "input_token_details")
     outputs = _details(report, "output_token_details")
+    if not inputs and not outputs:
+        return Usage(report.get("input_tokens"), report.get("output_tokens"))
     return Usage(
         input=report.get("input_tokens"),
         output=report.get("output_tokens"),
@@ -133,19 +140,18 @@ def _details(report: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 def _sum(details: Mapping[str, Any], keys: tuple[str, ...]) -> int:
     total = 0
-    if not details:
-        return total
     for key in keys:
         count = details.get(key)
         if count is None:
             continue
-        _check_count(key, count)
+        if type(count) is not int or count < 0:
+            _check_count(key, count)
         total += count
     return total
 
 
 def _check_count(kind: str, count: object) -> None:
-    if (type(count) is int and count >= 0) or (count is None and kind in ("input", "output")):
+    if count is None and kind in ("input", "output"):
         return
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise UsageError(f"The provider reported {kind} = {count!r}; a token count is a whole number from 0 up.")

@@ -58,3 +58,14 @@ def prepare_file(path: Path) -> None:
             f"The ledger {path} cannot be opened for writing: {error.strerror}. "
             "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
         ) from error
+
+
+def make_durable(path: Path) -> None:
+    """Return when ``path``, a file or a folder, survives a power loss as it is now."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,12 +1,14 @@
 """The ledger's connections: opening, forking, writing, and bringing the schema up to date.
 
 SQLite has one writer, so all of a process's writes share one connection behind one lock and never wait for each other
-by polling. PostgreSQL has many: recording and delivering get a connection each.
+by polling. PostgreSQL has many: recording and delivering get a connection each. Counting what limits allow reads on
+one more, on either.
 """
 
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sqlite3
 import threading
@@ -35,6 +37,20 @@ FORK_SECONDS = BUSY_SECONDS + 1
 VERSION_TABLE = "stripe_meter_version"
 _POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
 """A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+
+_DISCREET: dict[str, Any] = {"hide_parameters": True, "logging_name": "stripe_meter"}
+"""Values name people, so neither SQLAlchemy's errors nor its log may show them."""
+
+
+def _is_no_row(record: logging.LogRecord) -> bool:
+    """At DEBUG, SQLAlchemy logs every row that it reads."""
+    return record.levelno > logging.DEBUG
+
+
+logging.getLogger("sqlalchemy.engine.Engine.stripe_meter").addFilter(_is_no_row)
 
 
 class Lane:
@@ -167,6 +183,8 @@ if hasattr(os, "register_at_fork"):  # Windows has no fork
 class _Opened(NamedTuple):
     engine: Engine
     lanes: dict[str, Lane]
+    file: tuple[int, int] | None
+    """Device and inode of the file, where there is one."""
 
 
 class Database:
@@ -177,6 +195,8 @@ class Database:
         self._synchronous = synchronous
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
+        self.on_open: Callable[[Lane], None] | None = None  # looks at a ledger before it is used; may refuse it
+        self.openings = 0
         self._opened: _Opened | None = None
         self.reading = threading.RLock()
         self._held: list[Any] = []
@@ -189,10 +209,12 @@ class Database:
         opened = self._opened
         if opened is None:
             return
-        lane = opened.lanes["record"]
-        self._held = [lock for lock in (lane.lock, self.reading) if lock.acquire(timeout=FORK_SECONDS)]
-        if len(self._held) == 2:
-            lane.close()
+        lanes = list(dict.fromkeys(opened.lanes.values()))
+        locks = [*(lane.lock for lane in lanes), self.reading]
+        self._held = [lock for lock in locks if lock.acquire(timeout=FORK_SECONDS)]
+        if len(self._held) == len(locks):
+            for lane in lanes:
+                lane.close()
 
     def after_fork_in_parent(self) -> None:
         """Go on; the file is opened again when it is used."""
@@ -218,7 +240,8 @@ class Database:
         return (self._opened or self._open()).engine
 
     def lane(self, name: str) -> Lane:
-        """The connection for ``"record"`` or ``"deliver"``; the same one on SQLite."""
+        """The connection for ``"record"`` or ``"deliver"``, the same one on SQLite; or for ``"count"``, which only
+        reads and so waits for no writer."""
         return (self._opened or self._open()).lanes[name]
 
     def _open(self) -> _Opened:
@@ -229,19 +252,42 @@ class Database:
             lane = Lane(engine)
             try:
                 bring_up_to_date(lane, automatic=self.automatic)
+                if self.on_open is not None:
+                    self.on_open(lane)
             except BaseException:
                 lane.drop()
                 engine.dispose()
                 raise
-            self._opened = _Opened(engine, {"record": lane, "deliver": lane if self.is_sqlite else Lane(engine)})
+            deliver = lane if self.is_sqlite else Lane(engine)
+            self._opened = _Opened(engine, {"record": lane, "deliver": deliver, "count": Lane(engine)}, self._file())
+            self.openings += 1
             return self._opened
+
+    def _file(self) -> tuple[int, int] | None:
+        """What is at the ledger's path now."""
+        if not self.is_sqlite:
+            return None
+        try:
+            found = os.stat(str(self.url.database))
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def reopen_if_moved(self) -> None:
+        """Open the file anew if it was deleted or replaced while it was open: what is written into it would be lost."""
+        opened = self._opened
+        if opened is not None and self.is_sqlite and opened.file != self._file():
+            logger.error("stripe-meter: the ledger %s was deleted or replaced while in use", self.url.database)
+            self.close()
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
             return _postgres_engine(self.url)
         prepare_file(Path(str(self.url.database)))
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
-        engine = create_engine(self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience})
+        engine = create_engine(
+            self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET
+        )
         event.listen(engine, "connect", self._set_pragmas)
         return engine
 
@@ -267,6 +313,7 @@ def _postgres_engine(url: URL) -> Engine:
         return create_engine(
             url.update_query_dict({name: value for name, value in _POSTGRES_PATIENCE.items() if name not in url.query}),
             pool_pre_ping=True,
+            **_DISCREET,
         )
     except ModuleNotFoundError as error:
         raise ConfigurationError(

@@ -6,37 +6,43 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import field
 from decimal import Decimal
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
-from langchain_stripe_meter.core.customers import By, Reference, normalise
+from langchain_stripe_meter.core.customers import Reference, session_digest
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
-from langchain_stripe_meter.ledger.schema import leads, notes, readings
+from langchain_stripe_meter.ledger.pin import pin, refuse_early
+from langchain_stripe_meter.ledger.schema import notes, readings
 
-_COLUMNS = (
-    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason", "due",
+COLUMNS = (
+    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason",
+    "account", "session",
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
+@valueclass
 class Entry:
     """One reading on its way into the ledger. ``key`` makes it unique: a second entry with it changes nothing.
 
     ``value`` is ``None`` where the amount is unknown; ``reference`` names who pays until Stripe's customer is known.
+    ``session`` is that of a skipped run whose lead may be captured later; only its digest is stored.
     """
 
     key: str
     event_name: str
-    value: Decimal | None
+    value: Decimal | int | None
     at: int
     state: ReadingState
     customer: str | None = None
@@ -44,6 +50,8 @@ class Entry:
     dimensions: Mapping[str, str] = field(default_factory=dict)
     estimated: bool = False
     reason: str | None = None
+    account: str = ""
+    session: str | None = field(default=None, repr=False)
 
     def row(self) -> tuple[Any, ...]:
         """The values of the columns, in their order."""
@@ -56,10 +64,15 @@ class Entry:
             json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
             self.at,
             int(self.estimated),
-            self.state.value,
+            str(self.state),
             self.reason,
-            None,
+            self.account,
+            session_digest(self.account, self.session) if self.session else None,
         )
+
+    def columns(self) -> dict[str, Any]:
+        """The values by column."""
+        return dict(zip(COLUMNS, self.row(), strict=True))
 
 
 class Ledger:
@@ -69,16 +82,32 @@ class Ledger:
     they could not be stored; any thread and any event loop may call any method; a forked child opens its own
     connections by itself. Times are Unix seconds. SQLite is migrated when first opened, PostgreSQL by an operator
     (``stripe-meter ledger upgrade``); a newer or foreign database is refused. ``synchronous="NORMAL"`` trades the
-    last moments before a power loss (not before a crash) for speed, on SQLite only.
+    last moments before a power loss (not before a crash) for speed, on SQLite only. ``is_test`` says of which mode the
+    usage is; a ledger of the other one is refused with ``ForeignLedgerError``, at once or when it is first used.
     """
 
-    def __init__(self, url: str, *, clock: Callable[[], float] | None = None, synchronous: str = "FULL") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Callable[[], float] | None = None,
+        synchronous: str = "FULL",
+        is_test: bool | None = None,
+    ) -> None:
         if synchronous not in ("FULL", "NORMAL"):
             raise ConfigurationError(f"synchronous={synchronous!r}: use 'FULL' or 'NORMAL'.")
         self.database = Database(url, synchronous=synchronous)
         self._clock = clock
         self._group: GroupCommit[Entry] = GroupCommit(self._write)
         self._insert = _insert_statement(sqlite=self.database.is_sqlite)
+        if is_test is not None:
+            self.pin(is_test=is_test)
+
+    def pin(self, *, is_test: bool) -> None:
+        """Let this ledger hold usage of this mode only: a ledger of the other one is refused before its first use."""
+        self.database.on_open = lambda lane: pin(lane, self.now(), is_test=is_test)
+        if self.database.is_sqlite:
+            refuse_early(Path(str(self.database.url.database)), is_test=is_test)
 
     def now(self) -> int:
         """The ledger's clock, in whole Unix seconds."""
@@ -102,10 +131,10 @@ class Ledger:
     def _write(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        rows = [entry.row() for entry in entries]
-        is_sqlite = self.database.is_sqlite
+        insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
         try:
-            self.database.lane("record").run(lambda driver: _execute(driver, self._insert, rows, sqlite=is_sqlite))
+            self.database.reopen_if_moved()
+            self.database.lane("record").run(partial(insert, self._insert, [entry.row() for entry in entries]))
         except MeteringError:
             raise
         except Exception as error:
@@ -134,9 +163,7 @@ class Ledger:
             if value is None:
                 connection.execute(sql_delete(notes).where(notes.c.name == name))
                 return
-            values = {"value": value, "at": self.now()}
-            insert = _dialect_insert(connection, notes).values(name=name, **values)
-            connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
+            set_note(connection, name, value, self.now())
 
     def close(self) -> None:
         """Close the connections; a later use opens them again."""
@@ -144,26 +171,38 @@ class Ledger:
         self.database.close()
 
 
+def set_note(connection: Connection, name: str, value: str, now: int) -> None:
+    """Remember a fact about the ledger, in its caller's transaction."""
+    values = {"value": value, "at": now}
+    insert = dialect_insert(connection, notes).values(name=name, **values)
+    connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
+
+
 def _insert_statement(*, sqlite: bool) -> str:
-    marks = ", ".join(["?" if sqlite else "%s"] * len(_COLUMNS))
+    marks = ", ".join(["?" if sqlite else "%s"] * len(COLUMNS))
     # SQLAlchemy's own statement costs three times as much per row; the columns are checked against the schema below.
-    return f"INSERT INTO {readings.name} ({', '.join(_COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
+    return f"INSERT INTO {readings.name} ({', '.join(COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
 
 
-def _execute(driver: Any, statement: str, rows: list[tuple[Any, ...]], *, sqlite: bool) -> None:
+def _insert_on_sqlite(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
     """Insert in one transaction: a single row commits by itself, which saves two round trips."""
     if len(rows) == 1:
         driver.execute(statement, rows[0])
         return
-    if sqlite:
-        driver.execute("BEGIN IMMEDIATE")
-        try:
-            driver.executemany(statement, rows)
-            driver.execute("COMMIT")
-        except BaseException:
-            if driver.in_transaction:
-                driver.execute("ROLLBACK")
-            raise
+    driver.execute("BEGIN IMMEDIATE")
+    try:
+        driver.executemany(statement, rows)
+        driver.execute("COMMIT")
+    except BaseException:
+        if driver.in_transaction:
+            driver.execute("ROLLBACK")
+        raise
+
+
+def _insert_on_postgres(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
+    """As ``_insert_on_sqlite``."""
+    if len(rows) == 1:
+        driver.execute(statement, rows[0])
         return
     with driver.transaction(), driver.cursor() as cursor:
         cursor.executemany(statement, rows)
@@ -179,51 +218,13 @@ def _unstorable(error: Exception) -> InvalidValueError:
     return InvalidValueError(f"The ledger cannot store one of the values ({type(error).__name__}); it was refused.")
 
 
-class Leads:
-    """What the application learned about the person behind a session: durable, shared by all processes."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
-
-    def capture(
-        self, session: str, *, email: str | None = None, name: str | None = None, phone: str | None = None
-    ) -> None:
-        """Remember a lead's fields for ``session`` (the run's ``session_id``, ``thread_id`` or ``conversation_id``;
-        on an agent server only its ``thread_id``, since the others are the client's word).
-
-        Fields that are not given keep what was captured before. Runs before this stay skipped. Only call it with
-        what your application knows: an address that somebody typed into a chat proves nothing.
-        """
-        session = _session(session)
-        fields: dict[str, str] = {}
-        given: list[tuple[By, str | None]] = [("email", email), ("name", name), ("phone", phone)]
-        for by, value in given:
-            if value is not None:
-                fields[by] = normalise(by, value)
-        if not fields:
-            raise ConfigurationError("leads.capture() takes at least one of email=, name= and phone=.")
-        values = {**fields, "captured_at": self._ledger.now()}
-        with self._ledger.database.lane("record").transaction() as connection:
-            insert = _dialect_insert(connection, leads).values(session=session, **values)
-            connection.execute(insert.on_conflict_do_update(index_elements=["account", "session"], set_=values))
-
-    def find(self, session: str) -> dict[str, str] | None:
-        """The lead of ``session``, or None."""
-        with self._ledger.read() as connection:
-            row = connection.execute(select(leads).where(leads.c.session == session)).mappings().first()
-        return None if row is None else {by: row[by] for by in ("email", "name", "phone") if row[by]}
-
-    def forget(self, session: str) -> bool:
-        """Erase what was captured for ``session``; True if there was anything."""
-        with self._ledger.database.lane("record").transaction() as connection:
-            return connection.execute(sql_delete(leads).where(leads.c.session == session)).rowcount > 0
-
-
-def _session(session: object) -> str:
-    if not isinstance(session, str) or not session or len(session) > 255:
-        raise ConfigurationError("A lead belongs to a session: text of 1 to 255 characters.")
-    return session
-
-
-def _dialect_insert(connection: Connection, table: Any) -> Any:
+def dialect_insert(connection: Connection, table: Any) -> Any:
+    """An insert that can say what to do about a row that is there already."""
     return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless its key is there already; whether it is new."""
+    statement = dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
+    # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1

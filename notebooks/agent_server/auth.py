@@ -15,3 +15,11 @@ async def authenticate(authorization: str | None) -> Auth.types.MinimalUserDict:
     if token not in USERS:
         raise Auth.exceptions.HTTPException(status_code=401, detail="unknown token")
     return {"identity": token, "stripe_customer_id": USERS[token]}  # type: ignore[typeddict-unknown-key]
+
+
+@auth.on
+async def only_their_own(ctx: Auth.types.AuthContext, value: dict) -> dict[str, str]:
+    """Users see and use only threads and assistants of their own; the server lets anybody use any otherwise."""
+    owner = {"owner": ctx.user.identity}
+    value.setdefault("metadata", {}).update(owner)
+    return owner

@@ -1,0 +1,200 @@
+"""Who is behind a session, as the application learned it, and what of that session waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from sqlalchemy import Connection, func, select, update
+from sqlalchemy import delete as sql_delete
+
+from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise, session_digest
+from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.schema import leads, readings
+from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert
+
+BillFrom = Literal["now", "first_message"]
+LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
+UNKNOWN_AMOUNT = "the amount is unknown"
+
+_CLAIMED = next_reading_state(ReadingState.SKIPPED, Move.CLAIM)
+_CLAIMED_WITHOUT_AMOUNT = next_reading_state(_CLAIMED, Move.HOLD)
+
+
+class Leads:
+    """What the application learned about the person behind a session: durable, shared by all processes.
+
+    ``by`` are the fields that say who pays, in the order in which they are tried; ``region`` is where phone numbers
+    without a leading ``+`` are dialled; ``claimed`` is called when skipped readings shall be billed after all.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        by: Sequence[By] = LEAD_FIELDS,
+        *,
+        region: str | None = None,
+        claimed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._ledger = ledger
+        self._by = tuple(by)
+        self._region = region
+        self._claimed = claimed
+
+    def capture(
+        self,
+        session: str,
+        *,
+        email: str | None = None,
+        name: str | None = None,
+        phone: str | None = None,
+        region: str | None = None,
+        account: str = "",
+        bill_from: BillFrom = "now",
+    ) -> int:
+        """Remember a lead's fields for ``session`` (the run's ``session_id``, ``thread_id`` or ``conversation_id``;
+        on an agent server only its ``thread_id``, since the others are the client's word).
+
+        Fields that are not given keep what was captured before. Only call it with what your application knows: an
+        address that somebody typed into a chat proves nothing.
+
+        Args:
+            session: Text of 1 to 255 printable characters.
+            email: An e-mail address.
+            name: A person's or a company's name.
+            phone: A phone number; without a leading ``+`` it needs ``region``.
+            region: Where ``phone`` is dialled, such as ``"DE"``.
+            account: The connected account (``acct_…``) that the session belongs to; by default the key's own.
+            bill_from: ``"now"`` leaves the runs before this skipped. ``"first_message"`` bills those of this session
+                that were skipped for want of a lead, once, if this lead has what ``customer=`` reads of it.
+
+        Returns:
+            How many readings that had been skipped will be billed after all.
+
+        Raises:
+            ConfigurationError: A field cannot be used. The message does not repeat it.
+            LedgerError: The lead could not be stored.
+        """
+        session, fields = _session(session), _fields(region or self._region, email=email, name=name, phone=phone)
+        if bill_from not in ("now", "first_message"):
+            raise ConfigurationError(f"bill_from={bill_from!r}: use 'now' or 'first_message'.")
+        if bill_from == "first_message" and not self._by:
+            raise ConfigurationError("bill_from='first_message' needs a handler whose customer= is from_lead(...).")
+        with self._ledger.database.lane("record").transaction() as connection:
+            _lock(connection, [session_digest(account, session)])
+            _store(connection, account, session, {**fields, "captured_at": self._ledger.now()})
+            count = self._claim(connection, account, session) if bill_from == "first_message" else 0
+        if count:
+            self._claimed()
+        return count
+
+    async def acapture(self, session: str, **fields: Any) -> int:
+        """As ``capture``, without blocking the event loop."""
+        return await asyncio.to_thread(self.capture, session, **fields)
+
+    def find(self, session: str, account: str = "") -> dict[str, str] | None:
+        """The lead of ``session``, or None."""
+        if not _is_session(session):
+            return None
+        with self._ledger.read() as connection:
+            return _find(connection, account, session)
+
+    def forget(self, session: str, account: str = "") -> bool:
+        """Erase what was captured for ``session``; True if there was anything.
+
+        The handler's ``forget`` erases a person wherever the ledger names them.
+        """
+        if not _is_session(session):
+            return False
+        with self._ledger.database.lane("record").transaction() as connection:
+            return connection.execute(sql_delete(leads).where(_of(account, session))).rowcount > 0
+
+    def record(self, entries: Sequence[Entry]) -> Sequence[Entry]:
+        """Store entries as the ledger does; of those that wait for a lead, look once more whether it is there.
+
+        That look and the insert are one transaction, and capturing is another: a run is either recorded before the
+        lead is captured, and then claimed with it, or after, and then the lead pays. None slips in between.
+        Returns what was stored.
+        """
+        if not any(entry.session for entry in entries):
+            self._ledger.record(entries)
+            return entries
+        with self._ledger.database.lane("record").transaction() as connection:
+            _lock(connection, [session_digest(one.account, one.session) for one in entries if one.session])
+            final = [self._look_again(connection, entry) for entry in entries]
+            rows = [dict(zip(COLUMNS, entry.row(), strict=True)) for entry in final]
+            connection.execute(dialect_insert(connection, readings).on_conflict_do_nothing(), rows)
+        return final
+
+    def _look_again(self, connection: Connection, entry: Entry) -> Entry:
+        if not entry.session or not _is_session(entry.session):
+            return replace(entry, session=None)
+        who = self._payer(_find(connection, entry.account, entry.session))
+        if who is None:
+            return entry
+        state, reason = _claim_of(entry.value)
+        return replace(entry, state=state, reference=who, reason=reason, session=None)
+
+    def _claim(self, connection: Connection, account: str, session: str) -> int:
+        who = self._payer(_find(connection, account, session))
+        if who is None:
+            return 0
+        skipped = (readings.c.session == session_digest(account, session)) & (readings.c.account == account)
+        count = 0
+        for amount, has_amount in ((0, readings.c.value.is_not(None)), (None, readings.c.value.is_(None))):
+            state, reason = _claim_of(amount)
+            claim = update(readings).where(skipped, readings.c.state == ReadingState.SKIPPED.value, has_amount)
+            values = {"state": state.value, "reference": f"{who.by}:{who.value}", "reason": reason, "session": None}
+            count += connection.execute(claim.values(**values)).rowcount
+        return count
+
+    def _payer(self, lead: Mapping[str, str] | None) -> Reference | None:
+        return next((Reference(by, lead[by]) for by in self._by if lead and by in lead), None)
+
+
+def _claim_of(value: object) -> tuple[ReadingState, str | None]:
+    """Where a claim takes a skipped reading; without an amount it waits for a person."""
+    return (_CLAIMED, None) if value is not None else (_CLAIMED_WITHOUT_AMOUNT, UNKNOWN_AMOUNT)
+
+
+def _fields(region: str | None, **given: str | None) -> dict[str, str]:
+    check_region(region)
+    fields: dict[str, str] = {by: normalise(by, given[by], region) for by in LEAD_FIELDS if given[by] is not None}
+    if not fields:
+        raise ConfigurationError("leads.capture() takes at least one of email=, name= and phone=.")
+    return fields
+
+
+def _store(connection: Connection, account: str, session: str, values: Mapping[str, Any]) -> None:
+    insert = dialect_insert(connection, leads).values(account=account, session=session, **values)
+    connection.execute(insert.on_conflict_do_update(index_elements=["account", "session"], set_=values))
+
+
+def _lock(connection: Connection, digests: Sequence[str]) -> None:
+    """One transaction at a time per session. SQLite has one writer anyhow; PostgreSQL has these locks."""
+    if connection.dialect.name == "postgresql":
+        for digest in sorted(set(digests)):
+            key = int(digest[:15], 16)
+            connection.execute(select(func.pg_advisory_xact_lock(key)))
+
+
+def _of(account: str, session: str) -> Any:
+    return (leads.c.account == account) & (leads.c.session == session)
+
+
+def _find(connection: Connection, account: str, session: str) -> dict[str, str] | None:
+    row = connection.execute(select(leads).where(_of(account, session))).mappings().first()
+    return None if row is None else {by: row[by] for by in LEAD_FIELDS if row[by]}
+
+
+def _is_session(session: object) -> bool:
+    return isinstance(session, str) and 0 < len(session) <= 255 and session.isprintable()
+
+
+def _session(session: str) -> str:
+    if not _is_session(session):
+        raise ConfigurationError("A lead belongs to a session: text of 1 to 255 printable characters.")
+    return session

@@ -1,0 +1,102 @@
+"""The tool with which an agent notes a typed address: for its own session only, and without repeating it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.messages import HumanMessage, ToolMessage
+from metering import Shop
+
+from langchain_stripe_meter import Tokens, first_of, from_lead, from_metadata
+from langchain_stripe_meter.agents.leads import capture_lead_tool
+from langchain_stripe_meter.cli.scripted import ScriptedModel, says
+from langchain_stripe_meter.errors import ConfigurationError
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    with Shop(tmp_path, Tokens("tokens"), customer=from_lead()) as shop:
+        shop.sandbox.create_customer(id="cus_ann", email="ann@example.com")
+        yield shop
+
+
+def agent_that_notes(shop: Shop, arguments: dict[str, Any], **options: Any) -> Any:
+    """An agent whose model calls the tool with ``arguments``, and then thanks."""
+    script = [says("", 10, 0, call={"name": "capture_lead", "args": arguments}), says("Thank you!", 5, 5)]
+    return create_agent(ScriptedModel(script=script), [capture_lead_tool(shop.handler, **options)])
+
+
+def talk(agent: Any, shop: Shop, thread: str | None = "t1") -> str:
+    """The tool's answer."""
+    config: dict[str, Any] = {"callbacks": [shop.handler]}
+    if thread:
+        config["configurable"] = {"thread_id": thread}
+    messages = agent.invoke({"messages": [HumanMessage("It's me")]}, config)["messages"]
+    return next(str(message.content) for message in messages if isinstance(message, ToolMessage))
+
+
+def test_an_agent_notes_an_address_for_its_own_thread(shop: Shop) -> None:
+    assert "is noted" in talk(agent_that_notes(shop, {"email": "ann@example.com"}), shop)
+    assert shop.handler.leads.find("t1") == {"email": "ann@example.com"}
+    assert shop.billed("cus_ann") == {"tokens": 10}, "the call before the capture stays skipped"
+
+
+def test_from_the_first_message_when_it_is_made_so(shop: Shop) -> None:
+    agent = agent_that_notes(shop, {"email": "ann@example.com"}, bill_from="first_message")
+
+    async def main() -> None:
+        config: Any = {"callbacks": [shop.handler], "configurable": {"thread_id": "t1"}}
+        await agent.ainvoke({"messages": [HumanMessage("It's me")]}, config)
+
+    asyncio.run(main())
+    assert shop.billed("cus_ann") == {"tokens": 20}
+
+
+def test_the_model_cannot_choose_the_session(shop: Shop) -> None:
+    tool = capture_lead_tool(shop.handler)
+    assert set(tool.args) == {"email"}
+    forged = {"email": "ann@example.com", "session": "victim", "config": {"metadata": {"thread_id": "victim"}}}
+    talk(agent_that_notes(shop, forged), shop)
+    assert shop.handler.leads.find("victim") is None
+    assert shop.handler.leads.find("t1") == {"email": "ann@example.com"}
+
+
+@pytest.mark.parametrize("typed", ["canary no address", "", "x" * 1_000_000, "a@b\r\nBcc: c@d.example", 7, None])
+def test_bad_input_is_answered_politely_and_not_repeated(
+    shop: Shop, typed: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, logger="langchain_stripe_meter")
+    answer = talk(agent_that_notes(shop, {"email": typed}), shop)
+    assert answer == "That is not a complete e-mail address. Ask the user to write it once more."
+    assert shop.handler.leads.find("t1") is None
+    assert "canary" not in caplog.text
+
+
+def test_without_a_session_nothing_is_noted(shop: Shop) -> None:
+    assert "no session" in talk(agent_that_notes(shop, {"email": "ann@example.com"}), shop, thread=None)
+
+
+def test_a_ledger_that_fails_does_not_break_the_chat(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    with shop.handler._ledger.database.lane("record").transaction() as connection:
+        connection.exec_driver_sql("DROP TABLE leads")
+    assert "just now" in talk(agent_that_notes(shop, {"email": "ann@example.com"}), shop)
+    assert "no such table" in caplog.text
+    assert "ann@" not in caplog.text
+
+
+def test_a_phone_number_is_read_in_its_region(shop: Shop) -> None:
+    handler = shop.another_handler(customer=first_of(from_metadata("cid"), from_lead("phone")))
+    tool = capture_lead_tool(handler, by="phone", region="DE")
+    assert "noted" in tool.invoke({"phone": "030 901820"}, {"metadata": {"session_id": "s"}})
+    assert handler.leads.find("s") == {"phone": "+4930901820"}
+
+
+def test_a_tool_that_notes_what_the_handler_does_not_read_is_refused(shop: Shop) -> None:
+    with pytest.raises(ConfigurationError, match="by='phone'"):
+        capture_lead_tool(shop.handler, by="phone")

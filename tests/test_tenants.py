@@ -1,0 +1,207 @@
+"""Connected accounts: each tenant's customers pay on the tenant's own account, and nothing crosses over."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+
+from langchain_stripe_meter import (
+    Messages,
+    StripeMeterCallbackHandler,
+    StripeMeterEvent,
+    Tokens,
+    from_lead,
+    from_metadata,
+)
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.tenants import Tenant
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.sandbox import StripeSandbox
+from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
+
+ANNA, BERT = "acct_anna", "acct_bert"
+USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+
+
+def answer(handler: StripeMeterCallbackHandler, **metadata: Any) -> None:
+    """One run of a chat model that consumes 15 tokens."""
+    model = GenericFakeChatModel(messages=iter([AIMessage("Hi", usage_metadata=USAGE)]))
+    model.invoke("Hello", {"callbacks": [handler], "metadata": metadata})
+
+
+@dataclass
+class Platform:
+    """A platform account with two connected ones, each with the meter and a customer ``cus_1`` of its own."""
+
+    sandbox: StripeSandbox
+    anna: AccountHandle
+    bert: AccountHandle
+    ledger: str
+
+    def handler(self, *meters: Any, **options: Any) -> StripeMeterCallbackHandler:
+        return StripeMeterCallbackHandler(*(meters or [Tokens("ai_tokens")]), ledger=self.ledger, **options)
+
+    def billed(self) -> tuple[Decimal, Decimal, Decimal]:
+        """What ``cus_1`` owes: on the platform's account, on Anna's, on Bert's."""
+        accounts = (self.sandbox, self.anna, self.bert)
+        return tuple(account.billed("ai_tokens", "cus_1") for account in accounts)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def platform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Platform]:
+    with StripeSandbox() as sandbox:
+        for name, value in sandbox.environment().items():
+            monkeypatch.setenv(name, value)
+        accounts = [sandbox.connect(ANNA), sandbox.connect(BERT)]
+        for account in (sandbox, *accounts):
+            account.create_meter("ai_tokens")
+            account.create_customer(id="cus_1")
+        yield Platform(sandbox, *accounts, ledger=f"sqlite:///{tmp_path}/ledger.db")
+
+
+def of_metadata(facts: Facts) -> Tenant | None:
+    name = facts.metadata.get("tenant")
+    return Tenant(f"acct_{name}") if name else None
+
+
+def test_a_handler_bills_on_its_connected_account(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", stripe_account=ANNA) as handler:
+        answer(handler)
+        assert handler.flush().delivered == 1
+        assert handler.verify().agrees
+    assert platform.billed() == (0, 15, 0)
+
+
+def test_each_run_is_billed_on_its_tenants_account_though_the_customers_have_the_same_id(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", tenant=of_metadata) as handler:
+        for name in ("anna", "bert", "anna", None):
+            answer(handler, tenant=name)
+        assert handler.flush().skipped == 1
+        verified = handler.verify()
+        assert [row.reason for row in views.tail(handler._ledger) if row.state == "skipped"] == ["no tenant"]
+    assert platform.billed() == (0, 30, 15)
+    assert verified.agrees
+    assert [(one.account, one.at_stripe) for one in verified.comparisons] == [(ANNA, 30), (BERT, 15)]
+
+
+def test_two_handlers_on_one_ledger_bill_one_run_on_two_accounts(platform: Platform) -> None:
+    """One row would swallow the other if identifiers were the same on every account."""
+    with (
+        platform.handler(customer="cus_1", stripe_account=ANNA) as hers,
+        platform.handler(customer="cus_1", stripe_account=BERT) as his,
+        platform.handler(customer="cus_1") as ours,
+    ):
+        model = GenericFakeChatModel(messages=iter([AIMessage("Hi", usage_metadata=USAGE)]))
+        model.invoke("Hello", {"callbacks": [hers, his, ours]})
+        assert ours.flush().pending == 0
+    assert platform.billed() == (15, 15, 15)
+
+
+def test_a_tenant_may_count_and_identify_in_its_own_way(platform: Platform) -> None:
+    platform.bert.create_meter("messages")
+
+    def tenant(facts: Facts) -> Tenant:
+        if facts.metadata.get("tenant") == "bert":
+            return Tenant(BERT, meters=(Messages("messages"),), customer="cus_1")  # type: ignore[arg-type]
+        return Tenant(ANNA)
+
+    with platform.handler(customer=from_metadata("customer"), tenant=tenant) as handler:
+        answer(handler, tenant="bert")
+        answer(handler, tenant="anna", customer="cus_1")
+        assert handler.flush().pending == 0
+    assert platform.billed() == (0, 15, 0)
+    assert platform.bert.billed("messages", "cus_1") == 1
+
+
+def test_a_person_is_looked_up_on_the_tenants_account_only(platform: Platform) -> None:
+    platform.anna.create_customer(id="cus_annas_eve", email="eve@example.com")
+    platform.sandbox.create_customer(id="cus_platforms_eve", email="eve@example.com")
+    with platform.handler(customer=from_lead(by="email"), tenant=of_metadata) as handler:
+        for name in ("anna", "bert", "anna"):
+            answer(handler, tenant=name, lead={"email": "eve@example.com"})
+        assert handler.flush().held == 1
+    assert platform.anna.billed("ai_tokens") == {"cus_annas_eve": 30}
+    assert platform.bert.billed("ai_tokens") == {}
+    assert platform.sandbox.billed("ai_tokens") == {}
+
+
+def test_leads_of_one_session_on_two_accounts_are_two_leads(platform: Platform) -> None:
+    platform.anna.create_customer(id="cus_eve", email="eve@example.com")
+    platform.bert.create_customer(id="cus_max", email="max@example.com")
+    with platform.handler(customer=from_lead(by="email"), tenant=of_metadata) as handler:
+        handler.leads.capture("s-1", email="eve@example.com", account=ANNA)
+        handler.leads.capture("s-1", email="max@example.com", account=BERT)
+        for name in ("anna", "bert"):
+            answer(handler, tenant=name, session_id="s-1")
+        assert handler.flush().held == 0
+    assert platform.anna.billed("ai_tokens") == {"cus_eve": 15}
+    assert platform.bert.billed("ai_tokens") == {"cus_max": 15}
+
+
+def test_a_meter_that_is_missing_on_one_account_holds_only_that_accounts_usage(platform: Platform) -> None:
+    platform.sandbox.connect("acct_new").create_customer(id="cus_1")
+    with platform.handler(customer="cus_1", tenant=of_metadata) as handler:
+        answer(handler, tenant="new")
+        answer(handler, tenant="anna")
+        report = handler.flush()
+        assert (report.delivered, report.held) == (1, 1)
+    assert platform.billed() == (0, 15, 0)
+
+
+def test_a_tenant_is_chosen_from_trusted_facts_only() -> None:
+    """On an agent server, metadata and context are the client's word: a client must not choose the account."""
+    facts = Facts({"tenant": "anna"}, auth_user={"tenant": "bert"}, context={"tenant": "anna"}, on_server=True)
+    assert facts.trusted().metadata == {}
+    assert facts.trusted().context is None
+    assert facts.trusted().auth_user == {"tenant": "bert"}
+    ours = Facts({"tenant": "anna"}, context={"tenant": "anna"})
+    assert ours.trusted() is ours
+
+
+def test_a_tenant_function_that_fails_bills_nobody_and_is_told(platform: Platform) -> None:
+    told: list[Exception] = []
+
+    def broken(facts: Facts) -> Tenant:
+        raise KeyError(facts.metadata["tenant"])
+
+    with platform.handler(customer="cus_1", tenant=broken, on_error=told.append) as handler:
+        answer(handler, tenant="secret@example.com")
+        assert handler.flush().skipped == 1
+        (row,) = views.tail(handler._ledger)
+    assert (row.state, row.reason) == ("skipped", "tenant= failed: KeyError")
+    assert platform.billed() == (0, 0, 0)
+    assert told
+    assert "secret" not in str(told)
+
+
+def test_what_is_no_connected_account_is_refused_by_name(platform: Platform) -> None:
+    with pytest.raises(InvalidValueError, match="acct_1032D82eZvKYlo2C"):
+        platform.handler(stripe_account="cus_1")
+    with pytest.raises(InvalidValueError, match="no connected account"):
+        Tenant("acct_with space")
+    with pytest.raises(ConfigurationError, match="stripe_account= or tenant="):
+        platform.handler(stripe_account=ANNA, tenant=of_metadata)
+
+
+def test_usage_without_a_run_is_billed_on_the_account_too(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", stripe_account=BERT) as handler:
+        handler.record_usage(USAGE, id="job-1")
+        handler.record_usage(USAGE, id="job-1")
+        assert handler.flush().pending == 0
+    assert platform.billed() == (0, 0, 15)
+
+
+def test_the_workflow_component_bills_on_a_connected_account(platform: Platform) -> None:
+    event = StripeMeterEvent(stripe_account=ANNA)
+    assert event.invoke({"event_name": "ai_tokens", "customer_id": "cus_1", "value": 7})["success"]
+    assert platform.billed() == (0, 7, 0)
+    with pytest.raises(InvalidValueError, match="no connected account"):
+        StripeMeterEvent(stripe_account="anna")
