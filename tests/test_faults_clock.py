@@ -104,6 +104,8 @@ def test_a_clock_that_jumps_while_an_outcome_is_unknown_bills_nothing_twice(
     work(courier, sandbox, seconds=2 * HOUR)
     clock.wrong = 0
     record(ledger, "cus_3")
+    work(courier, sandbox, seconds=2 * HOUR)
+    assert sandbox.billed("ai_tokens", "cus_3") == 1  # what the wrong clock said holds nothing up
     work(courier, sandbox, seconds=45 * DAY, step=HOUR)
     settled(ledger, sandbox, fault="the clock jumps while an outcome is unknown")
     states = {row.customer: row.state for row in views.tail(ledger)}
