@@ -7,6 +7,8 @@ from langchain_stripe_meter.ledger.outbox import Line
 QUIET_SECONDS = 2
 """How long everything rests when Stripe did not take even one event at a time."""
 RESTING_AT_MOST = 100
+LONGEST_REST = 3600
+"""Nothing rests for longer, in seconds: what seems to was told by a clock that has been set back since."""
 
 
 class Pace:
@@ -20,7 +22,7 @@ class Pace:
 
     def is_quiet(self, now: int) -> bool:
         """Whether everything rests."""
-        return now < self.quiet_until
+        return now < self.quiet_until <= now + LONGEST_REST
 
     def slots(self, in_flight: int, now: int) -> int:
         """How many events may start now."""
@@ -28,7 +30,7 @@ class Pace:
 
     def at_rest(self, now: int) -> list[Line]:
         """Of whom Stripe wants to hear nothing yet; the newest, if there are very many."""
-        self._resting = {line: until for line, until in self._resting.items() if until > now}
+        self._resting = {line: until for line, until in self._resting.items() if now < until <= now + LONGEST_REST}
         return list(self._resting)[-RESTING_AT_MOST:]
 
     def faster(self) -> None:

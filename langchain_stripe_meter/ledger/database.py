@@ -189,7 +189,6 @@ class Database:
 
     def __init__(self, url: str, *, synchronous: str = "FULL") -> None:
         self.url = parse_url(url)
-        self._path = Path(str(self.url.database))
         self._synchronous = synchronous
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
@@ -281,7 +280,7 @@ class Database:
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
             return postgres_engine(self.url, BUSY_SECONDS, **_DISCREET)
-        prepare_file(self._path)
+        prepare_file(Path(str(self.url.database)))
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
         engine = create_engine(
             self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET
