@@ -6,18 +6,22 @@
     ├── LedgerError             the operator: the database cannot be used as it stands
     │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
     │   └── NewerLedgerError        it was written by a newer version of this package
+    ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
     ├── AgeAlarm                the operator: usage grows old before Stripe has it
     ├── UsageError              the provider's report contradicts itself
+    ├── SpendLimitError         the customer: a limit is used up (the only one that is raised into a chain)
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
     └── StripeError             what Stripe answered, when a person asked a question of it
 
-Nothing here is ever raised into a chain: the handler turns what goes wrong inside a run into a
-counter, one log line and a call of ``on_error``.
+Only what was asked for is ever raised into a chain, ``UnidentifiedError`` and ``SpendLimitError``: the handler turns
+what goes wrong inside a run into a counter, one log line and a call of ``on_error``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime
+from decimal import Decimal
 
 
 class MeteringError(Exception):
@@ -44,8 +48,37 @@ class NewerLedgerError(LedgerError):
     """The database was written by a newer version of this package."""
 
 
+class UnidentifiedError(MeteringError):
+    """A run names nobody who pays; it was refused before the model was called. The message says what was missing."""
+
+
 class UsageError(MeteringError):
     """A provider's usage report contradicts itself; the message names both numbers."""
+
+
+class SpendLimitError(MeteringError):
+    """A customer has used up a limit, so the model was not called.
+
+    ``event_name`` is the meter's, ``limit`` and ``used`` are in its unit, ``resets_at`` (UTC) is when the next period
+    begins. All are None where nobody could be identified. The message names nobody.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        event_name: str | None = None,
+        limit: Decimal | None = None,
+        used: Decimal | None = None,
+        resets_at: datetime | None = None,
+    ) -> None:
+        super().__init__(message, event_name, limit, used, resets_at)  # as they are, so that it can be pickled
+        self.event_name = event_name
+        self.limit = limit
+        self.used = used
+        self.resets_at = resets_at
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class IllegalMoveError(MeteringError):
@@ -54,6 +87,14 @@ class IllegalMoveError(MeteringError):
 
 class StripeError(MeteringError):
     """Stripe refused a question that a person asked (listing meters, looking up a customer)."""
+
+
+def place_of(error: BaseException) -> str:
+    """Where an error was raised, ``file:line``: what may be logged of a bug, whose text may quote a person."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
 class AgeAlarm(MeteringError):  # noqa: N818 - it is no error that something raised, but what ``on_error`` is told

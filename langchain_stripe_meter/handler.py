@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.audit.chores import chores
-from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import (
     CustomerSource,
     as_source,
@@ -36,6 +35,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
+from langchain_stripe_meter.refusing import RefusingCallbacks
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -47,7 +47,7 @@ EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
+class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -64,6 +64,12 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: Called with a ``MeteringError`` when something could not be recorded or delivered; never raises
             into a chain.
         synchronous: ``"NORMAL"`` trades the last moments before a power loss for speed, on SQLite.
+        create_missing: Whether somebody whom Stripe does not know by e-mail, name or phone is made a customer, marked
+            with the metadata ``created_by: langchain_stripe_meter``, instead of being held.
+        on_unidentified: What becomes of a run that names nobody who pays: ``"skip"`` (it is recorded as skipped, and
+            ``skips()`` shows it), ``"raise"`` (it is refused with ``UnidentifiedError`` before the model is called;
+            with ``from_lead``, so is every run before its lead is captured), or the customer who pays for it, a
+            ``cus_…`` id or a source.
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
         stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
         tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer
@@ -73,9 +79,13 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
         billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
             that is undelivered when one closes.
+        prune_after_days: Delete what is final and older than so many days (36 at least) while delivering, as
+            ``prune`` does; by default everything is kept.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
+        ForeignLedgerError: The key is for test mode and the ledger for live mode, or the reverse. (Where the ledger
+            cannot be looked at yet, this is told when it is first used, and nothing is recorded.)
 
     Attach one instance anywhere and as often as you like: on a call, a model, a chain, or with ``stripe_meter``.
     """
@@ -92,15 +102,19 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_error: OnError | None = None,
         synchronous: Literal["FULL", "NORMAL"] = "FULL",
         concurrency: int = 16,
+        create_missing: bool = False,
+        on_unidentified: Literal["skip", "raise"] | CustomerSource | str = "skip",
         roll_up: int | None = None,
         stripe_account: str | None = None,
         tenant: TenantSource | None = None,
         webhook_secret: str | None = None,
         billing_day: int = 1,
+        prune_after_days: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = checked_meters(meters)
-        self.customer = _default_customer() if customer is None else as_source(customer)
+        self._refuses = on_unidentified == "raise"
+        self.customer = _with_default(_default_customer() if customer is None else as_source(customer), on_unidentified)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
@@ -115,12 +129,17 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         self._stripe_account = check_account(stripe_account or "")
         self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
-        if deliver:
+        if deliver or stripe is not None:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
-            todo = chores(self._ledger, gateway, on_error=on_error, billing_day=billing_day)
-            self._courier = Courier(
-                self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up, chores=todo
+            self._ledger.pin(is_test=gateway.is_test)
+        if deliver:
+            todo = chores(
+                self._ledger, gateway, on_error=on_error, billing_day=billing_day, prune_after_days=prune_after_days
             )
+            self._courier = Courier(
+                self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
+                create_missing=create_missing, chores=todo,
+            )  # fmt: skip
         self.leads = Leads(
             self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
         )
@@ -265,6 +284,15 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             self.close()
         except MeteringError as error:  # what the block did matters more, and what it recorded is still in the ledger
             logger.error("stripe-meter: closing failed: %s", error)
+
+
+def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> CustomerSource:
+    """``customer``, and where it names nobody, the default customer if there is one."""
+    if isinstance(otherwise, str) and otherwise in ("skip", "raise"):
+        return customer
+    if isinstance(otherwise, str) and not otherwise.startswith("cus_"):
+        raise ConfigurationError(f"on_unidentified={otherwise!r}: use 'skip', 'raise', a 'cus_…' id or a source.")
+    return first_of(customer, otherwise)
 
 
 def _default_customer() -> CustomerSource:

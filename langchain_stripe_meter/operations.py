@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.ledger import acts as decisions
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import doubts, views
+from langchain_stripe_meter.ledger.doubts import DoubtfulList
+from langchain_stripe_meter.ledger.forget import Forgotten, forget
+from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from langchain_stripe_meter.audit.webhooks import Webhooks
     from langchain_stripe_meter.delivery.courier import Courier, OnError
     from langchain_stripe_meter.gateway.client import Gateway
+    from langchain_stripe_meter.ledger.keeping import Pruned
 
 
 class Operations:
@@ -32,10 +36,41 @@ class Operations:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
         return views.held(self._ledger)
 
+    def skips(self, since: datetime | int = 0) -> SkipList:
+        """What went unbilled for want of somebody to bill: per day (UTC), meter and reason, how often and how much.
+
+        ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
+        """
+        return skips(self._ledger, _seconds(since, "since"))
+
+    def forget(
+        self,
+        *,
+        email: str | None = None,
+        phone: str | None = None,
+        name: str | None = None,
+        session: str | None = None,
+        customer: str | None = None,
+    ) -> Forgotten:
+        """Erase a person from the ledger and its files: leads, names on waiting usage, and what points to them.
+
+        Amounts are kept: usage that waited for the person is held without a name. Look at the report's ``complete``:
+        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again.
+        """
+        return forget(self._ledger, email=email, phone=phone, name=name, session=session, customer=customer)
+
     def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
         moved = views.assign(self._ledger, held.ids if isinstance(held, views.Held) else held, customer, value)
         return self._moved(moved)
+
+    def doubtful(self) -> DoubtfulList:
+        """Events that Stripe may have or not, and why they could not be settled by comparing with its sums (yet)."""
+        return doubts.doubtful(self._ledger)
+
+    def settle_doubt(self, identifiers: Sequence[str], *, delivered: bool) -> int:
+        """A person has looked: Stripe has these doubtful events, or they are sent again. Returns how many moved."""
+        return self._moved(doubts.settle_doubt(self._ledger, identifiers, delivered=delivered))
 
     def retry(self) -> int:
         """Try held and rejected things again, now. Returns how many."""
@@ -118,6 +153,16 @@ class Operations:
         if self._courier is None:
             raise ConfigurationError(f"{asking} asks Stripe, but this handler was made with deliver=False.")
         return self._courier.gateway
+
+    def prune(self, older_than_days: int = 40) -> Pruned:
+        """Delete what is final (delivered, skipped, written off) and older than so many days, 36 at least.
+
+        Its sums are kept per customer, meter and day, so totals and ``verify`` stay right. A run or job that is
+        recorded again after its row was pruned is recorded as new.
+        """
+        from langchain_stripe_meter.ledger.keeping import prune
+
+        return prune(self._ledger, older_than_days)
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:

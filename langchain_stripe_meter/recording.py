@@ -31,7 +31,7 @@ from langchain_stripe_meter.core.tenants import Tenant, TenantSource
 from langchain_stripe_meter.core.usage import completed, usage_from_metadata
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -81,10 +81,10 @@ class Recorder:
     skipped: int = 0
     unrecorded: int = 0
     _lock: threading.Lock = field(init=False)
-    _needs_lookup: bool = field(init=False)
+    needs_lookup: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._needs_lookup = needs_lookup(self.customer) or not isinstance(self.tenant, Tenant)
+        self.needs_lookup = needs_lookup(self.customer) or not isinstance(self.tenant, Tenant)
         self.after_fork()
         renew_after_fork(self)
 
@@ -126,7 +126,7 @@ class Recorder:
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        if self._needs_lookup:
+        if self.needs_lookup:
             return True
         observed = [ending.observed for ending in endings if ending.observed is not None]
         return self.on_missing_usage == "estimate" and not all(_is_known(one) for one in observed)
@@ -151,7 +151,7 @@ class Recorder:
             logger.error("stripe-meter: a run could not be recorded: %s", error)
         else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
-            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, _place(error))
+            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, place_of(error))
         self._tell(known)
 
     def _tell(self, error: MeteringError) -> None:
@@ -216,13 +216,16 @@ class Recorder:
         readings = self._readings(meters, use)
         if not readings:
             return []
-        payer, session, facts = source or tenant.customer or self.customer, None, use.facts
-        if self._needs_lookup or source is not None:
-            facts = replace(facts, lead=partial(self.leads.find, account=tenant.account))
+        payer, facts, session = source or tenant.customer or self.customer, use.facts, None
+        if self.needs_lookup or source is not None:
+            facts = self._with_leads(facts, tenant.account, payer)
         who = payer.identify(facts)
-        if self._needs_lookup and source is None and isinstance(who, Skip):
+        if self.needs_lookup and source is None and isinstance(who, Skip):
             session = lead_session(payer, facts)
         return [make_entry(use, who, reading, session=session, account=tenant.account) for reading in readings]
+
+    def _with_leads(self, facts: Facts, account: str, payer: CustomerSource) -> Facts:
+        return replace(facts, lead=partial(self.leads.find, account=account)) if needs_lookup(payer) else facts
 
     def _tenant(self, facts: Facts) -> Tenant | Skip:
         """Whose business a run is, by the application's own function; what it fails over is billed to nobody."""
@@ -233,6 +236,14 @@ class Recorder:
             self._tell(ConfigurationError(f"tenant= failed with {type(error).__name__}; the run is billed to nobody."))
             return Skip(f"tenant= failed: {type(error).__name__}")
         return Skip("no tenant") if tenant is None else tenant
+
+    def payer(self, facts: Facts) -> Reference | Skip:
+        """Who pays for a run, or why nobody does; it may ask the ledger for a lead."""
+        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
+        if isinstance(tenant, Skip):
+            return tenant
+        payer = tenant.customer or self.customer
+        return payer.identify(self._with_leads(facts, tenant.account, payer))
 
     def usage_entries(
         self,
@@ -267,13 +278,6 @@ def _is_known(observed: Observed) -> bool:
         return True
     # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
     return usage is not None and bool(usage.input) and usage.output is not None and not observed.partial
-
-
-def _place(error: BaseException) -> str:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
 def call_of(run: Run, observed: Observed) -> Call:

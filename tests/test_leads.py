@@ -68,7 +68,7 @@ class Desk:
     def states(self) -> dict[str, int]:
         query = select(readings.c.state, func.count()).group_by(readings.c.state)
         with self.ledger.read() as connection:
-            return dict(connection.execute(query).tuples().all())
+            return dict(iter(connection.execute(query)))
 
     def close(self) -> None:
         for handler in self.handlers:
@@ -168,7 +168,7 @@ def test_the_session_of_one_account_is_not_that_of_another(desk: Desk) -> None:
     assert leads.capture("s", email="bob@example.com", bill_from="first_message") == 1
     with desk.ledger.read() as connection:
         rows = connection.execute(select(readings.c.account, readings.c.reference))
-        told = dict(rows.tuples().all())
+        told = dict(iter(rows))
     assert told == {"": "email:bob@example.com", "acct_1": None}
 
 

@@ -44,7 +44,8 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: S
     monkeypatch.setenv("STRIPE_WEBHOOK_SECRET", stripe_sandbox.webhook_secret)
     monkeypatch.setenv("STRIPE_METER_TOKEN_SECRET", "a-secret-of-more-than-32-bytes-indeed")
     public = {name: getattr(langchain_stripe_meter, name) for name in langchain_stripe_meter.__all__}
-    return {**public, "chain": ChatPromptTemplate.from_template("{question}") | model(), "builder": builder, **SERVER}
+    chain = ChatPromptTemplate.from_template("{question}") | model()
+    return {**public, "chain": chain, "builder": builder, "model": model(), "tools": [], **SERVER}
 
 
 def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], stripe_sandbox: StripeSandbox) -> None:
@@ -63,5 +64,7 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     assert taken_back == [-100]
     for handler in handlers:
         assert handler.close().pending == 0
-    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500
+    limited = 15 + 15  # an agent and a chain
+    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500 + limited
+    assert namespace["left"] == 100_000 - (15 + 15 + 812 + limited)  # what was sent without a ledger does not count
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)

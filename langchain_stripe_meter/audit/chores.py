@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from langchain_stripe_meter.audit.ages import Ages
+from langchain_stripe_meter.audit.doubts import Doubts
 from langchain_stripe_meter.audit.telling import OnError
 from langchain_stripe_meter.audit.windows import Windows
 from langchain_stripe_meter.gateway.client import Gateway
@@ -12,7 +13,16 @@ from langchain_stripe_meter.ledger.store import Ledger
 
 
 def chores(
-    ledger: Ledger, gateway: Gateway, *, on_error: OnError | None = None, billing_day: int = 1
+    ledger: Ledger,
+    gateway: Gateway,
+    *,
+    on_error: OnError | None = None,
+    billing_day: int = 1,
+    prune_after_days: int | None = None,
 ) -> list[Callable[[int], None]]:
     """For ``Courier(chores=...)``."""
-    return [Ages(ledger, on_error, billing_day).chore, Windows(ledger, gateway, on_error).chore]
+    return [
+        Doubts(ledger, gateway),
+        Ages(ledger, on_error, billing_day).chore,
+        Windows(ledger, gateway, on_error).chore,
+    ]

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from langchain_stripe_meter.cli.acts import acts_app
+from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
+from langchain_stripe_meter.cli.keeping import export, prune
 from langchain_stripe_meter.cli.show import (
     BillingDayOption,
     JsonOption,
     LedgerOption,
     clear_errors,
-    console,
     errors,
     fail,
     from_ranges,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import threading
 
     from langchain_stripe_meter.delivery.courier import Courier
-    from langchain_stripe_meter.ledger.store import Ledger
     from langchain_stripe_meter.sandbox import StripeSandbox
 
 app = typer.Typer(
@@ -45,6 +43,7 @@ app = typer.Typer(
 app.add_typer(meters_app, name="meters")
 app.add_typer(leads_app, name="leads")
 app.add_typer(ledger_app, name="ledger")
+app.add_typer(doubtful_app, name="doubtful")
 app.add_typer(acts_app)
 
 
@@ -109,6 +108,43 @@ def held(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 
 @app.command()
+def skips(
+    since: Annotated[int, typer.Option(help="Usage since then, in Unix seconds.", min=0)] = 0,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What went unbilled because nobody was named: per day, meter and reason."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.ledger.skips import skips as unbilled
+
+        rows(unbilled(opened, since), as_json=as_json, empty="Nothing was skipped.")
+
+
+@app.command()
+def forget(
+    *,
+    email: Annotated[str | None, typer.Option()] = None,
+    phone: Annotated[str | None, typer.Option()] = None,
+    name: Annotated[str | None, typer.Option()] = None,
+    session: Annotated[str | None, typer.Option(help="Whoever was captured for this session.")] = None,
+    customer: Annotated[str | None, typer.Option(help="'cus_…': what points to this customer.")] = None,
+    region: Annotated[str | None, typer.Option(help="Where a phone without '+' is dialled, such as DE.")] = None,
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Erase a person; amounts are kept. Exit code 1 if it must be run again."""
+    with clear_errors(), open_ledger(ledger) as opened:
+        from dataclasses import asdict
+
+        from langchain_stripe_meter.ledger.forget import forget as erase
+
+        done = erase(opened, email=email, phone=phone, name=name, session=session, customer=customer, region=region)
+        record(asdict(done), as_json=as_json)
+    if not done.complete:
+        fail(done.advice, 1)
+
+
+@app.command()
 def assign(
     ids: Annotated[list[str], typer.Argument(help="Held readings, as 'held' shows them: 3 or 3-7.")],
     customer: Annotated[str | None, typer.Option(help="Who pays: 'cus_…'.")] = None,
@@ -143,13 +179,16 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 @app.command()
 def deliver(
+    *,
     once: Annotated[bool, typer.Option("--once", help="Stop when nothing is pending.")] = False,
     timeout: Annotated[float | None, typer.Option(help="Stop after so many seconds (60 with --once).", min=0)] = None,
     roll_up: Annotated[
         int | None,
         typer.Option(help="One event for what a customer uses of a meter in so many seconds.", min=1, max=3600),
     ] = None,
-    *,
+    create_missing: Annotated[
+        bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
+    ] = False,
     billing_day: BillingDayOption = 1,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
@@ -160,8 +199,9 @@ def deliver(
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
+        opened.pin(is_test=gateway.is_test)
         todo = chores(opened, gateway, billing_day=billing_day)
-        courier = Courier(opened, gateway, roll_up=roll_up, chores=todo)
+        courier = Courier(opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=todo)
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
@@ -201,6 +241,7 @@ def verify(
     with clear_errors(), open_ledger(ledger) as opened, open_gateway() as gateway:
         from langchain_stripe_meter.audit.verify import verify as compare
 
+        opened.pin(is_test=gateway.is_test)
         with errors.status("asking Stripe") as shown:
             found = compare(
                 opened,
@@ -216,44 +257,8 @@ def verify(
         fail(f"Stripe differs for {names}. Its sums lag behind: look again in a few minutes.", 1)
 
 
-@app.command()
-def export(
-    file: Annotated[Path | None, typer.Argument(help="Where to; standard output by default.")] = None,
-    ledger: LedgerOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of CSV.")] = False,
-) -> None:
-    """Every reading and what became of it, as CSV or JSON lines."""
-    with clear_errors(), open_ledger(ledger) as opened:
-        if file is None:
-            _export(opened, sys.stdout, as_json=as_json)
-            return
-        try:
-            with file.open("w", newline="", encoding="utf-8") as stream:
-                count = _export(opened, stream, as_json=as_json)
-        except OSError as error:
-            fail(f"{file} cannot be written: {error.strerror}. Give another path.")
-        console.print(f"{count:,} readings written to {file}.", soft_wrap=True)
-
-
-def _export(ledger: Ledger, stream: Any, *, as_json: bool) -> int:
-    import dataclasses
-    import json
-
-    from langchain_stripe_meter.ledger import views
-
-    names = [field.name for field in dataclasses.fields(views.Row)]
-    writer = csv.DictWriter(stream, names)
-    if not as_json:
-        writer.writeheader()
-    count = 0
-    for row in views.every(ledger):
-        plain = dataclasses.asdict(row)
-        if as_json:
-            stream.write(json.dumps(plain, default=str) + "\n")
-        else:
-            writer.writerow(plain)
-        count += 1
-    return count
+app.command()(export)
+app.command()(prune)
 
 
 @app.command()

@@ -14,9 +14,9 @@ from queue import Empty, SimpleQueue
 
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.guard import Guard
-from langchain_stripe_meter.delivery.lookups import Lookups
+from langchain_stripe_meter.delivery.lookups import Answer, Lookups
 from langchain_stripe_meter.delivery.pace import QUIET_SECONDS, Pace
-from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, StripeError
+from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, StripeError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
@@ -43,7 +43,7 @@ OnError = Callable[[MeteringError], None]
 Chore = Callable[[int], None]
 """Something that is done every minute while there is a courier, given the time; it may ask Stripe, and may raise."""
 Job = Claimed | Unknown
-Result = tuple[Claimed, Outcome] | tuple[Unknown, list[str] | StripeError]
+Result = tuple[Claimed, Outcome] | tuple[Unknown, Answer | StripeError]
 
 
 class Courier:
@@ -51,7 +51,7 @@ class Courier:
 
     ``concurrency`` is how many events are in flight at once; one customer and meter never has more than one. Fewer
     are, down to one, while Stripe refuses or does not answer. ``roll_up`` makes one event of what a customer used of a
-    meter within so many seconds.
+    meter within so many seconds. ``create_missing`` makes a customer of somebody whom Stripe does not know.
     """
 
     def __init__(
@@ -63,12 +63,14 @@ class Courier:
         on_error: OnError | None = None,
         roll_up: int | None = None,
         chores: Sequence[Chore] = (),
+        create_missing: bool = False,
     ) -> None:
         self.ledger = ledger
         self.gateway = gateway
         self._concurrency = concurrency
         self._roll_up = roll_up
         self._chores = chores
+        self._create_missing = create_missing
         self._on_error = on_error or (lambda _error: None)
         self.after_fork()
         renew_after_fork(self)
@@ -87,8 +89,8 @@ class Courier:
         self._senders = 0
         self._sending: dict[str, Claimed] = {}
         self._sent: list[tuple[Claimed, Outcome]] = []
-        self._found: list[tuple[Unknown, list[str]]] = []
-        self._lookups = Lookups(self.ledger)
+        self._found: list[tuple[Unknown, Answer]] = []
+        self._lookups = Lookups(self.ledger, create_missing=self._create_missing)
         self._pace = Pace(self._concurrency)
         self._guard = Guard(self.ledger, self.gateway, self._report)
         self._chores_after = 0
@@ -138,6 +140,7 @@ class Courier:
     def _end(self) -> None:
         try:
             self._finish()
+            self._guard.end()
         except Exception as error:  # noqa: BLE001 - the leases of what could not be settled run out by themselves
             self._report(error)
         for _ in range(self._senders):
@@ -166,6 +169,8 @@ class Courier:
             moved += outbox.reap(connection, now)
             moved += sealing.seal(connection, now, self._roll_up) if checked else 0
             claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now)) if slots > 0 else []
+        if claimed:
+            self._guard.sends()
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)
@@ -203,7 +208,7 @@ class Courier:
             self._sent.append((asked, answer))
             return
         self._lookups.asking.discard(asked)
-        if isinstance(answer, list):
+        if isinstance(answer, Answer):
             self._found.append((asked, answer))
         elif isinstance(answer, StripeError):
             self._lookups.failed(self.ledger.now())
@@ -250,7 +255,7 @@ class Courier:
             except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
                 return job, Outcome(Move.UNKNOWN, type(error).__name__)
         try:
-            return job, self.gateway.find_customers(job.reference, job.account)
+            return job, self._lookups.ask(self.gateway, job)
         except StripeError as error:
             return job, error
         except Exception as error:  # noqa: BLE001 - as above
@@ -324,7 +329,7 @@ class Courier:
 
     def _report(self, error: Exception) -> None:
         if not isinstance(error, MeteringError):
-            logger.warning("stripe-meter: the courier failed: %s", type(error).__name__, exc_info=error)
+            logger.warning("stripe-meter: the courier failed: %s at %s", type(error).__name__, place_of(error))
             return
         logger.warning("stripe-meter: %s", error)
         try:

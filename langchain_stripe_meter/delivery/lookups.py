@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from cachetools import TTLCache
 from sqlalchemy import Connection
 
+from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.creating import create_customer, find_recent
 from langchain_stripe_meter.ledger import resolving
 from langchain_stripe_meter.ledger.resolving import Unknown
+from langchain_stripe_meter.ledger.secret import digest_of, secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 
 LOOKUPS_AT_ONCE = 4
@@ -19,11 +25,22 @@ MISSING_SECONDS = 30
 """How long somebody whom Stripe does not know is not asked for again."""
 
 
-class Lookups:
-    """One courier's questions: ``asking`` are those that Stripe has not answered yet."""
+class Answer(NamedTuple):
+    """The customers that Stripe has of somebody, and why there are none where more is known than that."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    customers: list[str]
+    why: str | None = None
+
+
+class Lookups:
+    """One courier's questions: ``asking`` are those that Stripe has not answered yet.
+
+    With ``create_missing``, somebody whom Stripe does not know is made a customer.
+    """
+
+    def __init__(self, ledger: Ledger, *, create_missing: bool = False) -> None:
         self._ledger = ledger
+        self._create_missing = create_missing
         self._found: TTLCache[Unknown, str] = TTLCache(CACHED_AT_MOST, FOUND_SECONDS, ledger.now)
         self._missing: TTLCache[Unknown, bool] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
         self._rest_until = 0
@@ -36,20 +53,49 @@ class Lookups:
         with self._ledger.deliver_lane().transaction() as connection:
             waiting = resolving.unresolved(connection, now)
             known = {one: self._found.get(one) for one in waiting if one in self._found or one in self._missing}
-            moved = sum(self.settle(connection, one, [found] if found else [], now) for one, found in known.items())
+            moved = sum(
+                self.settle(connection, one, Answer([found] if found else []), now) for one, found in known.items()
+            )
         new = [one for one in waiting if one not in known and one not in self.asking]
         asked = new[: LOOKUPS_AT_ONCE - len(self.asking)]
         self.asking.update(asked)
         return moved, asked
 
-    def settle(self, connection: Connection, asked: Unknown, found: list[str], now: int) -> int:
+    def ask(self, gateway: Gateway, asked: Unknown) -> Answer:
+        """Ask Stripe; any thread may. Raises ``StripeError``, which does not repeat who was asked for."""
+        try:
+            found = gateway.find_customers(asked.reference, asked.account)
+            return Answer(found) if found or not self._create_missing else self._create(gateway, asked)
+        except StripeError as error:
+            raise _unnamed(error, asked) from error.__cause__
+
+    def _create(self, gateway: Gateway, asked: Unknown) -> Answer:
+        """Look once more where no search lags, then make the customer.
+
+        Whoever does the same at this moment sends the same idempotency key, and Stripe gives both the same customer.
+        What went wrong concerns this one alone: it is held, and the others are looked up all the same.
+        """
+        reference, account = asked.reference, asked.account
+        if reference.by != "email":  # those are listed, not searched
+            recent = find_recent(gateway, reference, account, self._ledger.now())
+            if recent:
+                return Answer(recent)
+        key = digest_of(secret_of(self._ledger), account, reference)
+        try:
+            made = create_customer(gateway, reference, account, key)
+        except StripeError as error:
+            return Answer([], str(_unnamed(error, asked)))
+        return Answer([made]) if made else Answer([], "Stripe's customer was made here and has been deleted since")
+
+    def settle(self, connection: Connection, asked: Unknown, answer: Answer, now: int) -> int:
         """Settle the readings of somebody of whom Stripe has these customers: exactly one pays, else they are held."""
+        found = answer.customers
         if len(found) == 1:
             self._found.setdefault(asked, found[0])
-            return resolving.resolve(connection, asked, found[0])
+            return resolving.resolve(connection, asked, found[0], now)
         if not found:
             self._missing.setdefault(asked, True)
-        return resolving.hold(connection, asked, _why_held(asked, found), now)
+        return resolving.hold(connection, asked, answer.why or _why_held(asked, found), now)
 
     def failed(self, now: int) -> None:
         """Stripe did not answer: ask again later."""
@@ -66,3 +112,8 @@ def _why_held(asked: Unknown, found: list[str]) -> str:
     if not found:
         return f"Stripe has no customer with this {by}"
     return f"Stripe has {len(found)} customers with this {by}: {', '.join(sorted(found)[:10])}"
+
+
+def _unnamed(error: StripeError, asked: Unknown) -> StripeError:
+    """The error without the person: Stripe's words may quote the name or the number that was asked for."""
+    return StripeError(str(error).replace(asked.reference.value, f"<{asked.reference.by}>"))

@@ -10,7 +10,7 @@ from typing import Any
 from langchain_stripe_meter.core.reports import Report, read_report
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import InvalidValueError
-from langchain_stripe_meter.gateway.client import Gateway, _as_stripe_error, _on
+from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error, on_account
 
 TOLERANCE = 300
 """Seconds by which a notification's date may differ from now."""
@@ -65,7 +65,7 @@ def _notice(told: Any) -> Notice:
 
 
 def _fetch(told: Any, now: int) -> Report:
-    with _as_stripe_error("fetch the event of a notification"):
+    with as_stripe_error("fetch the event of a notification"):
         event = told.fetch_event()
     data = event.to_dict().get("data")
     return read_report(data if isinstance(data, Mapping) else {}, now)
@@ -99,8 +99,8 @@ def cancel(gateway: Gateway, event_name: str, identifier: str, account: str) -> 
     """
     wish: Any = {"event_name": event_name, "type": "cancel", "cancel": {"identifier": identifier}}
     try:
-        with _as_stripe_error("cancel the meter event"):
-            gateway.client.v1.billing.meter_event_adjustments.create(wish, _on(account))
+        with as_stripe_error("cancel the meter event"):
+            gateway.client.v1.billing.meter_event_adjustments.create(wish, on_account(account))
     except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is told
         outcome = gateway.outcome_of(error)
         if outcome.move in (Move.REFUSED, Move.UNSEAL) and _is_cancelled(outcome.message):

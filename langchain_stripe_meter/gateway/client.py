@@ -164,7 +164,7 @@ class Gateway:
         return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error)
 
     def _create(self, event: MeterEvent, options: Any) -> Any:
-        options = {**options, **_on(event.account)}
+        options = {**options, **on_account(event.account)}
         params: Any = {
             "event_name": event.event_name,
             "identifier": event.identifier,
@@ -214,8 +214,8 @@ class Gateway:
 
     def meters(self, account: str = "") -> list[MeterInfo]:
         """All meters of an account, active ones last so that they win over older ones of the same event name."""
-        with _as_stripe_error("list the meters"):
-            listed = self.client.v1.billing.meters.list({"limit": 100}, _on(account)).auto_paging_iter()
+        with as_stripe_error("list the meters"):
+            listed = self.client.v1.billing.meters.list({"limit": 100}, on_account(account)).auto_paging_iter()
             infos = [_meter_info(meter) for meter in listed]
         return sorted(infos, key=lambda info: (info.status == "active", info.event_name))
 
@@ -224,7 +224,7 @@ class Gateway:
         import stripe
 
         try:
-            with _as_stripe_error("read the account"):
+            with as_stripe_error("read the account"):
                 return str(self.client.v1.accounts.retrieve_current().id)
         except StripeError as error:
             if isinstance(error.__cause__, stripe.PermissionError):
@@ -233,7 +233,7 @@ class Gateway:
 
     def create_meter(self, event_name: str, display_name: str | None = None) -> MeterInfo:
         """A new meter that sums what it is sent, as this package needs it."""
-        with _as_stripe_error("create the meter"):
+        with as_stripe_error("create the meter"):
             made = self.client.v1.billing.meters.create(
                 {
                     "display_name": display_name or event_name,
@@ -251,9 +251,9 @@ class Gateway:
         """
         window: Any = {"customer": customer, "start_time": start, "end_time": end, "limit": 100}
         try:
-            with _as_stripe_error("read the meter's summaries"):
+            with as_stripe_error("read the meter's summaries"):
                 summaries = self.client.v1.billing.meters.event_summaries
-                listed = summaries.list(meter_id, window, _on(account)).auto_paging_iter()
+                listed = summaries.list(meter_id, window, on_account(account)).auto_paging_iter()
                 return sum((Decimal(f"{summary.aggregated_value:.15g}") for summary in listed), Decimal(0))
         except StripeError as error:
             said = error.__cause__
@@ -269,13 +269,15 @@ class Gateway:
         if reference.by == "id":
             return [reference.value]
         customers = self.client.v1.customers
-        with _as_stripe_error(f"look up a customer by {reference.by}"):
+        with as_stripe_error(f"look up a customer by {reference.by}"):
             if reference.by == "email":
-                found = list(customers.list({"email": reference.value, "limit": 100}, _on(account)).auto_paging_iter())
+                found = list(
+                    customers.list({"email": reference.value, "limit": 100}, on_account(account)).auto_paging_iter()
+                )
             else:
                 query = f'{reference.by}:"{_escape(reference.value)}"'
-                found = list(customers.search({"query": query, "limit": 100}, _on(account)).auto_paging_iter())
-            return [customer.id for customer in found if _is_exactly(customer, reference)]
+                found = list(customers.search({"query": query, "limit": 100}, on_account(account)).auto_paging_iter())
+            return [customer.id for customer in found if is_exactly(customer, reference)]
 
     def close(self) -> None:
         """Let go of the connections."""
@@ -301,7 +303,7 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
     return checked
 
 
-def _on(account: str) -> Any:
+def on_account(account: str) -> Any:
     """Options of a request that concerns a connected account."""
     return {"stripe_account": account} if account else {}
 
@@ -323,7 +325,8 @@ def _escape(text: str) -> str:
     return text.replace("\\", "\\\\").replace('"', '\\"')
 
 
-def _is_exactly(customer: Any, reference: Reference) -> bool:
+def is_exactly(customer: Any, reference: Reference) -> bool:
+    """Whether a customer of Stripe's is the one that ``reference`` names, to the letter once both are normalised."""
     theirs = getattr(customer, reference.by, None)
     if getattr(customer, "deleted", False) or not theirs:
         return False
@@ -334,7 +337,8 @@ def _is_exactly(customer: Any, reference: Reference) -> bool:
 
 
 @contextmanager
-def _as_stripe_error(doing: str) -> Iterator[None]:
+def as_stripe_error(doing: str) -> Iterator[None]:
+    """Errors of the ``stripe`` client as ``StripeError``, and what it would log of the request kept out of the log."""
     import stripe
 
     from langchain_stripe_meter.gateway.replies import explain

@@ -12,6 +12,7 @@ from langchain_stripe_meter.core.states import Move, Outcome
 MAX_MESSAGE = 300
 _GONE_CODES = ("archived_meter", "no_meter", "meter_event_customer_not_found")
 _GONE_WORDS = ("No such customer", "No such meter", "No active meter")
+_AHEAD = "minutes in the future"
 _SECRET = re.compile(r"\b([srp]k_(?:test|live)_)\w+")
 _EMAIL = re.compile(r"[^\s'\"<>]+@[^\s'\"<>]+")
 _NOTHING_SENT = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ConnectTimeout", "gaierror",
@@ -41,7 +42,7 @@ def _move(error: stripe.StripeError) -> Move:
         return Move.DUPLICATE
     if status in (401, 403) or isinstance(error, stripe.AuthenticationError | stripe.PermissionError):
         return Move.UNAUTHORISED
-    if status == 429:
+    if status == 429 or _is_ahead(error):
         return Move.REFUSED_FOR_NOW
     if _is_gone(error):
         return Move.UNSEAL
@@ -62,6 +63,13 @@ def _is_gone(error: stripe.StripeError) -> bool:
     code = error.code or getattr(error.error, "code", None)
     said = str(error.user_message or error)
     return error.http_status in (400, 404) and (code in _GONE_CODES or any(words in said for words in _GONE_WORDS))
+
+
+def _is_ahead(error: stripe.StripeError) -> bool:
+    """Whether Stripe took nothing because its clock is behind ours; it will once that time has come."""
+    code = error.code or getattr(error.error, "code", None)
+    said = str(error.user_message or error)
+    return error.http_status == 400 and (code == "timestamp_in_future" or _AHEAD in said)
 
 
 def _retry_after(error: stripe.StripeError) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, and_, func, or_, select, update
@@ -9,6 +10,7 @@ from sqlalchemy import Connection, and_, func, or_, select, update
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.ledger import payers
 from langchain_stripe_meter.ledger.schema import readings
 
 RESOLVE_AT_MOST = 100
@@ -57,8 +59,13 @@ def _reference(connection: Connection, told: str) -> Reference | None:
         return None
 
 
-def resolve(connection: Connection, unknown: Unknown, customer: str) -> int:
-    """Every waiting reading of ``unknown`` belongs to ``customer``; the reference itself is erased."""
+def resolve(connection: Connection, unknown: Unknown, customer: str, now: int | None = None) -> int:
+    """Every waiting reading of ``unknown`` belongs to ``customer``; the reference itself is erased.
+
+    A keyed digest of it is kept, by which the spend limits know whose it was.
+    """
+    at = int(time.time()) if now is None else now
+    payers.remember(connection, unknown.account, _text(unknown.reference), customer, at)
     moved = 0
     for state, move in ((ReadingState.RECORDED, Move.FOUND), (ReadingState.HELD, Move.ASSIGN)):
         statement = (

@@ -9,14 +9,15 @@ from decimal import Context, Decimal
 from functools import reduce
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, func, null, select, union, union_all, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
-from langchain_stripe_meter.ledger.schema import events, leads, notes, readings
+from langchain_stripe_meter.ledger.schema import events, leads, notes, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger
 
 _EXACT = Context(prec=250)
@@ -25,7 +26,7 @@ _IDS_AT_ONCE = 10_000
 """Databases take only so many bound values in one statement."""
 
 
-class _Table:
+class NotebookTable:
     """Shows a record as a small table in a notebook."""
 
     def _repr_html_(self) -> str:
@@ -33,7 +34,7 @@ class _Table:
 
 
 @dataclass(frozen=True, slots=True)
-class FlushReport(_Table):
+class FlushReport(NotebookTable):
     """``delivered``, ``skipped`` and ``rejected`` since the handler was made; ``pending``, ``held`` and ``doubtful``
     as its ledger stands now. Readings and events are counted, one for each run and meter."""
 
@@ -46,12 +47,13 @@ class FlushReport(_Table):
 
 
 @dataclass(frozen=True, slots=True)
-class Status(_Table):
+class Status(NotebookTable):
     """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
 
     ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
     those of this handler; ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five
-    minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old.
+    minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old; ``restored`` when and why the
+    ledger was taken for one that came back from a backup. ``pruned`` readings are in none of the counts.
     """
 
     delivered: int
@@ -69,10 +71,12 @@ class Status(_Table):
     unrecorded: int = 0
     ahead: int = 0
     alarms: tuple[str, ...] = ()
+    pruned: int = 0
+    restored: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Held(_Table):
+class Held(NotebookTable):
     """One group of held readings: ``ids`` of the readings, what they wait for, and how much they come to.
 
     ``reference`` is how the customer was named; ``value`` is None where no amount is known.
@@ -95,7 +99,7 @@ class HeldList(list[Held]):
 
 
 @dataclass(frozen=True, slots=True)
-class Row(_Table):
+class Row(NotebookTable):
     """One reading and the event it became, for ``tail``; ``state`` is the event's where there is one."""
 
     identifier: str
@@ -161,6 +165,8 @@ def status(ledger: Ledger) -> Status:
         paused = connection.execute(select(notes.c.value).where(notes.c.name == "paused")).scalar()
         waits = (OPEN_READINGS, readings.c.state == "resolved", readings.c.at > ledger.now() + FUTURE_LIMIT)
         ahead = connection.execute(select(func.count()).select_from(readings).where(*waits)).scalar_one()
+        gone = connection.execute(select(func.sum(pruned.c.readings))).scalar()
+        restored = told(connection)
     return Status(
         delivered=count.get("delivered", 0),
         pending=sum(count.get(state, 0) for state in ("recorded", "resolved", "pending", "sending")),
@@ -173,6 +179,8 @@ def status(ledger: Ledger) -> Status:
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
         paused=paused,
         ahead=int(ahead),
+        pruned=int(gone or 0),
+        restored=restored,
     )
 
 
@@ -289,21 +297,41 @@ def _row(row: Any) -> Row:
 def accounts(ledger: Ledger) -> list[str]:
     """The connected accounts that have usage here; ``""`` is the key's own."""
     with ledger.read() as connection:
-        return sorted(connection.execute(select(readings.c.account).distinct()).scalars())
+        return sorted(connection.execute(union(select(readings.c.account), select(pruned.c.account))).scalars())
 
 
 def totals(ledger: Ledger, since: int = 0, account: str = "") -> dict[tuple[str, str], dict[str, Decimal]]:
-    """Amounts by (event name, customer) and state, of one account's usage since ``since`` (Unix seconds)."""
-    query = (
+    """Amounts by (event name, customer) and state, of one account's usage since ``since`` (Unix seconds).
+
+    What was pruned is in them. Raises ``ConfigurationError`` where ``since`` lies inside a day of which only the sum
+    is left.
+    """
+    _check_since(ledger, since, account)
+    at = func.coalesce(events.c.at, readings.c.at)  # what was rolled up is Stripe's at the event's time
+    of_rows = (
         select(readings.c.event_name, readings.c.customer, readings.c.value, readings.c.state, events.c.state)
         .select_from(readings.outerjoin(events, events.c.id == readings.c.event_id))
-        .where(readings.c.account == account, readings.c.at >= since)
+        .where(readings.c.account == account, at >= since)
         .where(readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
     )
+    columns = (pruned.c.event_name, pruned.c.customer, pruned.c.amount, pruned.c.state, null())
+    of_pruned = select(*columns).where(pruned.c.account == account, pruned.c.day >= since)
+    both = union_all(of_rows, of_pruned.where(pruned.c.state != ReadingState.SKIPPED.value))  # of one moment
     amounts: dict[tuple[str, str], dict[str, Decimal]] = {}
     with ledger.read() as connection:
-        for name, customer, value, state, event_state in connection.execute(query):
+        for name, customer, value, state, event_state in connection.execution_options(yield_per=1000).execute(both):
             by_state = amounts.setdefault((name, customer or "?"), {})
             shown = event_state or state
             by_state[shown] = _EXACT.add(by_state.get(shown, Decimal(0)), Decimal(value))
     return amounts
+
+
+def _check_since(ledger: Ledger, since: int, account: str) -> None:
+    day = since - since % 86_400
+    query = select(pruned.c.day).where(pruned.c.account == account, pruned.c.day == day).limit(1)
+    with ledger.read() as connection:
+        if day != since and connection.execute(query).first() is not None:
+            raise ConfigurationError(
+                f"since={since} lies inside a day that was pruned, of which only the sum is left. "
+                f"Use that day's midnight, {day}, or the next, {day + 86_400} (UTC)."
+            )

@@ -1,0 +1,294 @@
+"""How much a customer may use, and the gate that stops what goes beyond, before the model is called."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any, Literal
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.runnables.config import var_child_runnable_config
+
+from langchain_stripe_meter.core.customers import Facts, Reference, Skip, needs_lookup
+from langchain_stripe_meter.core.periods import Per, Period
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, SpendLimitError
+from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+from langchain_stripe_meter.ledger.counters import Counters
+from langchain_stripe_meter.observed import facts_of
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+Policy = Literal["allow", "stop"]
+Amount = int | Decimal
+
+
+@dataclass(frozen=True, slots=True)
+class Spender:
+    """Whose limit is asked for: how they are identified, and the facts of their run (empty outside of one)."""
+
+    reference: Reference
+    facts: Facts
+
+
+LimitOf = Callable[[Spender], Amount | None]
+"""Says how much somebody may use, such as their plan allows; None for no limit. It runs before every model call."""
+
+
+@dataclass(frozen=True)
+class SpendLimit:
+    """At most ``amount`` of the meter ``event_name``, in its unit, in each ``per``.
+
+    ``amount`` is a number, or a callable that says how much a ``Spender`` may use (None: no limit). ``per`` is
+    ``"day"``, ``"week"`` (from Monday), ``"month"``, each in UTC, ``"ever"``, or a ``timedelta``: spans of that length
+    since the Unix epoch, so ``timedelta(hours=1)`` are the full hours.
+    """
+
+    event_name: str
+    amount: Amount | LimitOf
+    per: Per = "month"
+
+    def __post_init__(self) -> None:
+        Period(self.per)
+        if not callable(self.amount):
+            _check_amount(self.amount)
+
+    @property
+    def period(self) -> Period:
+        """What ``per`` means."""
+        return Period(self.per)
+
+    def amount_for(self, spender: Spender) -> Decimal | None:
+        """How much ``spender`` may use; None for no limit."""
+        amount = self.amount(spender) if callable(self.amount) else self.amount
+        return None if amount is None else _check_amount(amount)
+
+
+def _check_amount(amount: object) -> Decimal:
+    if isinstance(amount, int | Decimal) and not isinstance(amount, bool):
+        exact = Decimal(amount)
+        if exact.is_finite() and exact >= 0:
+            return exact
+    raise ConfigurationError(f"A limit is an int or a Decimal of at least 0, or None for no limit; not {amount!r}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How one limit stands for one customer. ``limit`` is None where there is none; ``resets_at`` is in UTC, and None
+    where no period follows."""
+
+    event_name: str
+    per: Per
+    limit: Decimal | None
+    used: Decimal
+    resets_at: datetime | None
+
+    @property
+    def remaining(self) -> Decimal | None:
+        """What may still be used, never below 0; None for no limit."""
+        return None if self.limit is None else max(self.limit - self.used, Decimal(0))
+
+    @property
+    def is_used_up(self) -> bool:
+        """Whether nothing remains."""
+        return self.limit is not None and self.used >= self.limit
+
+
+Customer = str | Reference | Facts | None
+
+
+class Budget:
+    """What each customer of a handler may use, told from the handler's ledger and never from Stripe.
+
+    Args:
+        meter: The handler that records the usage; its ``customer`` says whose limit it is, as it says who pays.
+        *limits: At least one, each on one of the handler's meters. All apply.
+        unidentified: What to do with runs of nobody: ``"allow"`` them (the handler skips them), or ``"stop"``.
+        on_failure: What to do when the ledger cannot be read: ``"allow"`` and log it, or ``"stop"`` by raising
+            ``LedgerError``.
+
+    Usage counts as soon as its run has ended, in whichever process shares the ledger. What a call will use is not known
+    before it ends, so calls that have begun when the limit is reached go beyond it: by what was in flight, no more.
+
+    A limit holds for a lead's e-mail, name or phone also before Stripe's customer is known. The first check of a
+    process reads the readings of the longest period (a second or more, where there are hundreds of thousands);
+    ``refresh`` does so when a server starts.
+    """
+
+    def __init__(
+        self,
+        meter: StripeMeterCallbackHandler,
+        *limits: SpendLimit,
+        unidentified: Policy = "allow",
+        on_failure: Policy = "allow",
+    ) -> None:
+        for name, policy in (("unidentified", unidentified), ("on_failure", on_failure)):
+            if policy not in ("allow", "stop"):
+                raise ConfigurationError(f"{name}={policy!r}: use 'allow' or 'stop'.")
+        _check_limits(meter, limits)
+        self.limits = limits
+        self._meter = meter
+        self._stops_nobody = unidentified == "stop"
+        self._stops_on_failure = on_failure == "stop"
+        self._needs_lookup = needs_lookup(meter.customer)
+        self._counters = Counters(meter._ledger, [limit.period for limit in limits])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, self.limits))})"
+
+    def allowances(self, customer: Customer = None) -> list[Allowance]:
+        """How each limit stands for ``customer``: a ``cus_…`` id, a ``Reference``, or the facts of a run.
+
+        Without one it is whoever pays for the present run (inside a tool or a node). Empty where that is nobody.
+        Raises ``LedgerError`` where the ledger cannot be read. It reads the database: on an event loop, call it with
+        ``asyncio.to_thread``.
+        """
+        spender = self._spender(customer)
+        if spender is None:
+            return []
+        wanted = [(limit.event_name, limit.period) for limit in self.limits]
+        used = self._counters.used(spender.reference, wanted)
+        now = self._meter._ledger.now()
+        return [_allowance(limit, spender, spent, now) for limit, spent in zip(self.limits, used, strict=True)]
+
+    def remaining(self, customer: Customer = None, event_name: str | None = None) -> Decimal | None:
+        """What ``customer`` may still use of ``event_name`` (needed where the limits are on several meters): the least
+        that any limit leaves; None where there is no limit, or nobody to limit. Otherwise as ``allowances``."""
+        names = {limit.event_name for limit in self.limits}
+        if event_name is None and len(names) > 1:
+            raise ConfigurationError(f"The limits are on several meters; say which: {', '.join(sorted(names))}.")
+        if event_name is not None and event_name not in names:
+            raise ConfigurationError(f"There is no limit on {event_name!r}, only on {', '.join(sorted(names))}.")
+        wanted = event_name or names.pop()
+        left = [one.remaining for one in self.allowances(customer) if one.event_name == wanted]
+        return min((amount for amount in left if amount is not None), default=None)
+
+    def check(self, customer: Customer = None) -> None:
+        """Raise ``SpendLimitError`` where ``customer`` (as for ``allowances``) has used up a limit."""
+        try:
+            allowances = self.allowances(customer)
+        except LedgerError as error:
+            if self._stops_on_failure:
+                raise
+            logger.warning("stripe-meter: a limit could not be checked, the call goes on: %s", error)
+            return
+        if not allowances and self._stops_nobody:
+            raise SpendLimitError("Nobody could be identified whose limit it is, so the model is not called.")
+        for one in allowances:
+            if one.is_used_up:
+                raise _used_up(one)
+
+    async def acheck(self, customer: Customer = None) -> None:
+        """As ``check``, without blocking the event loop."""
+        await asyncio.to_thread(self.check, customer)
+
+    def stopped(self, run_id: UUID, error: BaseException) -> None:
+        """Tell the meter that a call, of whose start it may have been told, is not made: LangChain does not."""
+        meter = self._meter
+        meter._recorder.settle(meter._call_failed, error, run_id=run_id)
+
+    async def astopped(self, run_id: UUID, error: BaseException) -> None:
+        """As ``stopped``, without blocking the event loop."""
+        meter = self._meter
+        await meter._recorder.asettle(meter._call_failed, error, run_id=run_id)
+
+    def now(self) -> int:
+        """The ledger's clock, in Unix seconds."""
+        return self._meter._ledger.now()
+
+    def refresh(self) -> None:
+        """Read what the first check would, such as when a server starts. Raises ``LedgerError``."""
+        self._counters.used(Reference("id", "cus_nobody"), ())
+
+    def _spender(self, customer: Customer) -> Spender | None:
+        if isinstance(customer, str):
+            return Spender(Reference("id", customer), Facts())
+        if isinstance(customer, Reference):
+            return Spender(customer, Facts())
+        facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
+        if self._needs_lookup and facts.lead is None:
+            facts = replace(facts, lead=self._meter.leads.find)
+        who = self._meter.customer.identify(facts)
+        return None if isinstance(who, Skip) else Spender(who, facts)
+
+
+def _check_limits(meter: StripeMeterCallbackHandler, limits: tuple[SpendLimit, ...]) -> None:
+    if not limits:
+        raise ConfigurationError("Budget needs at least one limit, such as SpendLimit('ai_tokens', 100_000).")
+    known = [one.event_name for one in meter.meters]
+    unknown = next((limit.event_name for limit in limits if limit.event_name not in known), None)
+    if unknown is not None:
+        raise ConfigurationError(f"The handler has no meter {unknown!r} to limit; it has {', '.join(known)}.")
+
+
+def _allowance(limit: SpendLimit, spender: Spender, used: Decimal, now: int) -> Allowance:
+    _, end = limit.period.bounds(now)
+    resets_at = None if end is None else datetime.fromtimestamp(end, UTC)
+    return Allowance(limit.event_name, limit.per, limit.amount_for(spender), used, resets_at)
+
+
+def _used_up(one: Allowance) -> SpendLimitError:
+    until = "" if one.resets_at is None else f"; it begins anew at {one.resets_at:%Y-%m-%d %H:%M:%S} UTC"
+    said = f"The limit of {one.limit} {one.event_name} is used up ({one.used} were used){until}."
+    return SpendLimitError(said, one.event_name, one.limit, one.used, one.resets_at)
+
+
+class _Gate:
+    """A start event that checks the budget first. A coroutine function for whoever can await one, so that no event loop
+    waits for the database, and a plain function for everybody else.
+
+    Whether a loop runs in this thread does not tell: a model may be called synchronously inside one, as in a notebook,
+    and there LangChain would run a coroutine elsewhere and swallow what it raises.
+    """
+
+    def __get__(self, handler: SpendLimitCallback | None, owner: type | None = None) -> Any:
+        if handler is None:
+            return self
+        if sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE:
+            return handler._acheck
+        return handler._check
+
+
+class SpendLimitCallback(BaseCallbackHandler):
+    """Stops model calls of customers whose budget is used up, in anything that takes callbacks.
+
+    Raises ``SpendLimitError`` into the run before its model is called. Put it last:
+    ``config={"callbacks": [meter, SpendLimitCallback(budget)]}``. In async runs LangChain drops the coroutines of the
+    handlers after one that raises, and Python then warns of a coroutine that was never awaited. The meter learns that
+    the call was stopped, and bills nothing.
+    """
+
+    raise_error = True
+    run_inline = True
+    ignore_agent = True
+    ignore_chain = True
+    ignore_custom_event = True
+    ignore_retriever = True
+    ignore_retry = True
+
+    def __init__(self, budget: Budget) -> None:
+        super().__init__()
+        self._budget = budget
+
+    on_chat_model_start = _Gate()
+    on_llm_start = _Gate()
+
+    def _check(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        try:
+            self._budget.check(facts_of(metadata, self._budget.now()))
+        except BaseException as error:
+            self._budget.stopped(run_id, error)
+            raise
+
+    async def _acheck(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        try:
+            await self._budget.acheck(facts_of(metadata, self._budget.now()))
+        except BaseException as error:  # a task that is cancelled here makes no call either
+            await self._budget.astopped(run_id, error)
+            raise

@@ -1,0 +1,181 @@
+"""Doubtful events in the ledger: what is known of their minutes, and the moves that end the doubt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, and_, insert, or_, select, update
+
+from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
+from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, next_event_state
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.schema import acts, events, pruned
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.views import html_table
+
+DAY = 86_400
+logger = logging.getLogger("langchain_stripe_meter")
+
+_IS_DOUBTFUL = events.c.state == EventState.DOUBTFUL.value
+
+
+class Place(NamedTuple):
+    """Whose usage, on which meter, in which minute (Unix seconds of its beginning)."""
+
+    account: str
+    customer: str
+    event_name: str
+    minute: int
+
+
+@dataclass(frozen=True, slots=True)
+class Doubtful:
+    """One doubtful event: Stripe may have it or not. ``reason`` says why, and what a person must know.
+
+    ``at`` is when it was used, ``unknown_since`` when it was first sent with an unknown outcome, in Unix seconds.
+    """
+
+    identifier: str
+    event_name: str
+    customer: str
+    value: Decimal
+    at: int
+    unknown_since: int | None
+    reason: str
+    account: str = ""
+
+
+class DoubtfulList(list[Doubtful]):
+    """Doubtful events; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        head = tuple(one.name for one in fields(Doubtful))
+        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+
+
+def doubtful(ledger: Ledger) -> DoubtfulList:
+    """Every doubtful event, oldest first."""
+    with ledger.read() as connection:
+        rows = connection.execute(select(events).where(_IS_DOUBTFUL).order_by(events.c.id)).all()
+    return DoubtfulList(
+        Doubtful(
+            identifier=row.identifier,
+            event_name=row.event_name,
+            customer=row.customer,
+            value=Decimal(row.value),
+            at=row.at,
+            unknown_since=row.first_unknown_at,
+            reason=row.error or "",
+            account=row.account,
+        )
+        for row in rows
+    )
+
+
+def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: bool) -> int:
+    """A person says whether Stripe has these doubtful events; those that it does not have are sent again.
+
+    Returns how many moved. Raises ``ConfigurationError``, and moves none, where one that is to be sent again is so old
+    that Stripe would refuse it.
+    """
+    now, moved = ledger.now(), 0
+    with ledger.deliver_lane().transaction() as connection:
+        for identifier in dict.fromkeys(identifiers):
+            query = select(events.c.id, events.c.at).where(_IS_DOUBTFUL, events.c.identifier == identifier)
+            row = connection.execute(query.with_for_update()).first()
+            if row is None:
+                continue
+            if not delivered and now - row.at > STALE_AFTER:
+                raise ConfigurationError(
+                    f"The meter event {identifier} is older than 34 days: Stripe would refuse it. Write it off."
+                )
+            _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
+            said = "Stripe has it" if delivered else "Stripe does not have it"
+            connection.execute(insert(acts).values(at=now, act="doubt settled", subject=identifier, detail=said))
+            moved += 1
+    return moved
+
+
+def any_due(connection: Connection, now: int) -> bool:
+    """Whether there is a doubtful event that could be looked at; quick, since there hardly ever is."""
+    unseen = or_(events.c.seen_at.is_(None), events.c.seen_at <= now - LOOK_AGAIN)
+    rested = or_(events.c.settled_at.is_(None), events.c.settled_at <= now - SUMS_LAG)
+    return connection.execute(select(events.c.id).where(_IS_DOUBTFUL, unseen, rested).limit(1)).first() is not None
+
+
+def facts(connection: Connection) -> dict[Place, Facts]:
+    """What is known of every minute that has a doubtful event."""
+    minute = events.c.at - events.c.at % MINUTE
+    line = (events.c.account, events.c.customer, events.c.event_name)
+    places = select(*line, minute.label("minute")).where(_IS_DOUBTFUL).distinct().subquery()
+    same = [column == places.c[column.name] for column in line]
+    query = select(events, places.c.minute).join(places, and_(*same, minute == places.c.minute)).order_by(events.c.id)
+    found: dict[Place, list[Trace]] = {}
+    for row in connection.execute(query):
+        found.setdefault(Place(row.account, row.customer, row.event_name, row.minute), []).append(_trace(row))
+    return {place: Facts(tuple(traces), _is_pruned(connection, place)) for place, traces in found.items()}
+
+
+def _trace(row: Any) -> Trace:
+    return Trace(
+        id=row.id,
+        identifier=row.identifier,
+        value=Decimal(row.value),
+        state=EventState(row.state),
+        at=row.at,
+        sent_at=row.sent_at,
+        settled_at=row.settled_at,
+        first_unknown_at=row.first_unknown_at,
+        seen_value=None if row.seen_value is None else Decimal(row.seen_value),
+        seen_at=row.seen_at,
+        error=row.error,
+    )
+
+
+def _is_pruned(connection: Connection, place: Place) -> bool:
+    query = select(pruned.c.day).where(
+        pruned.c.account == place.account,
+        pruned.c.event_name == place.event_name,
+        pruned.c.customer == place.customer,
+        pruned.c.day == place.minute - place.minute % DAY,
+        pruned.c.state == EventState.DELIVERED.value,
+    )
+    return connection.execute(query).first() is not None
+
+
+def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:
+    """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
+    with ledger.deliver_lane().transaction() as connection:
+        query = select(events.c.id, events.c.seen_at).where(_IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
+        known = {row.id: row.seen_at for row in connection.execute(query.with_for_update())}
+        if known != {one.id: one.seen_at for one in doubts}:
+            return False
+        for one in doubts:
+            if verdict.move is None:
+                _remember(connection, one, look, verdict.reason, now)
+            else:
+                _move(connection, one.id, verdict.move, now)
+                logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, verdict.move)
+    return True
+
+
+def _remember(connection: Connection, doubt: Trace, look: Look, reason: str | None, now: int) -> None:
+    seen = {"seen_value": None if look.value is None else number_text(look.value), "seen_at": now}
+    told = {} if reason is None else {"error": reason}
+    connection.execute(update(events).where(events.c.id == doubt.id).values(**seen, **told))
+
+
+def _move(connection: Connection, event_id: int, move: Move, now: int) -> None:
+    """Out of doubt. What Stripe does not have has no unknown outcome any more: its safe window begins anew."""
+    state = next_event_state(EventState.DOUBTFUL, move)
+    values: Mapping[str, Any] = {"state": state.value, "seen_value": None, "seen_at": None, "error": None}
+    if state is EventState.PENDING:
+        values = {**values, "first_unknown_at": None, "settled_at": None, "due": now}
+    else:
+        values = {**values, "settled_at": now}
+    connection.execute(update(events).where(events.c.id == event_id).values(**values))

@@ -1,0 +1,202 @@
+"""Erasing a person: what names them goes, also from the database's files; what was consumed stays.
+
+Usage that still waited for the person to be found becomes held without a name, for somebody to assign or write off, so
+that no amount is lost. A ``cus_…`` id is Stripe's, and stays beside the amounts that were billed to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, delete, or_, select, update
+
+from langchain_stripe_meter.core.customers import By, Reference, normalise, session_digest
+from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
+from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
+from langchain_stripe_meter.ledger.secret import digest_of, secret_of
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.views import NotebookTable
+
+FORGOTTEN = "forgotten: whoever it was asked to be erased; assign it or write it off"
+_TELLING = 6
+"""Shorter texts occur by chance in a database's file, so it is not searched for them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten(NotebookTable):
+    """How many ``leads`` were erased, how many ``readings`` lost their name, how many other ``traces`` went.
+
+    ``complete`` is False where the files may still hold the erased bytes; ``advice`` then says what to do.
+    """
+
+    leads: int
+    readings: int
+    traces: int
+    complete: bool
+    advice: str = ""
+
+
+@dataclass(slots=True)
+class _Person:
+    """Everything by which the ledger may know somebody; ``names`` are those that only their leads tell."""
+
+    references: set[Reference] = field(default_factory=set, repr=False)
+    names: set[Reference] = field(default_factory=set, repr=False)
+    sessions: set[tuple[str, str]] = field(default_factory=set, repr=False)
+    customer: str | None = None
+
+
+def forget(
+    ledger: Ledger,
+    *,
+    email: str | None = None,
+    phone: str | None = None,
+    name: str | None = None,
+    session: str | None = None,
+    customer: str | None = None,
+    region: str | None = None,
+) -> Forgotten:
+    """Erase whoever has this e-mail, phone, name, session or customer, and what their leads tie to them.
+
+    Raises ``ConfigurationError`` where nobody is named, ``LedgerError`` where the database cannot be written. Doing it
+    again is harmless, and finishes what was incomplete.
+    """
+    named: dict[By, str | None] = {"email": email, "name": name, "phone": phone}
+    person = _Person({Reference(by, normalise(by, value, region)) for by, value in named.items() if value is not None})
+    if session is not None:
+        person.sessions.add(("", session))
+    if customer is not None:
+        person.customer = check_customer_id(customer)
+    if not (person.references or person.sessions or person.customer):
+        raise ConfigurationError("forget() takes at least one of email=, phone=, name=, session= and customer=.")
+    secret = secret_of(ledger)
+    with ledger.deliver_lane().transaction() as connection:
+        found = _gather(connection, person)
+        renamed = _unname(connection, person)
+        traces = _erase_traces(connection, person, secret)
+    advice = _scrub(ledger, person)
+    return Forgotten(found, renamed, traces, not advice, advice)
+
+
+def _gather(connection: Connection, person: _Person) -> int:
+    """Erase the person's leads, and learn from them what else names the person. Returns how many there were.
+
+    An e-mail or a number is one person's, so it leads on to their other sessions; a name may be several people's.
+    """
+    erased, known = 0, -1
+    while known != len(person.references) + len(person.sessions):
+        known = len(person.references) + len(person.sessions)
+        for row in connection.execute(select(leads).where(_whose(person))).all():
+            person.sessions.add((row.account, row.session))
+            for one in _told(row):
+                (person.names if one.by == "name" else person.references).add(one)
+            mine = (leads.c.account == row.account) & (leads.c.session == row.session)
+            erased += connection.execute(delete(leads).where(mine)).rowcount
+    return erased
+
+
+def _told(lead: Row[Any]) -> list[Reference]:
+    return [Reference(by, value) for by in LEAD_FIELDS if (value := getattr(lead, by))]
+
+
+def _whose(person: _Person) -> ColumnElement[bool]:
+    asked = person.references
+    exact = [leads.c[one.by] == one.value for one in asked]
+    sessions = [leads.c.session == session for _, session in person.sessions]
+    return or_(*exact, *sessions) if exact or sessions else leads.c.session.is_(None)
+
+
+def _unname(connection: Connection, person: _Person) -> int:
+    """Take the name from readings that wait for the person, and the session from those that were skipped."""
+    texts = [f"{one.by}:{one.value}" for one in person.references | person.names]
+    named = readings.c.reference.in_(texts)
+    held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
+    waiting = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.HELD.value])
+    values = {"state": held, "reason": FORGOTTEN, "reference": None, "due": None}
+    count = connection.execute(update(readings).where(named, waiting).values(**values)).rowcount
+    count += connection.execute(update(readings).where(named).values(reference=None)).rowcount
+    digests = [session_digest(*one) for one in person.sessions]
+    skipped = update(readings).where(readings.c.session.in_(digests))
+    return count + connection.execute(skipped.values(session=None)).rowcount
+
+
+def _erase_traces(connection: Connection, person: _Person, secret: bytes) -> int:
+    """To whom the person led, and what acts say of them."""
+    everything = person.references | person.names
+    accounts = connection.execute(select(readings.c.account).distinct()).scalars().all()
+    digests = [digest_of(secret, account, one) for account in {"", *accounts} for one in everything]
+    mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
+    if person.customer is not None:
+        mine.append(payers.c.customer == person.customer)
+    count = connection.execute(delete(payers).where(or_(*mine))).rowcount
+    for one in everything:
+        said = f"name:{one.value}" if one.by == "name" else one.value
+        told = acts.c.detail.contains(said, autoescape=True)
+        count += connection.execute(update(acts).where(told).values(detail=None)).rowcount
+    return count
+
+
+# -- the files themselves
+
+
+def _scrub(ledger: Ledger, person: _Person) -> str:
+    """Rewrite what still holds erased bytes. Returns what remains to be done, or nothing."""
+    if not ledger.database.is_sqlite:
+        return _vacuum(ledger)
+    folded = _fold_log(ledger)
+    left = _left_in(ledger, [one.value for one in person.references])
+    if not folded:
+        return (
+            "The rows are gone, but others who read the ledger just now keep erased bytes in its write-ahead log. "
+            "Run this again when they are done."
+        )
+    if left:
+        return (
+            f"The rows are gone, but {' and '.join(left)} still hold what was erased, or something that looks like it. "
+            "Run this again; if that does not help, run VACUUM on the file while nobody uses the ledger."
+        )
+    return ""
+
+
+def _vacuum(ledger: Ledger) -> str:
+    """PostgreSQL keeps dead rows until they are vacuumed; outside a transaction."""
+    lane = ledger.deliver_lane()
+    with lane.lock:
+        for table in (leads, readings, payers, acts):
+            lane.connection.exec_driver_sql(f"VACUUM {table.name}")
+    return ""
+
+
+def _fold_log(ledger: Ledger) -> bool:
+    """Bring the write-ahead log into the file and empty it; False where somebody still reads from it.
+
+    Erased bytes are overwritten in the file, for the connection has ``secure_delete``.
+    """
+    lane = ledger.deliver_lane()
+    with lane.lock, ledger.database.reading:
+        busy = lane.connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
+    return not busy
+
+
+def _left_in(ledger: Ledger, texts: list[str]) -> list[str]:
+    """The files that still hold one of ``texts``: what was promised is looked at."""
+    needles = [text.encode() for text in texts if len(text) >= _TELLING]
+    path = str(ledger.database.url.database)
+    files = [Path(path + ending) for ending in ("", "-wal", "-shm")]
+    return [one.name for one in files if one.exists() and _holds(one, needles)]
+
+
+def _holds(path: Path, needles: list[bytes]) -> bool:
+    overlap = max(map(len, needles), default=0)
+    with path.open("rb") as file:
+        before = b""
+        while piece := file.read(1 << 20):
+            if any(needle in before + piece for needle in needles):
+                return True
+            before = piece[-overlap:] if overlap else b""
+    return False

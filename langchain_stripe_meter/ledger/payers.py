@@ -1,0 +1,58 @@
+"""To whom an e-mail, name or phone led, for as long as a limit must remember it, without keeping the person.
+
+A reading forgets its lead's reference when Stripe's customer is found. So that a limit still knows what that lead has
+used, the table ``payers`` leads from a digest of the reference to the customer. The digest is keyed with a secret of
+this ledger: somebody who only has a list of addresses cannot try them against another copy of the table.
+"""
+
+from __future__ import annotations
+
+import hmac
+import secrets
+from typing import Any
+
+from sqlalchemy import Connection, select
+from sqlalchemy import delete as sql_delete
+from sqlalchemy.dialects import postgresql, sqlite
+
+from langchain_stripe_meter.ledger.schema import notes, payers
+
+SECRET = "payers_secret"  # noqa: S105 - the name of a note
+"""The note that holds the secret. Without it, nobody's digest can be worked out again."""
+
+
+def secret(connection: Connection, now: int) -> bytes:
+    """The ledger's own secret, made when it is first needed; inside the caller's transaction."""
+    query = select(notes.c.value).where(notes.c.name == SECRET)
+    found = connection.execute(query).scalar()
+    if found is None:
+        made = {"name": SECRET, "value": secrets.token_hex(32), "at": now}
+        connection.execute(_insert(connection, notes).values(made).on_conflict_do_nothing())
+        found = connection.execute(query).scalar_one()  # another process may have been faster
+    return bytes.fromhex(found)
+
+
+def digest(key: bytes, account: str, reference: str) -> str:
+    """The digest under which somebody whom runs of ``account`` name by ``reference`` (``email:…``) is known."""
+    return hmac.digest(key, f"{account}\0{reference}".encode(), "sha256").hex()
+
+
+def remember(connection: Connection, account: str, reference: str, customer: str, now: int) -> None:
+    """``reference`` leads to ``customer``, as of now."""
+    known = digest(secret(connection, now), account, reference)
+    query = select(payers.c.customer).where(payers.c.digest == known)
+    if connection.execute(query).scalar() == customer:
+        return
+    values = {"account": account, "customer": customer, "at": now}
+    statement = _insert(connection, payers).values(digest=known, **values)
+    connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_=values))
+
+
+def forget(connection: Connection, account: str, reference: str, now: int) -> bool:
+    """Forget to whom ``reference`` led; True if it was known."""
+    known = digest(secret(connection, now), account, reference)
+    return connection.execute(sql_delete(payers).where(payers.c.digest == known)).rowcount > 0
+
+
+def _insert(connection: Connection, table: Any) -> Any:
+    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)

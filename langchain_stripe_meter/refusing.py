@@ -1,0 +1,79 @@
+"""``on_unidentified="raise"``: a run that names nobody who pays is refused before its model is called."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from langchain_stripe_meter.callbacks import MeteringCallbacks
+from langchain_stripe_meter.core.customers import Facts, Skip
+from langchain_stripe_meter.errors import UnidentifiedError
+from langchain_stripe_meter.observed import facts_of
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+
+class _Gate:
+    """The start of a model call, which may refuse it.
+
+    LangChain awaits coroutine functions in its asynchronous flow, and loses what they raise in its synchronous one. So
+    whoever can await is given a coroutine function where the ledger must be asked, and everybody else a plain one.
+    """
+
+    def __init__(self, start: Callable[..., None]) -> None:
+        self._start = start
+        self.__doc__ = start.__doc__
+
+    def __get__(self, handler: RefusingCallbacks | None, owner: type | None = None) -> Any:
+        if handler is None:
+            return self
+        start = self._start.__get__(handler)
+        if not handler._refuses:
+            return start
+        if handler._recorder.needs_lookup and sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE:
+
+            async def astarted(*args: Any, **kwargs: Any) -> None:
+                facts = facts_of(kwargs.get("metadata"), handler._recorder.ledger.now())
+                await asyncio.to_thread(handler._check_payer, facts)
+                start(*args, **kwargs)
+
+            return astarted
+
+        def started(*args: Any, **kwargs: Any) -> None:
+            handler._check_payer(facts_of(kwargs.get("metadata"), handler._recorder.ledger.now()))
+            start(*args, **kwargs)
+
+        return started
+
+
+class RefusingCallbacks(MeteringCallbacks):
+    """The callbacks, with a gate before each model call."""
+
+    _refuses = False
+
+    on_chat_model_start = _Gate(MeteringCallbacks.on_chat_model_start)
+    on_llm_start = _Gate(MeteringCallbacks.on_llm_start)
+
+    @property
+    def raise_error(self) -> bool:  # type: ignore[override]
+        """LangChain asks this while it handles what an event raised.
+
+        Only a refusal goes on into the chain, nothing else ever.
+        """
+        return isinstance(sys.exception(), UnidentifiedError)
+
+    def _check_payer(self, facts: Facts) -> None:
+        try:
+            who = self._recorder.payer(facts)
+        except Exception as error:  # noqa: BLE001 - not to know is no reason to break the chain
+            logger.error("stripe-meter: who pays could not be looked up: %s", type(error).__name__)  # noqa: TRY400
+            return
+        if isinstance(who, Skip):
+            raise UnidentifiedError(
+                f"Nobody pays for this run: {who.reason}. It was refused before the model was called, as "
+                "on_unidentified='raise' says."
+            )

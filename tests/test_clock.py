@@ -1,0 +1,45 @@
+"""Clocks that differ from Stripe's: usage waits until it is valid, and nothing is sent on an old claim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import assert_invariant
+from courier_shop import Shop
+
+from langchain_stripe_meter.core.events import FUTURE_LIMIT
+from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.store import Ledger
+
+
+class SkewedShop(Shop):
+    """A shop whose ledger's clock is ``skew`` seconds ahead of Stripe's."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.skew = 0
+        self.ledger = Ledger(f"sqlite:///{path}/skewed.db", clock=lambda: self.sandbox.now() + self.skew)
+        self.courier = self.another_courier()
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[SkewedShop]:
+    shop = SkewedShop(tmp_path)
+    yield shop
+    shop.close()
+
+
+def test_what_lies_in_stripes_future_waits_until_it_does_not(shop: SkewedShop) -> None:
+    shop.skew = FUTURE_LIMIT + 600
+    shop.record("ahead", value=3)
+    shop.record("past", value=2, at=shop.sandbox.now(), customer="cus_2")
+    shop.drive(seconds=10)
+    assert shop.states() == {"ahead": "pending", "past": "delivered"}
+    assert "future" in str(views.tail(shop.ledger)[0].reason)
+    shop.sandbox.advance(seconds=600)
+    shop.drive(seconds=1200)
+    assert shop.states() == {"ahead": "delivered", "past": "delivered"}
+    assert shop.billed() == 3
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)

@@ -1,0 +1,499 @@
+"""Doubtful events: what Stripe's sums say of them is believed only when nothing else could explain it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from conftest import assert_invariant
+from courier_shop import Shop
+from hypothesis import given
+from hypothesis import strategies as st
+from sqlalchemy import insert, select, update
+from typer.testing import CliRunner
+
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.core.doubts import (
+    ASK_AGAIN,
+    LOOK_AGAIN,
+    PERSON,
+    SUMS_LAG,
+    Facts,
+    Look,
+    Trace,
+    decide,
+    is_ready,
+)
+from langchain_stripe_meter.core.states import EventState, Move
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.errors import ConfigurationError, StripeError
+from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
+from langchain_stripe_meter.ledger.outbox import MeterEvent
+from langchain_stripe_meter.ledger.schema import acts, events, pruned
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.sandbox import RecordedRequest, refuse, server_error_after_accept
+
+SUMMARIES = "*/event_summaries"
+NOW = 1_780_000_020
+DAY = 86_400
+
+
+class DoubtShop(Shop):
+    """A shop whose courier minds its doubts, and whose usage all lies in one minute."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.minute = self.ledger.now() // 60 * 60
+        self.minded = Doubts(self.ledger, self.courier.gateway)
+
+    def doubt(self, *keys: str, taken: tuple[str, ...] = (), **facts: object) -> None:
+        """Record usage that becomes doubtful; Stripe has those of ``taken``, and said so to nobody."""
+        for key in taken:
+            self.sandbox.fail(server_error_after_accept(), where=lambda request, key=key: _identifier(request) == key)
+        self.sandbox.fail(refuse(503), times=None)
+        self.record(*keys, **{"at": self.minute, **facts})
+        self.drive(seconds=4)
+        self.sandbox.advance(hours=23)
+        self.drive(seconds=4)
+        assert {row.identifier for row in doubtful(self.ledger)} >= set(keys)
+        self.sandbox.clear_faults()
+
+    def look(self, times: int = 1, apart: int = LOOK_AGAIN) -> None:
+        for _ in range(times):
+            self.minded(self.ledger.now())
+            self.sandbox.advance(seconds=apart)
+
+    def rest(self) -> None:
+        """Let Stripe's sums settle."""
+        self.sandbox.advance(seconds=SUMS_LAG)
+
+    def send_foreign(self, value: str, identifier: str = "foreign") -> None:
+        outcome, _ = self.courier.gateway.send_once(
+            MeterEvent("ai_tokens", "cus_1", Decimal(value), identifier, self.minute)
+        )
+        assert outcome.move is Move.ACCEPTED
+
+    def reason(self) -> str:
+        (reason,) = {row.reason for row in doubtful(self.ledger)}
+        return reason
+
+    def looks(self) -> int:
+        return sum("event_summaries" in request.path for request in self.sandbox.requests)
+
+
+def _identifier(request: RecordedRequest) -> str:
+    return str(request.params["identifier"])
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[DoubtShop]:
+    shop = DoubtShop(tmp_path)
+    yield shop
+    shop.close()
+
+
+# -- what two looks decide
+
+
+def test_what_stripe_does_not_have_is_sent_again_under_its_identifier_and_billed_once(shop: DoubtShop) -> None:
+    shop.doubt("run", value=5)
+    shop.rest()
+    shop.look(2)
+    assert shop.states() == {"run": "pending"}
+    with shop.ledger.read() as connection:
+        row = connection.execute(select(events)).one()
+    assert (row.first_unknown_at, row.seen_value, row.seen_at, row.error, row.settled_at) == (None,) * 5
+    assert row.attempts > 1
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_what_stripe_has_is_delivered_and_never_sent_again(shop: DoubtShop) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    sent = len(shop.sent())
+    shop.rest()
+    shop.look(2)
+    shop.drive()
+    assert (shop.states(), shop.billed(), len(shop.sent())) == ({"run": "delivered"}, 5, sent)
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+@pytest.mark.parametrize(("taken", "states"), [((), "pending"), (("a", "b", "c"), "delivered")])
+def test_all_doubts_of_a_minute_share_their_fate(shop: DoubtShop, taken: tuple[str, ...], states: str) -> None:
+    shop.record("before", at=shop.minute + 59, value=100)
+    shop.drive()
+    shop.doubt("a", "b", "c", taken=taken, value=5)
+    shop.rest()
+    shop.look(2)
+    assert shop.states() == {"before": "delivered", "a": states, "b": states, "c": states}
+    shop.drive()
+    assert shop.billed() == 115
+
+
+def test_when_stripe_has_a_part_of_them_a_person_is_asked_once_and_settles_it(shop: DoubtShop) -> None:
+    shop.doubt("a", "b", taken=("a",), value=5)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="stripe-meter doubtful"):
+        shop.look(1)
+    shop.look(3, apart=ASK_AGAIN)
+    assert shop.states() == {"a": "doubtful", "b": "doubtful"}
+    assert shop.reason() == PERSON + "Stripe has 5 in that minute; 0 is delivered, 10 in doubt."
+    assert settle_doubt(shop.ledger, ["a"], delivered=True) == 1
+    assert settle_doubt(shop.ledger, ["b", "a", "unknown"], delivered=False) == 1
+    shop.drive()
+    assert shop.billed() == 10
+    with shop.ledger.read() as connection:
+        said = [(row.act, row.subject, row.detail) for row in connection.execute(select(acts))]
+    assert said == [
+        ("doubt settled", "a", "Stripe has it"), ("doubt settled", "b", "Stripe does not have it"),
+    ]  # fmt: skip
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_a_person_is_no_longer_needed_once_the_sum_is_plain(shop: DoubtShop) -> None:
+    shop.doubt("a", "b", taken=("a",), value=5)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError):
+        shop.look(1)
+    settle_doubt(shop.ledger, ["a"], delivered=True)
+    shop.rest()
+    shop.look(2, apart=ASK_AGAIN)
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"a": "delivered", "b": "delivered"}, 10)
+
+
+# -- when a look says nothing
+
+
+def test_nothing_follows_from_one_look_nor_from_two_that_differ(shop: DoubtShop) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    shop.rest()
+    shop.sandbox.summary_lag = 2 * DAY
+    shop.look(1)
+    assert shop.states() == {"run": "doubtful"}
+    shop.sandbox.summary_lag = 0
+    shop.look(1)
+    assert shop.states() == {"run": "doubtful"}
+    shop.look(1)
+    assert shop.states() == {"run": "delivered"}
+
+
+def test_looks_are_ten_minutes_apart(shop: DoubtShop) -> None:
+    shop.doubt("run")
+    shop.rest()
+    shop.look(1, apart=LOOK_AGAIN - 10)
+    shop.look(1, apart=10)
+    assert (shop.states(), shop.looks()) == ({"run": "doubtful"}, 1)
+    shop.look(1)
+    assert (shop.states(), shop.looks()) == ({"run": "pending"}, 2)
+
+
+def test_sums_are_not_looked_at_before_they_have_settled(shop: DoubtShop) -> None:
+    shop.doubt("run")
+    shop.sandbox.advance(seconds=SUMS_LAG - 400)
+    shop.look(3, apart=10)
+    assert shop.looks() == 0
+
+
+def test_what_is_delivered_in_the_same_minute_makes_the_sum_settle_anew(shop: DoubtShop) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    shop.rest()
+    shop.look(1)
+    shop.sandbox.summary_lag = SUMS_LAG - LOOK_AGAIN
+    shop.record("late", at=shop.minute + 1, value=5)  # as large as the doubt, and not in the sum yet
+    shop.drive()
+    shop.look(3)
+    assert shop.states() == {"run": "doubtful", "late": "delivered"}
+    shop.rest()
+    shop.look(2)
+    assert shop.states() == {"run": "delivered", "late": "delivered"}
+    assert shop.billed() == 10
+
+
+@pytest.mark.parametrize("fault", [refuse(503), server_error_after_accept()], ids=["unknown", "unknown, but taken"])
+def test_nothing_is_decided_while_another_outcome_of_the_minute_is_open(shop: DoubtShop, fault: object) -> None:
+    shop.doubt("run", value=5)
+    shop.sandbox.fail(fault, times=1)  # type: ignore[arg-type]
+    shop.sandbox.fail(refuse(503), times=None)
+    shop.record("other", at=shop.minute + 30, value=5)
+    shop.drive(seconds=60)
+    shop.sandbox.clear_faults()
+    shop.rest()
+    shop.look(3)
+    assert (shop.states(), shop.looks()) == ({"run": "doubtful", "other": "pending"}, 0)
+
+
+def test_while_stripe_does_not_answer_nothing_changes(shop: DoubtShop) -> None:
+    shop.doubt("run")
+    shop.rest()
+    shop.sandbox.fail(refuse(503), path=SUMMARIES, times=3)
+    shop.look(3)
+    assert shop.looks() == 3
+    assert not shop.reason().startswith(PERSON)
+    shop.look(2)
+    assert shop.states() == {"run": "pending"}
+
+
+@pytest.mark.parametrize("becomes", ["settled by a person", "being sent for"])
+def test_what_changes_while_stripe_is_asked_makes_the_look_void(shop: DoubtShop, becomes: str) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    shop.record("other", at=shop.minute, value=5)
+    shop.sandbox.advance(seconds=1)
+    shop.rest()
+    shop.sandbox.summary_lag = 3 * DAY  # so that a look that counts would say: absent
+    shop.look(1)
+
+    def meanwhile(_: RecordedRequest) -> bool:
+        if becomes == "being sent for":
+            shop.sandbox.fail(refuse(503), times=None)
+            shop.courier.turn()
+            shop.courier.turn()
+        else:
+            settle_doubt(shop.ledger, ["run"], delivered=True)
+        return False
+
+    Doubts(shop.ledger, _Asking(shop.courier.gateway, meanwhile))(shop.ledger.now())
+    assert shop.states()["run"] == ("delivered" if becomes == "settled by a person" else "doubtful")
+
+
+class _Asking(Gateway):
+    """The real gateway; something happens while it waits for a sum."""
+
+    def __init__(self, real: Gateway, meanwhile: object) -> None:
+        super().__init__(real.client)
+        self._meanwhile = meanwhile
+
+    def billed(self, *arguments: object) -> Decimal | None:  # type: ignore[override]
+        found = super().billed(*arguments)  # type: ignore[arg-type]
+        self._meanwhile(None)  # type: ignore[operator]
+        return found
+
+
+# -- what only a person can tell
+
+
+def test_usage_that_the_ledger_does_not_know_needs_a_person(shop: DoubtShop) -> None:
+    shop.doubt("run", value=5)
+    shop.send_foreign("3")
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError):
+        shop.look(1)
+    assert "Stripe has 3 in that minute" in shop.reason()
+
+
+def test_what_is_absent_but_too_old_is_not_sent_to_be_refused(shop: DoubtShop) -> None:
+    shop.doubt("run", value=5)
+    shop.sandbox.advance(days=34)
+    shop.look(1)
+    with pytest.raises(StripeError, match="34 days"):
+        shop.look(1)
+    assert shop.states() == {"run": "doubtful"}
+    with pytest.raises(ConfigurationError, match="event run is older"):
+        settle_doubt(shop.ledger, ["run"], delivered=False)
+    assert settle_doubt(shop.ledger, ["run"], delivered=True) == 1
+
+
+def test_a_meter_that_was_replaced_still_counts(shop: DoubtShop) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    shop.sandbox.deactivate_meter("ai_tokens")
+    shop.sandbox.create_meter("ai_tokens")
+    shop.rest()
+    shop.look(2)
+    assert shop.states() == {"run": "delivered"}
+
+
+def test_a_meter_that_does_not_add_up_tells_nothing(shop: DoubtShop) -> None:
+    shop.doubt("run", value=5)
+    shop.sandbox.deactivate_meter("ai_tokens")
+    shop.sandbox.create_meter("ai_tokens", formula="last")
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="adds up"):
+        shop.look(1)
+    assert shop.states() == {"run": "doubtful"}
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "said"), [(SUMMARIES, 404, "no sums of the customer"), ("/v1/billing/meters", 403, "permission")]
+)
+def test_what_stripe_will_not_say_needs_a_person(shop: DoubtShop, path: str, status: int, said: str) -> None:
+    shop.doubt("run")
+    shop.rest()
+    shop.sandbox.fail(refuse(status), path=path, times=2)
+    shop.look(1)
+    with pytest.raises(StripeError, match=said):
+        shop.look(1)
+    shop.look(3, apart=ASK_AGAIN)
+    assert shop.states() == {"run": "pending"}
+
+
+def test_a_meter_that_stripe_does_not_have_needs_a_person(shop: DoubtShop) -> None:
+    shop.doubt("run")
+    with shop.ledger.deliver_lane().transaction() as connection:
+        connection.execute(update(events).values(event_name="gone"))
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="no meter with the event name 'gone'"):
+        shop.look(1)
+
+
+def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop: DoubtShop) -> None:
+    shop.doubt("a", "b", value=5)
+    with shop.ledger.deliver_lane().transaction() as connection:
+        connection.execute(update(events).where(events.c.identifier == "a").values(state="written_off"))
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="written off while"):
+        shop.look(1)
+    facts = {"event_name": "ai_tokens", "customer": "cus_1", "day": shop.minute // DAY * DAY, "state": "delivered"}
+    with shop.ledger.deliver_lane().transaction() as connection:
+        connection.execute(insert(pruned).values(account="", amount="1", readings=1, **facts))
+    shop.sandbox.advance(seconds=ASK_AGAIN)
+    with pytest.raises(StripeError, match="pruned"):
+        shop.look(1)
+
+
+# -- the pure decision
+
+amounts = st.decimals("0.001", "1e9", places=3)
+
+
+def doubts_of(values: list[Decimal], delivered: Decimal, seen: Decimal | None) -> Facts:
+    settled = NOW - SUMS_LAG - LOOK_AGAIN
+    in_doubt = [
+        Trace(number, f"run-{number}", value, EventState.DOUBTFUL, NOW - DAY, settled, settled, settled - DAY,
+              seen, NOW - LOOK_AGAIN)
+        for number, value in enumerate(values)
+    ]  # fmt: skip
+    known = Trace(99, "known", delivered, EventState.DELIVERED, NOW - DAY, settled - DAY, settled - DAY)
+    return Facts((known, *in_doubt))
+
+
+@given(st.lists(amounts, min_size=1, max_size=6), st.sets(st.integers(0, 5)), amounts, st.sampled_from([1, -1]))
+def test_the_verdict_is_the_truth_or_a_persons(
+    values: list[Decimal], taken: set[int], delivered: Decimal, sign: int
+) -> None:
+    values = [value * sign for value in values]
+    has = [value for number, value in enumerate(values) if number in taken]
+    at_stripe = Decimal(f"{float(delivered + sum(has)):.15g}")
+    facts = doubts_of(values, delivered, at_stripe)
+    assert is_ready(facts, NOW)
+    verdict = decide(facts, Look(at_stripe), NOW)
+    expected = {0: Move.ABSENT_AT_STRIPE, len(values): Move.SEEN_AT_STRIPE}.get(len(has))
+    assert verdict.move is expected
+    assert (verdict.reason is None) == (expected is not None)
+
+
+@pytest.mark.parametrize("at_stripe", ["123456789012345", "123456789012346"])
+def test_sums_with_more_digits_than_stripe_answers_with_tell_nothing(at_stripe: str) -> None:
+    facts = doubts_of([Decimal("0.5")], Decimal("123456789012345"), Decimal(at_stripe))
+    assert "15 digits" in str(decide(facts, Look(Decimal(at_stripe)), NOW).reason)
+
+
+def test_usage_and_its_correction_in_one_minute_tell_nothing() -> None:
+    facts = doubts_of([Decimal(5), Decimal(-5)], Decimal(1), Decimal(1))
+    assert "corrections" in str(decide(facts, Look(Decimal(1)), NOW).reason)
+
+
+def test_a_doubt_about_nothing_is_no_doubt() -> None:
+    facts = doubts_of([Decimal(0)], Decimal(7), Decimal(7))
+    assert decide(facts, Look(Decimal(7)), NOW).move is Move.SEEN_AT_STRIPE
+
+
+@pytest.mark.parametrize("back", [1, 1800, 10 * DAY])
+def test_a_clock_that_ran_back_makes_us_wait(back: int) -> None:
+    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
+    assert is_ready(facts, NOW)
+    assert not is_ready(facts, NOW - back)
+
+
+def test_a_look_from_before_the_sums_had_settled_does_not_count() -> None:
+    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
+    early = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG)
+    assert decide(Facts((*facts.events, early)), Look(Decimal(7)), NOW).move is None
+
+
+# -- on both engines, in the handler, and on the command line
+
+
+def test_it_works_on_postgresql(postgres_url: str, tmp_path: Path) -> None:
+    shop = DoubtShop(tmp_path)
+    shop.ledger = Ledger(postgres_url, clock=shop.sandbox.now)
+    shop.courier = shop.another_courier()
+    shop.minded = Doubts(shop.ledger, shop.courier.gateway)
+    shop.doubt("a", "b", taken=("a",), value=5)
+    shop.doubt("c", value=7, customer="cus_2")
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError):
+        shop.look(1)
+    assert settle_doubt(shop.ledger, ["a"], delivered=True) == 1
+    assert settle_doubt(shop.ledger, ["b"], delivered=False) == 1
+    shop.drive()
+    assert (shop.billed(), shop.billed("cus_2")) == (10, 7)
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+    shop.close()
+
+
+def test_a_courier_minds_the_doubts_by_itself_and_tells_on_error(shop: DoubtShop) -> None:
+    shop.doubt("plain", value=5, customer="cus_2")
+    shop.doubt("partly", "too", taken=("too",), value=5)
+    courier = shop.another_courier(chores=[Doubts(shop.ledger, shop.courier.gateway)])
+    shop.errors.clear()
+    shop.rest()
+    for _ in range(40):
+        courier.turn()
+        shop.sandbox.advance(seconds=120)
+    assert shop.states() == {"plain": "delivered", "partly": "doubtful", "too": "doubtful"}
+    assert len(shop.errors) == 1
+    assert "stripe-meter doubtful" in str(shop.errors[0])
+
+
+def test_the_handler_shows_what_is_in_doubt_and_minds_it(
+    shop: DoubtShop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shop.doubt("a", "b", taken=("a",), value=5)
+    for name, value in shop.sandbox.environment().items():
+        monkeypatch.setenv(name, value)
+    shop.rest()
+    with StripeMeterCallbackHandler(
+        Tokens("ai_tokens"), ledger=f"sqlite:///{tmp_path}/ledger.db", clock=shop.sandbox.now
+    ) as meter:
+        assert [row.identifier for row in meter.doubtful()] == ["a", "b"]
+        assert "<td>a</td>" in meter.doubtful()._repr_html_()
+        courier: Courier = meter._courier  # type: ignore[assignment]
+        courier.turn()
+        assert shop.looks() == 1
+        assert meter.settle_doubt(["a"], delivered=True) == 1
+        assert meter.settle_doubt(["b"], delivered=False) == 1
+        assert meter.flush().doubtful == 0
+    assert shop.billed() == 10
+
+
+def test_a_person_settles_a_doubt_on_the_command_line(
+    shop: DoubtShop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shop.doubt("a", value=5)
+    monkeypatch.setenv("STRIPE_METER_LEDGER", f"sqlite:///{tmp_path}/ledger.db")
+
+    def call(*arguments: str, code: int = 0) -> str:
+        result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+        assert result.exit_code == code, result.output
+        return result.output
+
+    assert json.loads(call("doubtful", "--json"))[0]["identifier"] == "a"
+    assert "HTTP 503" in call("doubtful")
+    call("doubtful", "settle", "a", code=2)  # which of both must be said
+    assert "not in doubt" in call("doubtful", "settle", "a", "b", "--delivered", code=1)
+    assert "Nothing is in doubt" in call("doubtful")
+    assert shop.states() == {"a": "delivered"}

@@ -1,0 +1,183 @@
+"""Erasing a person: nothing that names them is left in any file, and no amount is lost."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine, insert, select
+from typer.testing import CliRunner
+
+from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
+from langchain_stripe_meter.ledger.secret import digest_of, secret_of
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+
+MAIL, NAME, PHONE, SESSION = "canary-mail@example.com", "Canary Name", "+4930901820", "canary-session"
+WHO = Reference("email", MAIL)
+CANARIES = [MAIL, "canary-mail", NAME, PHONE, SESSION]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
+    is_sqlite = request.param == "sqlite"
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db" if is_sqlite else str(request.getfixturevalue("postgres_url")))
+    yield ledger
+    ledger.close()
+
+
+def named(key: str, who: Reference | None = WHO, state: ReadingState = ReadingState.RECORDED, **more: Any) -> Entry:
+    return Entry(key, "tokens", more.pop("value", Decimal(7)), 1_800_000_000, state, reference=who, **more)
+
+
+def found_in_files(ledger: Ledger, *texts: str) -> list[str]:
+    """Which of ``texts`` the raw bytes of the database, its log and its index hold."""
+    path = str(ledger.database.url.database)
+    data = b"".join(file.read_bytes() for end in ("", "-wal", "-shm") if (file := Path(path + end)).exists())
+    assert data
+    return [text for text in texts if text.encode() in data]
+
+
+def dump(ledger: Ledger) -> str:
+    """Every value of every row of what may name somebody."""
+    with ledger.read() as connection:
+        tables = (leads, readings, payers, acts)
+        return "\n".join(str(tuple(row)) for table in tables for row in connection.execute(select(table)))
+
+
+def fill(ledger: Ledger) -> None:
+    ledger.record([named("waits"), named("held", state=ReadingState.HELD, reason="unknown", value=Decimal(5))])
+    ledger.record([named("other", Reference("email", "bob@example.com"), value=Decimal(3))])
+    ledger.record([named("phone", Reference("phone", PHONE), value=Decimal(2))])
+    captured = Leads(ledger)
+    captured.record([named("skipped", None, ReadingState.SKIPPED, session=SESSION)])
+    captured.capture(SESSION, email=MAIL, name=NAME, phone=PHONE)
+    captured.capture("another-session", email=MAIL)
+    captured.capture("bobs-session", email="bob@example.com")
+    theirs = digest_of(secret_of(ledger), "", WHO)
+    with ledger.deliver_lane().transaction() as connection:
+        connection.execute(insert(payers), [{"digest": theirs, "customer": "cus_1", "at": 1}])
+        connection.execute(insert(payers), [{"digest": "0" * 64, "customer": "cus_2", "at": 1}])
+        detail = json.dumps({"was": f"email:{MAIL}"})
+        connection.execute(insert(acts), [{"at": 1, "act": "assign", "subject": "held", "detail": detail}])
+
+
+def amounts(ledger: Ledger) -> Decimal:
+    return sum((row.value for row in views.every(ledger) if row.value), Decimal(0))
+
+
+@pytest.mark.parametrize("by", [{"email": MAIL}, {"phone": PHONE}, {"session": SESSION}, {"name": NAME}])
+def test_a_person_is_gone_wherever_they_were_named_and_the_amounts_stay(ledger: Ledger, by: Any) -> None:
+    fill(ledger)
+    before = amounts(ledger)
+    if ledger.database.is_sqlite:
+        assert found_in_files(ledger, *CANARIES) == CANARIES
+    done = forget(ledger, **by)
+    assert (done.leads, done.readings, done.traces, done.complete, done.advice) == (2, 4, 2, True, "")
+    assert not any(canary in dump(ledger) for canary in CANARIES)
+    assert "bob@example.com" in dump(ledger)
+    if ledger.database.is_sqlite:
+        assert found_in_files(ledger, *CANARIES) == []
+    assert amounts(ledger) == before
+    (group,) = views.held(ledger)
+    assert (group.reference, group.value, group.reason) == (None, 14, FORGOTTEN)
+    assert views.assign(ledger, group.ids, "cus_1") == 3
+    again = forget(ledger, **by)
+    assert (again.leads, again.readings, again.complete) == (0, 0, True)
+
+
+def test_a_name_that_two_people_have_leads_to_both_only_where_it_is_what_was_asked_for(ledger: Ledger) -> None:
+    captured = Leads(ledger)
+    captured.capture("s1", email="one@example.com", name="Jo Bloggs")
+    captured.capture("s2", email="two@example.com", name="Jo Bloggs")
+    assert forget(ledger, email="one@example.com").leads == 1
+    assert captured.find("s2") == {"email": "two@example.com", "name": "Jo Bloggs"}
+    assert forget(ledger, name="Jo  Bloggs").leads == 1
+
+
+def test_what_points_to_a_customer_goes_and_what_was_billed_to_it_stays(ledger: Ledger) -> None:
+    fill(ledger)
+    ledger.record([Entry("billed", "tokens", Decimal(9), 1, ReadingState.RESOLVED, "cus_2")])
+    done = forget(ledger, customer="cus_2")
+    assert (done.leads, done.readings, done.traces) == (0, 0, 1)
+    assert "cus_2" in dump(ledger)
+
+
+def test_the_session_of_skipped_runs_is_forgotten_with_it(ledger: Ledger) -> None:
+    fill(ledger)
+    forget(ledger, session=SESSION)
+    assert Leads(ledger).capture(SESSION, email="new@example.com", bill_from="first_message") == 0
+
+
+def test_nobody_is_erased_by_mistake(ledger: Ledger) -> None:
+    with pytest.raises(ConfigurationError, match="at least one"):
+        forget(ledger)
+    with pytest.raises(ConfigurationError, match="e-mail") as refused:
+        forget(ledger, email="canary")
+    assert "canary" not in str(refused.value)
+
+
+def test_among_thousands_of_rows_that_moved_about_no_byte_is_left(tmp_path: Path) -> None:
+    """Pages split, merge and are reused; erased text must not survive in one of their gaps."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db")
+    chance = random.Random(7)
+    people = [f"person{number:04}-{'x' * chance.randrange(80)}@example.com" for number in range(400)]
+    for turn in range(5):
+        batch = [named(f"{chance.random()}", Reference("email", one)) for one in chance.sample(people, 300)]
+        ledger.record(batch)
+        Leads(ledger).capture(f"{chance.random()}-{turn}", email=people[turn])
+    for one in people[:20]:
+        done = forget(ledger, email=one)
+        assert done.complete, done.advice
+        assert found_in_files(ledger, one, one.partition("@")[0][:11]) == []
+    assert found_in_files(ledger, people[50]) == [people[50]]
+    ledger.close()
+
+
+def test_while_somebody_else_reads_it_says_to_run_it_again(tmp_path: Path) -> None:
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db?timeout=0")
+    fill(ledger)
+    other = create_engine(f"sqlite:///{tmp_path}/l.db")
+    with other.connect() as reader:
+        reader.exec_driver_sql("BEGIN")
+        reader.exec_driver_sql("SELECT count(*) FROM readings").all()
+        done = forget(ledger, email=MAIL)
+        assert (done.leads, done.complete) == (2, False)
+        assert "again" in done.advice
+    other.dispose()
+    assert found_in_files(ledger, MAIL) == [MAIL]
+    assert forget(ledger, email=MAIL, name=NAME, phone=PHONE).complete
+    assert found_in_files(ledger, *CANARIES) == []
+    ledger.close()
+
+
+def test_the_command_erases_and_answers_honestly(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/l.db?timeout=0"
+    ledger = Ledger(url)
+    fill(ledger)
+
+    def call(code: int, *arguments: str) -> Any:
+        result = CliRunner().invoke(app, ["forget", "--ledger", url, *arguments])
+        assert result.exit_code == code, result.output
+        assert "canary" not in result.output
+        return result
+
+    with ledger.read() as connection:
+        connection.exec_driver_sql("BEGIN")
+        connection.exec_driver_sql("SELECT count(*) FROM readings").all()
+        assert "Run this again" in call(1, "--email", MAIL).stderr
+    assert json.loads(call(0, "--email", MAIL, "--json").stdout)["complete"] is True
+    assert found_in_files(ledger, MAIL) == []
+    assert "at least one" in call(2).stderr
+    ledger.close()
