@@ -245,6 +245,14 @@ class Recorder:
         payer = tenant.customer or self.customer
         return payer.identify(self._with_leads(facts, tenant.account, payer))
 
+    def place_of_lead(self, facts: Facts) -> tuple[str, str] | None:
+        """The account and the session whose lead would pay for a run; None where there is none."""
+        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
+        if isinstance(tenant, Skip):
+            return None
+        session = lead_session(tenant.customer or self.customer, facts)
+        return None if session is None else (tenant.account, session)
+
     def usage_entries(
         self,
         usage: Mapping[str, Any],

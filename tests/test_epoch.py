@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
+from faults import settled, tally
 from typer.testing import CliRunner
 
+from langchain_stripe_meter.audit.doubts import Doubts
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
@@ -27,7 +29,7 @@ from langchain_stripe_meter.ledger import epoch, views
 from langchain_stripe_meter.ledger.backup import backup
 from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox, refuse, server_error
+from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
 
 HOUR = 3600
 
@@ -130,6 +132,37 @@ def test_what_was_sent_after_the_backup_is_not_billed_again_whenever_it_is_resto
     shop.deliver()
     assert shop.billed() == ["first", "lost", "new", "second", "third"]
     assert len(shop.told) == 1
+
+
+@pytest.mark.parametrize("hours", [1, 25, 48])
+def test_what_a_restore_put_in_doubt_is_compared_and_ends_delivered_once(shop: Shop, hours: int) -> None:
+    """One was sent after the backup, one was not: Stripe's sums tell which."""
+    shop.record("first")
+    shop.deliver()
+    shop.sandbox.advance(seconds=120)
+    shop.record("second", value=3)
+    shop.sandbox.advance(seconds=120)
+    shop.record("third", value=5)
+    backup(shop.ledger, shop.copy)
+    shop.sandbox.fail(rate_limited(), where=lambda request: request.params["identifier"] == "third", times=None)
+    shop.deliver(until=lambda: shop.states()["second"] == "delivered")
+    shop.sandbox.clear_faults()
+    shop.sandbox.advance(hours=hours)
+    shop.restore()
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append, chores=[Doubts(shop.ledger, gateway)])
+
+    def in_ten_minutes() -> bool:
+        courier.turn()
+        if not courier.in_flight:
+            shop.sandbox.advance(seconds=600)
+        return set(shop.states().values()) == {"delivered"}
+
+    wait_until(in_ten_minutes)
+    courier.close(5)
+    gateway.close()
+    assert shop.sandbox.billed("m", "cus_1") == 9
+    settled(shop.ledger, shop.sandbox, fault="the ledger is restored from a backup")
 
 
 def test_a_backup_that_was_taken_and_restored_with_nothing_sent_between_is_delivered(shop: Shop) -> None:
@@ -243,6 +276,7 @@ def test_a_deleted_ledger_is_told_and_a_new_one_goes_on(shop: Shop) -> None:
     assert "an earlier one was here" in told
     assert shop.billed() == ["first", "second"]
     assert "an earlier one was here" in str(views.status(shop.ledger).restored)
+    tally("the ledger is deleted, or replaced while it is in use")
 
 
 def test_a_copy_from_before_the_first_epoch_is_no_new_ledger(shop: Shop) -> None:
@@ -291,6 +325,7 @@ def test_a_courier_that_runs_notices_a_file_that_is_replaced(shop: Shop) -> None
     assert shop.billed() == ["first"]
     courier.close(5)
     gateway.close()
+    tally("the ledger is deleted, or replaced while it is in use")
 
 
 # -- the two places

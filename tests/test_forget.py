@@ -116,8 +116,11 @@ def test_what_points_to_a_customer_goes_and_what_was_billed_to_it_stays(ledger: 
 
 def test_the_session_of_skipped_runs_is_forgotten_with_it(ledger: Ledger) -> None:
     fill(ledger)
-    forget(ledger, session=SESSION)
-    assert Leads(ledger).capture(SESSION, email="new@example.com", bill_from="first_message") == 0
+    Leads(ledger).record([named("theirs", None, ReadingState.SKIPPED, session=SESSION, account="acct_1")])
+    assert forget(ledger, session=SESSION).readings == 5
+    for account in ("", "acct_1"):
+        captured = {"email": "new@example.com", "account": account, "bill_from": "first_message"}
+        assert Leads(ledger).capture(SESSION, **captured) == 0
 
 
 def test_nobody_is_erased_by_mistake(ledger: Ledger) -> None:

@@ -68,14 +68,14 @@ def forget(
     """
     named: dict[By, str | None] = {"email": email, "name": name, "phone": phone}
     person = _Person({Reference(by, normalise(by, value, region)) for by, value in named.items() if value is not None})
-    if session is not None:
-        person.sessions.add(("", session))
     if customer is not None:
         person.customer = check_customer_id(customer)
-    if not (person.references or person.sessions or person.customer):
+    if not (person.references or session or person.customer):
         raise ConfigurationError("forget() takes at least one of email=, phone=, name=, session= and customer=.")
     secret = secret_of(ledger)
     with ledger.deliver_lane().transaction() as connection:
+        if session is not None:
+            person.sessions = {(account, session) for account in _accounts(connection)}
         found = _gather(connection, person)
         renamed = _unname(connection, person)
         traces = _erase_traces(connection, person, secret)
@@ -125,11 +125,14 @@ def _unname(connection: Connection, person: _Person) -> int:
     return count + connection.execute(skipped.values(session=None)).rowcount
 
 
+def _accounts(connection: Connection) -> set[str]:
+    return {"", *connection.execute(select(readings.c.account).distinct()).scalars()}
+
+
 def _erase_traces(connection: Connection, person: _Person, secret: bytes) -> int:
     """To whom the person led, and what acts say of them."""
     everything = person.references | person.names
-    accounts = connection.execute(select(readings.c.account).distinct()).scalars().all()
-    digests = [digest_of(secret, account, one) for account in {"", *accounts} for one in everything]
+    digests = [digest_of(secret, account, one) for account in _accounts(connection) for one in everything]
     mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)
