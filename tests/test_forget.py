@@ -20,8 +20,8 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
 from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.payers import remember
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
-from langchain_stripe_meter.ledger.secret import digest_of, secret_of
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 MAIL, NAME, PHONE, SESSION = "canary-mail@example.com", "Canary Name", "+4930901820", "canary-session"
@@ -65,9 +65,8 @@ def fill(ledger: Ledger) -> None:
     captured.capture(SESSION, email=MAIL, name=NAME, phone=PHONE)
     captured.capture("another-session", email=MAIL)
     captured.capture("bobs-session", email="bob@example.com")
-    theirs = digest_of(secret_of(ledger), "", WHO)
     with ledger.deliver_lane().transaction() as connection:
-        connection.execute(insert(payers), [{"digest": theirs, "customer": "cus_1", "at": 1}])
+        remember(connection, "", f"email:{MAIL}", "cus_1", 1)
         connection.execute(insert(payers), [{"digest": "0" * 64, "customer": "cus_2", "at": 1}])
         detail = json.dumps({"was": f"email:{MAIL}"})
         connection.execute(insert(acts), [{"at": 1, "act": "assign", "subject": "held", "detail": detail}])

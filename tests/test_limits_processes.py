@@ -83,7 +83,7 @@ def start() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
 def test_processes_that_share_a_limit_go_beyond_it_by_no_more_than_what_was_in_flight(
     start: Callable[[str], subprocess.Popen[str]], url: str
 ) -> None:
-    Ledger(url).note("made")  # by one of them, not by both at once
+    ledger, ever = Ledger(url), Period("ever")
     workers = [start(url) for _ in range(PROCESSES)]
     for worker in workers:
         assert worker.stdout is not None
@@ -96,7 +96,6 @@ def test_processes_that_share_a_limit_go_beyond_it_by_no_more_than_what_was_in_f
     assert [worker.returncode for worker in workers] == [0] * PROCESSES
     assert unrecorded == (0,) * PROCESSES
 
-    ledger, ever = Ledger(url), Period("ever")
     (used,) = Counters(ledger, [ever]).used(Reference("id", "cus_1"), [("tokens", ever)])
     ledger.close()
     assert used == sum(passed) * TOKENS

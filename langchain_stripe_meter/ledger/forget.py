@@ -19,7 +19,7 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.secret import digest_of, secret_of
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
 
 FORGOTTEN = "forgotten: whoever it was asked to be erased; assign it or write it off"
@@ -79,6 +79,7 @@ def forget(
         found = _gather(connection, person)
         renamed = _unname(connection, person)
         traces = _erase_traces(connection, person, secret)
+        write_act(connection, "forgotten", f"{renamed} readings", "a person was erased", ledger.now())
     advice = _scrub(ledger, person)
     return Forgotten(found, renamed, traces, not advice, advice)
 

@@ -14,7 +14,7 @@ from langchain_stripe_meter.core.customers import By, Reference, check_region, n
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.schema import leads, readings
-from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert
+from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
@@ -155,6 +155,8 @@ class Leads:
             claim = update(readings).where(skipped, readings.c.state == ReadingState.SKIPPED.value, has_amount)
             values = {"state": state.value, "reference": f"{who.by}:{who.value}", "reason": reason, "session": None}
             count += connection.execute(claim.values(**values)).rowcount
+        if count:
+            write_act(connection, "claimed", f"{count} skipped readings", "their lead was captured", self._ledger.now())
         return count
 
     def _payer(self, lead: Mapping[str, str] | None) -> Reference | None:
