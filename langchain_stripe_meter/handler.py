@@ -133,12 +133,10 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
             self._ledger.pin(is_test=gateway.is_test)
         if deliver:
-            todo = chores(
-                self._ledger, gateway, on_error=on_error, billing_day=billing_day, prune_after_days=prune_after_days
-            )
+            todo = chores(self._ledger, gateway, on_error=on_error, prune_after_days=prune_after_days)
             self._courier = Courier(
                 self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
-                create_missing=create_missing, chores=todo,
+                create_missing=create_missing, chores=todo, watches=[self._ages.chore],
             )  # fmt: skip
         self.leads = Leads(
             self._ledger, lead_fields(self.customer), account=self._stripe_account,

@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from conftest import assert_invariant
 
+from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.audit.webhooks import WebhookResult, Webhooks
 from langchain_stripe_meter.core.states import ReadingState
@@ -43,8 +44,9 @@ class Books:
     def another_courier(self) -> Courier:
         """One more courier, with chores that remember nothing but what the ledger knows."""
         told = self.errors.append
-        todo = chores(self.ledger, self.gateway, on_error=told, billing_day=self.billing_day)
-        return Courier(self.ledger, self.gateway, on_error=told, chores=todo)
+        ages = Ages(self.ledger, told, self.billing_day)
+        todo = chores(self.ledger, self.gateway, on_error=told)
+        return Courier(self.ledger, self.gateway, on_error=told, chores=todo, watches=[ages.chore])
 
     def record(self, *keys: str, value: object = 1, **facts: Any) -> None:
         """Usage of ``cus_1`` now, unless told."""

@@ -196,13 +196,16 @@ def deliver(
 ) -> None:
     """Send what is recorded, until Ctrl-C or SIGTERM."""
     with clear_errors(), until_stopped() as stopping, open_ledger(ledger) as opened, open_gateway() as gateway:
+        from langchain_stripe_meter.audit.ages import Ages
         from langchain_stripe_meter.audit.chores import chores
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
         opened.pin(is_test=gateway.is_test)
-        todo = chores(opened, gateway, billing_day=billing_day)
-        courier = Courier(opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=todo)
+        courier = Courier(
+            opened, gateway, roll_up=roll_up, create_missing=create_missing,
+            chores=chores(opened, gateway), watches=[Ages(opened, billing_day=billing_day).chore],
+        )  # fmt: skip
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)

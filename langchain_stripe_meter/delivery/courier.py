@@ -41,7 +41,8 @@ PAUSED = "paused"
 
 OnError = Callable[[MeteringError], None]
 Chore = Callable[[int], None]
-"""Something that is done every minute while there is a courier, given the time; it may ask Stripe, and may raise."""
+"""Something that is done every minute while there is a courier, given the time; it may raise. One of the ``chores`` may
+ask Stripe, and rests while nothing may be sent; one of the ``watches`` looks at the ledger only, and never rests."""
 Job = Claimed | Unknown
 Result = tuple[Claimed, Outcome] | tuple[Unknown, Answer | StripeError]
 
@@ -63,6 +64,7 @@ class Courier:
         on_error: OnError | None = None,
         roll_up: int | None = None,
         chores: Sequence[Chore] = (),
+        watches: Sequence[Chore] = (),
         create_missing: bool = False,
     ) -> None:
         self.ledger = ledger
@@ -70,6 +72,7 @@ class Courier:
         self._concurrency = concurrency
         self._roll_up = roll_up
         self._chores = chores
+        self._watches = watches
         self._create_missing = create_missing
         self._on_error = on_error or (lambda _error: None)
         self.after_fork()
@@ -94,6 +97,7 @@ class Courier:
         self._pace = Pace(self._concurrency)
         self._guard = Guard(self.ledger, self.gateway, self._report)
         self._chores_after = 0
+        self._watches_after = 0
         self._pause_noted: bool | None = None
 
     @property
@@ -174,15 +178,16 @@ class Courier:
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)
-        if checked:
-            self._do_chores(now)
+        if now >= self._watches_after:  # also while Stripe cannot be reached: that is when usage grows old
+            self._watches_after = now + CHORES_SECONDS
+            self._do(self._watches, now)
+        if checked and now >= self._chores_after:
+            self._chores_after = now + CHORES_SECONDS
+            self._do(self._chores, now)
         return moved + len(claimed)
 
-    def _do_chores(self, now: int) -> None:
-        if now < self._chores_after:
-            return
-        self._chores_after = now + CHORES_SECONDS
-        for chore in self._chores:
+    def _do(self, chores: Sequence[Chore], now: int) -> None:
+        for chore in chores:
             try:
                 chore(now)
             except Exception as error:  # noqa: BLE001 - one chore must not keep the others, or delivery, from going on
