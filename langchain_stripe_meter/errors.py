@@ -7,6 +7,7 @@
     │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
     │   └── NewerLedgerError        it was written by a newer version of this package
     ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
+    ├── AgeAlarm                the operator: usage grows old before Stripe has it
     ├── UsageError              the provider's report contradicts itself
     ├── SpendLimitError         the customer: a limit is used up (the only one that is raised into a chain)
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
@@ -16,6 +17,9 @@ Only what was asked for is ever raised into a chain, ``UnidentifiedError`` and `
 what goes wrong inside a run into a counter, one log line and a call of ``on_error``.
 """
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from datetime import datetime
 from decimal import Decimal
 
@@ -91,3 +95,16 @@ def place_of(error: BaseException) -> str:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return "?" if trace is None else f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+class AgeAlarm(MeteringError):  # noqa: N818 - it is no error that something raised, but what ``on_error`` is told
+    """Usage grows old, or its billing period closes, before Stripe has it.
+
+    ``threshold`` is ``"7 days"``, ``"21 days"``, ``"30 days"``, ``"closing"`` or ``"closed"``; ``counts`` maps meters
+    to how many readings and events there are.
+    """
+
+    def __init__(self, message: str, threshold: str = "", counts: Mapping[str, int] | None = None) -> None:
+        super().__init__(message)
+        self.threshold = threshold
+        self.counts = dict(counts or {})

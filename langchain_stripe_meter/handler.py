@@ -12,7 +12,8 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.audit.ages import Ages
+from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.core.customers import (
     CustomerSource,
     as_source,
@@ -75,9 +76,16 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             source where they differ. None skips the run. On an agent server only the authenticated user is trusted.
         roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
             with more than a few runs a second: Stripe takes their events one after the other.
+        webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.
+        billing_day: The day of the month on which your billing periods begin, by UTC. ``on_error`` is told of usage
+            that is undelivered when one closes.
+        prune_after_days: Delete what is final and older than so many days (36 at least) while delivering, as
+            ``prune`` does; by default everything is kept.
 
     Raises:
         ConfigurationError: An argument cannot be used; the message names it and says what to do.
+        ForeignLedgerError: The key is for test mode and the ledger for live mode, or the reverse. (Where the ledger
+            cannot be looked at yet, this is told when it is first used, and nothing is recorded.)
 
     Attach one instance anywhere and as often as you like: on a call, a model, a chain, or with ``stripe_meter``.
     """
@@ -99,6 +107,9 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         roll_up: int | None = None,
         stripe_account: str | None = None,
         tenant: TenantSource | None = None,
+        webhook_secret: str | None = None,
+        billing_day: int = 1,
+        prune_after_days: int | None = None,
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.meters = checked_meters(meters)
@@ -114,19 +125,28 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
+        self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._stripe_account = check_account(stripe_account or "")
+        self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
-        if deliver:
+        if deliver or stripe is not None:
             gateway = Gateway(check_key(stripe, otherwise=", or pass deliver=False to record only"))
+            self._ledger.pin(is_test=gateway.is_test)
+        if deliver:
+            todo = chores(
+                self._ledger, gateway, on_error=on_error, billing_day=billing_day, prune_after_days=prune_after_days
+            )
             self._courier = Courier(
                 self._ledger, gateway, concurrency=concurrency, on_error=on_error, roll_up=roll_up,
-                create_missing=create_missing, chores=[Doubts(self._ledger, gateway)],
+                create_missing=create_missing, chores=todo,
             )  # fmt: skip
         self.leads = Leads(
-            self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
-        )
+            self._ledger, lead_fields(self.customer), account=self._stripe_account,
+            region=lead_region(self.customer), claimed=self._claimed,
+        )  # fmt: skip
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
-            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(check_account(stripe_account or "")),
+            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(self._stripe_account),
         )  # fmt: skip
         super().__init__(recorder)
         atexit.register(_close_at_exit, weakref.ref(self))
@@ -219,6 +239,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             open_runs=open_runs,
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
+            alarms=self._ages.standing(),
         )
 
     def close(self, timeout: float = 10.0) -> views.FlushReport:

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.core.states import Move
+from langchain_stripe_meter.errors import ConfigurationError, StripeError
+from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import doubts, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
@@ -15,7 +17,10 @@ from langchain_stripe_meter.ledger.store import Ledger
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
-    from langchain_stripe_meter.delivery.courier import Courier
+    from langchain_stripe_meter.audit.webhooks import Webhooks
+    from langchain_stripe_meter.delivery.courier import Courier, OnError
+    from langchain_stripe_meter.gateway.client import Gateway
+    from langchain_stripe_meter.ledger.keeping import Pruned
 
 
 class Operations:
@@ -23,6 +28,9 @@ class Operations:
 
     _ledger: Ledger
     _courier: Courier | None
+    _webhook_secret: str | None
+    _on_error: OnError | None
+    _stripe_account: str
 
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
@@ -33,7 +41,7 @@ class Operations:
 
         ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
         """
-        return skips(self._ledger, _seconds(since))
+        return skips(self._ledger, _seconds(since, "since"))
 
     def forget(
         self,
@@ -74,11 +82,87 @@ class Operations:
         ``since`` is a datetime with a time zone or Unix seconds. Raises ``StripeError`` where Stripe does not answer,
         ``ConfigurationError`` for a handler that only records.
         """
-        if self._courier is None:
-            raise ConfigurationError("verify() asks Stripe, but this handler was made with deliver=False.")
+        gateway = self._gateway("verify()")
         from langchain_stripe_meter.audit.verify import verify
 
-        return verify(self._ledger, self._courier.gateway, _seconds(since))
+        return verify(self._ledger, gateway, _seconds(since, "since"))
+
+    def acts(self, most: int = 1000) -> decisions.ActList:
+        """The newest decisions of persons and webhooks, oldest first: cancelled, corrected, re-timed, written off,
+        rejected later."""
+        return decisions.every_act(self._ledger, most)
+
+    def cancel(self, identifier: str) -> None:
+        """Take back what was delivered within the last 24 hours; ``identifier`` is that of its reading or its event.
+
+        Cancelling again is safe: where an earlier wish was carried out, this says so by returning. Raises
+        ``IllegalMoveError`` for what is too old or was not delivered, ``ConfigurationError`` for what the ledger does
+        not have, ``StripeError`` where Stripe refuses or nobody knows what it did.
+        """
+        cancel(self._ledger, self._gateway("cancel()"), identifier)
+
+    def correct(
+        self,
+        customer: str,
+        event_name: str,
+        value: object,
+        *,
+        reason: str,
+        id: str,
+        at: int | None = None,
+        stripe_account: str | None = None,
+    ) -> str:
+        """Correct a customer's total by ``value``, usually negative, in the meter's own unit; returns the identifier.
+
+        It is a reading of its own, delivered like any other; the same ``id`` again changes nothing. ``at`` is the time
+        that it counts for (Unix seconds, default now): Stripe changes no invoice that is final. ``reason`` is kept and
+        shown, and must name nobody. ``stripe_account`` is the customer's connected account, by default the handler's.
+        """
+        account = self._stripe_account if stripe_account is None else stripe_account
+        identifier = decisions.correct(
+            self._ledger, customer, event_name, value, reason=reason, id=id, at=at, account=account
+        )
+        self._moved(1)
+        return identifier
+
+    def retime(self, held: views.Held | Sequence[int], at: datetime | int | None = None) -> int:
+        """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).
+
+        All of it or, with an error that names what cannot be, nothing. Returns how many readings moved.
+        """
+        return self._moved(decisions.retime(self._ledger, held, None if at is None else _seconds(at, "at")))
+
+    def write_off(self, what: views.Held | str | Sequence[int | str], *, reason: str) -> int:
+        """Decide not to bill: held readings (``Held``, ids, identifiers), rejected or doubtful events (identifiers).
+
+        All of it or, with an error that names what cannot be, nothing. Returns how many. ``reason`` is kept and shown,
+        and must name nobody.
+        """
+        return decisions.write_off(self._ledger, what, reason=reason)
+
+    @property
+    def webhooks(self) -> Webhooks:
+        """Stripe's webhooks: ``handle(raw_body, signature)``, and ``route(path)`` for Starlette or FastAPI."""
+        from langchain_stripe_meter.audit.webhooks import Webhooks
+
+        gateway = self._gateway("webhooks")
+        wake = self._courier.wake if self._courier is not None else None
+        return Webhooks(self._ledger, gateway, self._webhook_secret, on_error=self._on_error, wake=wake)
+
+    def _gateway(self, asking: str) -> Gateway:
+        if self._courier is None:
+            raise ConfigurationError(f"{asking} asks Stripe, but this handler was made with deliver=False.")
+        return self._courier.gateway
+
+    def prune(self, older_than_days: int = 40) -> Pruned:
+        """Delete what is final (delivered, skipped, written off) and older than so many days, 36 at least.
+
+        Its sums are kept per customer, meter and day, so totals and ``verify`` stay right. A run or job that is
+        recorded again after its row was pruned is recorded as new.
+        """
+        from langchain_stripe_meter.ledger.keeping import prune
+
+        return prune(self._ledger, older_than_days)
 
     def _moved(self, count: int) -> int:
         if self._courier is not None:
@@ -86,9 +170,30 @@ class Operations:
         return count
 
 
-def _seconds(since: datetime | int) -> int:
-    if not isinstance(since, datetime):
-        return since
-    if since.tzinfo is None:
-        raise ConfigurationError(f"since={since!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-    return int(since.timestamp())
+def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
+    """As ``Operations.cancel``, for who has a ledger and a gateway."""
+    from langchain_stripe_meter.gateway.audit import cancel as ask
+
+    event = decisions.ask_to_cancel(ledger, identifier)
+    if event is None:
+        return
+    outcome = ask(gateway, event.event_name, event.identifier, event.account)
+    if outcome.move is Move.ACCEPTED:
+        decisions.settle_cancel(ledger, event, None)
+    elif outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW):
+        raise StripeError(
+            f"Whether the meter event {event.identifier} is cancelled is unknown ({outcome.message}). Cancel it again: "
+            "that is safe."
+        )
+    else:
+        if outcome.move is Move.REFUSED:
+            decisions.settle_cancel(ledger, event, outcome.message)
+        raise StripeError(f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}")
+
+
+def _seconds(moment: datetime | int, name: str) -> int:
+    if not isinstance(moment, datetime):
+        return moment
+    if moment.tzinfo is None:
+        raise ConfigurationError(f"{name}={moment!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
+    return int(moment.timestamp())

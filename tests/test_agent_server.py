@@ -28,7 +28,8 @@ from conftest import wait_until
 from serving import KEYS, Server, agent_server
 
 from langchain_stripe_meter.agents import sign_customer
-from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 pytest.importorskip("langgraph_cli", reason="langgraph-cli[inmem] is not installed")

@@ -14,7 +14,8 @@ from serving import Server, agent_server
 
 from langchain_stripe_meter.agents import sign_customer
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.store import Leads, Ledger
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, hang
 
 pytest.importorskip("langgraph_cli", reason="langgraph-cli[inmem] is not installed")

@@ -345,7 +345,7 @@ def test_claiming_and_sealing_read_the_small_indexes_and_not_the_table(ledger: L
         plans = {
             query: " ".join(row[3] for row in driver.execute(f"EXPLAIN QUERY PLAN {query}"))
             for query in asked
-            if query.startswith("SELECT")
+            if query.startswith("SELECT") and "notes" not in query
         }
     to_seal, *claiming = plans.values()
     assert "INDEX readings_open" in to_seal

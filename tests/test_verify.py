@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import stripe
+from conftest import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
+from sqlalchemy import func, select, update
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata
 from langchain_stripe_meter.audit.verify import verify
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.totals import compare
-from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox
+from langchain_stripe_meter.ledger import sealing, views
+from langchain_stripe_meter.ledger.keeping import prune
+from langchain_stripe_meter.ledger.schema import events, pruned, readings
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
+from langchain_stripe_meter.sandbox.account import Stamp
 
 amounts = st.decimals(min_value=0, max_value=10**9, places=3)
 
@@ -113,3 +124,171 @@ def test_a_key_that_may_not_read_meters_cannot_verify(
         verify(ledger, gateway)
     ledger.close()
     gateway.close()
+
+
+# -- much, old, elsewhere, and meanwhile
+
+
+def fill(
+    ledger: Ledger, sandbox: StripeSandbox, runs: int, customers: int, *, per_event: int = 1, account: str = ""
+) -> None:
+    """Usage of ``customers``, delivered: in the ledger and at Stripe, without a request for each."""
+    now = ledger.now()
+    known: Any = {"event_name": "ai_tokens", "value": Decimal(2), "state": ReadingState.RESOLVED}
+    keys = [(f"{account}run-{n}", f"cus_{n // per_event % customers}", now - 60 - n % 3 * 86_400) for n in range(runs)]
+    for start in range(0, runs, 5000):
+        ledger.record([Entry(key, at=at, customer=who, **known) for key, who, at in keys[start : start + 5000]])
+    with ledger.deliver_lane().transaction() as connection:
+        connection.execute(update(readings).where(readings.c.account == "").values(account=account))
+        while sealing.seal(connection, now, 3600 if per_event > 1 else None):
+            pass
+        connection.execute(update(events).where(events.c.state == "pending").values(state="delivered", settled_at=now))
+        sent = connection.execute(select(events).where(events.c.account == account)).all()
+    at_stripe = sandbox.connect(account) if account else sandbox
+    stamp = Stamp(now, "req_1", "")
+    for row in sent:
+        payload = {"stripe_customer_id": row.customer, "value": row.value}
+        event = {"event_name": row.event_name, "identifier": row.identifier, "timestamp": row.at, "payload": payload}
+        at_stripe._account.receive(event, stamp, v2=False)
+
+
+@pytest.fixture
+def ledger(sandbox: StripeSandbox, tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db", clock=sandbox.now, synchronous="NORMAL")
+    yield ledger
+    ledger.close()
+
+
+@pytest.fixture
+def gateway(sandbox: StripeSandbox) -> Iterator[Gateway]:
+    gateway = Gateway(sandbox.api_key, api_base=sandbox.url)
+    yield gateway
+    gateway.close()
+
+
+def test_a_hundred_thousand_events_are_compared_with_one_question_for_each_customer_and_meter(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3, 40):
+        sandbox.create_customer(id=f"cus_{number}")
+    fill(ledger, sandbox, 100_000, 40)
+    asked, told = len(sandbox.requests), []
+    began = time.perf_counter()
+    verification = verify(ledger, gateway, progress=lambda done, all_: told.append((done, all_)))
+    seconds, questions = time.perf_counter() - began, [request.path for request in sandbox.requests[asked:]]
+    tracemalloc.start()
+    views.totals(ledger)  # all that grows with the number of events
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    with capsys.disabled():
+        print(f" [100,000 events, 40 customers: {seconds:.1f} s, {peak / 2**20:.0f} MiB of Python's memory]", end="")
+    assert verification.agrees
+    assert sum(one.delivered for one in verification.comparisons) == 200_000
+    assert sum(path.endswith("event_summaries") for path in questions) == 40
+    assert len(questions) <= 50
+    assert told == [(number, 40) for number in range(1, 41)]
+    assert peak < 30 * 2**20
+
+
+def test_of_many_the_one_that_differs_is_named(sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway) -> None:
+    fill(ledger, sandbox, 3000, 3)
+    sandbox.reject(sandbox.events[7].identifier)
+    (difference,) = verify(ledger, gateway).differences
+    assert (difference.customer, difference.difference) == (sandbox.events[7].customer, -2)
+
+
+def test_what_is_delivered_while_stripe_is_asked_is_no_difference(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway
+) -> None:
+    fill(ledger, sandbox, 300, 3)
+    now = ledger.now()
+    known: Any = {"event_name": "ai_tokens", "value": Decimal(5), "state": ReadingState.RESOLVED, "at": now}
+    ledger.record([Entry(f"late-{number}", customer=f"cus_{number}", **known) for number in range(3)])
+    courier = Courier(ledger, Gateway(sandbox.api_key, api_base=sandbox.url))
+
+    real = views.totals
+    calls: list[int] = []
+
+    def totals_then_deliver(*given: Any) -> Any:
+        found = real(*given)
+        calls.append(1)
+        if len(calls) == 1:
+            courier.wake()
+            wait_until(lambda: not views.status(ledger).pending)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(views, "totals", totals_then_deliver)
+        verification = verify(ledger, gateway)
+    courier.close(5)
+    courier.gateway.close()
+    assert verification.agrees
+    assert [one.uncertain for one in verification.comparisons] == [5, 5, 5]
+    assert [one.at_stripe for one in verification.comparisons] == [205, 205, 205]
+
+
+def test_what_stripe_has_too_much_of_differs_however_much_is_pending(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway
+) -> None:
+    fill(ledger, sandbox, 300, 3)
+    now = ledger.now()
+    known: Any = {"event_name": "ai_tokens", "value": Decimal(500), "state": ReadingState.RESOLVED, "at": now}
+    ledger.record([Entry("pending", customer="cus_1", **known)])
+    stranger = {"event_name": "ai_tokens", "payload": {"stripe_customer_id": "cus_1", "value": "7"}, "timestamp": now}
+    sandbox._account.receive(stranger, Stamp(now, "req_2", ""), v2=False)
+    assert [one.difference for one in verify(ledger, gateway).differences] == [7]
+
+
+def test_rolled_up_usage_agrees_wherever_the_time_begins(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway
+) -> None:
+    fill(ledger, sandbox, 3000, 3, per_event=7)
+    with ledger.read() as connection:
+        assert connection.execute(select(func.count()).select_from(events)).scalar_one() < 3000
+        first = connection.execute(select(func.min(readings.c.at))).scalar_one()
+    for since in (0, first + 1, first + 61, first + 86_400):
+        assert verify(ledger, gateway, since).agrees
+
+
+def test_a_pruned_ledger_agrees_with_stripe(sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway) -> None:
+    fill(ledger, sandbox, 3000, 3)
+    sandbox.advance(days=60)
+    assert prune(ledger).readings == 3000
+    verification = verify(ledger, gateway)
+    assert verification.agrees
+    assert sum(one.recorded for one in verification.comparisons) == 6000
+    with ledger.read() as connection:
+        day = connection.execute(select(func.min(pruned.c.day))).scalar_one()
+    assert verify(ledger, gateway, day + 86_400).agrees
+    with pytest.raises(ConfigurationError, match="midnight"):
+        verify(ledger, gateway, day + 3600)
+
+
+def test_connected_accounts_are_each_compared_with_themselves(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway
+) -> None:
+    shop = sandbox.connect("acct_shop")
+    shop.create_meter("ai_tokens")
+    for number in range(3):
+        shop.create_customer(id=f"cus_{number}")
+    fill(ledger, sandbox, 30, 3)
+    fill(ledger, sandbox, 60, 3, account="acct_shop")
+    with ledger.deliver_lane().transaction() as connection:
+        for table in (readings, events):
+            named = table.c.key if table is readings else table.c.identifier
+            connection.execute(update(table).where(~named.startswith("acct_shop")).values(account=""))
+    found = verify(ledger, gateway)
+    assert found.agrees
+    assert [(one.account, one.at_stripe) for one in found.comparisons] == [("", 20)] * 3 + [("acct_shop", 40)] * 3
+
+
+def test_a_question_that_stripe_has_no_time_for_is_asked_again(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("langchain_stripe_meter.audit.verify.PATIENCE", 0)
+    fill(ledger, sandbox, 30, 3)
+    sandbox.fail(rate_limited(1), server_error(), path="*event_summaries", times=2)
+    assert verify(ledger, gateway).agrees
+    sandbox.fail(refuse(403), path="*event_summaries", times=1)
+    with pytest.raises(StripeError, match="403"):
+        verify(ledger, gateway)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from langchain_stripe_meter.cli.acts import acts_app
 from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
+from langchain_stripe_meter.cli.keeping import export, prune
 from langchain_stripe_meter.cli.show import (
+    BillingDayOption,
     JsonOption,
     LedgerOption,
     clear_errors,
-    console,
     errors,
     fail,
     from_ranges,
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     import threading
 
     from langchain_stripe_meter.delivery.courier import Courier
-    from langchain_stripe_meter.ledger.store import Ledger
     from langchain_stripe_meter.sandbox import StripeSandbox
 
 app = typer.Typer(
@@ -45,6 +45,7 @@ app.add_typer(meters_app, name="meters")
 app.add_typer(leads_app, name="leads")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(doubtful_app, name="doubtful")
+app.add_typer(acts_app)
 
 
 @app.command()
@@ -69,14 +70,15 @@ def demo(
 
 
 @app.command()
-def status(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Counts and ages: delivered, pending, held, skipped and why."""
     with clear_errors(), open_ledger(ledger) as opened:
         from dataclasses import asdict
 
+        from langchain_stripe_meter.audit.ages import Ages
         from langchain_stripe_meter.ledger import views
 
-        known = asdict(views.status(opened))
+        known = asdict(views.status(opened)) | {"alarms": Ages(opened, billing_day=billing_day).standing()}
         for of_a_handler in ("open_runs", "abandoned", "unrecorded"):
             del known[of_a_handler]
         record({**known, "why_skipped": views.skips(opened)}, as_json=as_json)
@@ -188,18 +190,19 @@ def deliver(
     create_missing: Annotated[
         bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
     ] = False,
+    billing_day: BillingDayOption = 1,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Send what is recorded, until Ctrl-C or SIGTERM."""
     with clear_errors(), until_stopped() as stopping, open_ledger(ledger) as opened, open_gateway() as gateway:
-        from langchain_stripe_meter.audit.doubts import Doubts
+        from langchain_stripe_meter.audit.chores import chores
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 
-        courier = Courier(
-            opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=[Doubts(opened, gateway)]
-        )
+        opened.pin(is_test=gateway.is_test)
+        todo = chores(opened, gateway, billing_day=billing_day)
+        courier = Courier(opened, gateway, roll_up=roll_up, create_missing=create_missing, chores=todo)
         seconds = 60.0 if once and timeout is None else timeout
         try:
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
@@ -239,6 +242,7 @@ def verify(
     with clear_errors(), open_ledger(ledger) as opened, open_gateway() as gateway:
         from langchain_stripe_meter.audit.verify import verify as compare
 
+        opened.pin(is_test=gateway.is_test)
         with errors.status("asking Stripe") as shown:
             found = compare(
                 opened,
@@ -254,44 +258,8 @@ def verify(
         fail(f"Stripe differs for {names}. Its sums lag behind: look again in a few minutes.", 1)
 
 
-@app.command()
-def export(
-    file: Annotated[Path | None, typer.Argument(help="Where to; standard output by default.")] = None,
-    ledger: LedgerOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of CSV.")] = False,
-) -> None:
-    """Every reading and what became of it, as CSV or JSON lines."""
-    with clear_errors(), open_ledger(ledger) as opened:
-        if file is None:
-            _export(opened, sys.stdout, as_json=as_json)
-            return
-        try:
-            with file.open("w", newline="", encoding="utf-8") as stream:
-                count = _export(opened, stream, as_json=as_json)
-        except OSError as error:
-            fail(f"{file} cannot be written: {error.strerror}. Give another path.")
-        console.print(f"{count:,} readings written to {file}.", soft_wrap=True)
-
-
-def _export(ledger: Ledger, stream: Any, *, as_json: bool) -> int:
-    import dataclasses
-    import json
-
-    from langchain_stripe_meter.ledger import views
-
-    names = [field.name for field in dataclasses.fields(views.Row)]
-    writer = csv.DictWriter(stream, names)
-    if not as_json:
-        writer.writeheader()
-    count = 0
-    for row in views.every(ledger):
-        plain = dataclasses.asdict(row)
-        if as_json:
-            stream.write(json.dumps(plain, default=str) + "\n")
-        else:
-            writer.writerow(plain)
-        count += 1
-    return count
+app.command()(export)
+app.command()(prune)
 
 
 @app.command()
@@ -327,6 +295,22 @@ def _furnish(running: StripeSandbox, meters: list[str], emails: list[str], *, as
     facts = {"environment": running.environment(), "meters": meters, "customers": customers}
     say("\n".join(lines), facts, as_json=as_json)
     sys.stdout.flush()
+
+
+@app.command()
+def settings(
+    file: Annotated[Path, typer.Argument(help="A .toml or .json file of MeteringSettings.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check a file of settings, and say what it means."""
+    with clear_errors():
+        from langchain_stripe_meter.settings import MeteringSettings
+
+        read = MeteringSettings.from_file(file)
+        if as_json:
+            print_json(read.model_dump(mode="json"))
+            return
+        record(read.in_words(), as_json=False)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import os
 import shlex
 import stat
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +15,7 @@ from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
 
 if TYPE_CHECKING:
+    from langchain_stripe_meter.ledger.store import Ledger
     from langchain_stripe_meter.ledger.views import Status
 
 
@@ -83,6 +85,7 @@ def _ledger(url: str) -> Iterator[Finding]:
             with ledger.deliver_lane().transaction():  # takes the right to write, and writes nothing
                 pass
             now = views.status(ledger)
+            yield from _belongs(ledger)
         finally:
             ledger.close()
     except MeteringError as error:
@@ -92,6 +95,28 @@ def _ledger(url: str) -> Iterator[Finding]:
     if ledger.database.is_sqlite and stat.S_IMODE(path.stat().st_mode) & 0o077:
         yield Finding("ledger", "warn", f"others may read it. Run: chmod 600 {shlex.quote(str(path))}")
     yield from _attention(now)
+
+
+def _belongs(ledger: Ledger) -> Iterator[Finding]:
+    """Whether the key is of the ledger's account and mode."""
+    from langchain_stripe_meter.delivery.guard import ACCOUNT
+    from langchain_stripe_meter.ledger.pin import LIVEMODE
+
+    try:
+        gateway = Gateway()
+    except MeteringError:  # said above
+        return
+    with closing(gateway):
+        mode, ours = ledger.note(LIVEMODE), "test" if gateway.is_test else "live"
+        if mode not in (None, ours):
+            yield Finding("ledger", "fail", f"it holds usage of {mode} mode, but the key is one for {ours} mode.")
+            return
+        try:
+            pinned, account = ledger.note(ACCOUNT), gateway.account_id()
+        except MeteringError:  # said above
+            return
+    if pinned is not None and account not in (None, pinned):
+        yield Finding("ledger", "fail", f"it holds usage of {pinned}, but the key belongs to {account}.")
 
 
 def _to_be_made(path: Path) -> Finding:
@@ -109,6 +134,8 @@ def _attention(now: Status) -> Iterator[Finding]:
     for count, what, remedy in waiting:
         if count:
             yield Finding("ledger", "warn", f"{count:,} {what}. {remedy}")
+    if now.restored:
+        yield Finding("ledger", "warn", now.restored)
     if now.paused:
         yield Finding("ledger", "fail", f"sending is paused: {now.paused}")
 

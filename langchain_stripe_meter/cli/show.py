@@ -22,6 +22,9 @@ LedgerOption = Annotated[
     str | None, typer.Option("--ledger", envvar="STRIPE_METER_LEDGER", help="The ledger's database address.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+BillingDayOption = Annotated[
+    int, typer.Option("--billing-day", min=1, max=31, help="The day of the month on which billing periods begin.")
+]
 
 # Names and paths are shown as they are: "[agents]" is no colour, and ":key:" no picture.
 console = Console(markup=False, emoji=False, highlight=False)
@@ -102,7 +105,9 @@ def _words(name: str, value: object) -> str:
         return f"{value:,}"
     if isinstance(value, Mapping):
         return "\n".join(f"{count:,}  {key}" for key, count in value.items()) or "-"
-    return in_ranges(value) if isinstance(value, tuple) else str(value)
+    if isinstance(value, tuple) and not all(isinstance(item, int) for item in value):
+        return "\n".join(map(str, value))
+    return in_ranges(value) or "-" if isinstance(value, tuple) else str(value)
 
 
 def in_ranges(ids: Sequence[int]) -> str:

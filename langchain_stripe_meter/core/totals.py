@@ -38,15 +38,32 @@ class Comparison:
 
 
 def compare(
-    event_name: str, customer: str, amounts: Mapping[str, Decimal], at_stripe: Decimal | None, account: str = ""
+    event_name: str,
+    customer: str,
+    amounts: Mapping[str, Decimal],
+    at_stripe: Decimal | None,
+    account: str = "",
+    *,
+    later: Mapping[str, Decimal] | None = None,
 ) -> Comparison:
-    """Hold the ledger's ``amounts`` by state against Stripe's sum."""
+    """Hold the ledger's ``amounts`` by state, as they were before Stripe was asked, against Stripe's sum.
+
+    ``later`` are those after Stripe was asked: what was delivered in between may be in its sum or not.
+    """
+    delivered, uncertain = amounts.get(EventState.DELIVERED, Decimal(0)), _on_the_way(amounts)
+    if later is not None:
+        most = later.get(EventState.DELIVERED, Decimal(0)) + _on_the_way(later)
+        uncertain = max(uncertain, most - delivered)
     return Comparison(
         event_name=event_name,
         customer=customer,
         recorded=sum(amounts.values(), Decimal(0)),
-        delivered=amounts.get(EventState.DELIVERED, Decimal(0)),
-        uncertain=sum((amounts.get(state, Decimal(0)) for state in _ON_THE_WAY), Decimal(0)),
+        delivered=delivered,
+        uncertain=uncertain,
         at_stripe=at_stripe,
         account=account,
     )
+
+
+def _on_the_way(amounts: Mapping[str, Decimal]) -> Decimal:
+    return sum((amounts.get(state, Decimal(0)) for state in _ON_THE_WAY), Decimal(0))

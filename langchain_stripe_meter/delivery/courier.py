@@ -140,6 +140,7 @@ class Courier:
     def _end(self) -> None:
         try:
             self._finish()
+            self._guard.end()
         except Exception as error:  # noqa: BLE001 - the leases of what could not be settled run out by themselves
             self._report(error)
         for _ in range(self._senders):
@@ -168,6 +169,8 @@ class Courier:
             moved += outbox.reap(connection, now)
             moved += sealing.seal(connection, now, self._roll_up) if checked else 0
             claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now)) if slots > 0 else []
+        if claimed:
+            self._guard.sends()
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import resolving, sealing
+from langchain_stripe_meter.ledger.epoch import Epoch
+from langchain_stripe_meter.ledger.pin import pin
 from langchain_stripe_meter.ledger.store import Ledger
 
 ACCOUNT = "account"
@@ -21,13 +23,16 @@ class Guard:
         self._gateway = gateway
         self._tell = tell
         self._is_ours = False
+        self._epoch = Epoch(ledger, tell)
+        self.sends, self.end = self._epoch.sends, self._epoch.end
 
     def check(self, now: int) -> None:
         """Hold what must not be sent.
 
         Raises ``StripeError`` where Stripe does not say, ``ForeignLedgerError`` where the key belongs to another
-        account than the ledger.
+        account, or another mode, than the ledger.
         """
+        self._epoch.keep(now)
         if not self._is_ours:
             self._check_account()
         with self._ledger.deliver_lane().transaction() as connection:
@@ -37,7 +42,8 @@ class Guard:
             self._check_meter(account, event_name, now)
 
     def _check_account(self) -> None:
-        """Pin the ledger to the key's account. A key that may not read it pins nothing."""
+        """Pin the ledger to the key's mode and account. A key that may not read its account does not pin that."""
+        pin(self._ledger.deliver_lane(), self._ledger.now(), is_test=self._gateway.is_test)
         account = self._gateway.account_id()
         pinned = self._ledger.note(ACCOUNT)
         if account is not None and pinned is None:

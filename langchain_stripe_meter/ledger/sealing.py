@@ -16,7 +16,7 @@ from langchain_stripe_meter.core.events import FUTURE_LIMIT, MAX_DIGITS, MeterEv
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import OPEN_READINGS, held_delay
-from langchain_stripe_meter.ledger.schema import events, readings
+from langchain_stripe_meter.ledger.schema import events, notes, readings
 
 SEAL_AT_MOST = 1000
 MALFORMED = (ValueError, ArithmeticError, MeteringError)
@@ -54,14 +54,39 @@ def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
         query = query.with_for_update(skip_locked=True)
     rows = connection.execute(query).mappings().all()
     sound = [row for row in rows if _is_sound(connection, row)]
-    _seal(connection, rolled_up(sound, roll_up), now)
+    past = _from_the_past(connection) if sound else None
+    last = past["reading"] if past else 0
+    old, new = [row for row in sound if row["id"] <= last], [row for row in sound if row["id"] > last]
+    _seal(connection, rolled_up(new, roll_up), now)
+    _seal(connection, rolled_up(old, roll_up), now, past, rolls_up=roll_up is not None)
     return len(rows)
 
 
-def _seal(connection: Connection, groups: list[list[Row]], now: int) -> None:
+def _from_the_past(connection: Connection) -> dict[str, Any] | None:
+    """The last time that the ledger was restored from a backup, if it ever was (see ledger/epoch.py)."""
+    found = connection.execute(select(notes.c.value).where(notes.c.name == "restored")).scalar()
+    return None if found is None else json.loads(found)
+
+
+def _unknown_since(group: list[Row], past: Mapping[str, Any], *, rolls_up: bool) -> int:
+    """Since when a restored reading may have been sent under this identifier; 0 if it may have had another one."""
+    return 0 if rolls_up or past["rolled_up"] else min(row["at"] for row in group)
+
+
+def _seal(
+    connection: Connection,
+    groups: list[list[Row]],
+    now: int,
+    past: Mapping[str, Any] | None = None,
+    *,
+    rolls_up: bool = False,
+) -> None:
     if not groups:
         return
     made = [_event_row(group, now) for group in groups]
+    if past is not None:
+        for event, group in zip(made, groups, strict=True):
+            event["first_unknown_at"] = _unknown_since(group, past, rolls_up=rolls_up)
     connection.execute(insert(events), made)
     event_id = select(events.c.id).where(events.c.identifier == bindparam("its_event")).scalar_subquery()
     sealed = next_reading_state(ReadingState.RESOLVED, Move.SEAL).value

@@ -9,9 +9,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import field
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -22,7 +23,8 @@ from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
-from langchain_stripe_meter.ledger.schema import notes, readings
+from langchain_stripe_meter.ledger.pin import pin, refuse_early
+from langchain_stripe_meter.ledger.schema import acts, notes, readings
 
 COLUMNS = (
     "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason",
@@ -68,6 +70,10 @@ class Entry:
             session_digest(self.account, self.session) if self.session else None,
         )
 
+    def columns(self) -> dict[str, Any]:
+        """The values by column."""
+        return dict(zip(COLUMNS, self.row(), strict=True))
+
 
 class Ledger:
     """The durable truth, on SQLite or PostgreSQL.
@@ -76,16 +82,32 @@ class Ledger:
     they could not be stored; any thread and any event loop may call any method; a forked child opens its own
     connections by itself. Times are Unix seconds. SQLite is migrated when first opened, PostgreSQL by an operator
     (``stripe-meter ledger upgrade``); a newer or foreign database is refused. ``synchronous="NORMAL"`` trades the
-    last moments before a power loss (not before a crash) for speed, on SQLite only.
+    last moments before a power loss (not before a crash) for speed, on SQLite only. ``is_test`` says of which mode the
+    usage is; a ledger of the other one is refused with ``ForeignLedgerError``, at once or when it is first used.
     """
 
-    def __init__(self, url: str, *, clock: Callable[[], float] | None = None, synchronous: str = "FULL") -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        clock: Callable[[], float] | None = None,
+        synchronous: str = "FULL",
+        is_test: bool | None = None,
+    ) -> None:
         if synchronous not in ("FULL", "NORMAL"):
             raise ConfigurationError(f"synchronous={synchronous!r}: use 'FULL' or 'NORMAL'.")
         self.database = Database(url, synchronous=synchronous)
         self._clock = clock
         self._group: GroupCommit[Entry] = GroupCommit(self._write)
         self._insert = _insert_statement(sqlite=self.database.is_sqlite)
+        if is_test is not None:
+            self.pin(is_test=is_test)
+
+    def pin(self, *, is_test: bool) -> None:
+        """Let this ledger hold usage of this mode only: a ledger of the other one is refused before its first use."""
+        self.database.on_open = lambda lane: pin(lane, self.now(), is_test=is_test)
+        if self.database.is_sqlite:
+            refuse_early(Path(str(self.database.url.database)), is_test=is_test)
 
     def now(self) -> int:
         """The ledger's clock, in whole Unix seconds."""
@@ -111,6 +133,7 @@ class Ledger:
             return
         insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
         try:
+            self.database.reopen_if_moved()
             self.database.lane("record").run(partial(insert, self._insert, [entry.row() for entry in entries]))
         except MeteringError:
             raise
@@ -140,14 +163,27 @@ class Ledger:
             if value is None:
                 connection.execute(sql_delete(notes).where(notes.c.name == name))
                 return
-            values = {"value": value, "at": self.now()}
-            insert = dialect_insert(connection, notes).values(name=name, **values)
-            connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
+            set_note(connection, name, value, self.now())
 
     def close(self) -> None:
         """Close the connections; a later use opens them again."""
         self._group.close()
         self.database.close()
+
+
+def set_note(connection: Connection, name: str, value: str, now: int) -> None:
+    """Remember a fact about the ledger, in its caller's transaction."""
+    values = {"value": value, "at": now}
+    insert = dialect_insert(connection, notes).values(name=name, **values)
+    connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
+
+
+def write_act(connection: Connection, act: str, subject: str, detail: str, now: int) -> None:
+    """Record what a person, a lead or a webhook decided, in the transaction that does it.
+
+    Whoever changes readings that are recorded already leaves an act, so that spend limits count anew.
+    """
+    connection.execute(insert(acts).values(at=now, act=act, subject=subject, detail=detail))
 
 
 def _insert_statement(*, sqlite: bool) -> str:
@@ -193,3 +229,10 @@ def _unstorable(error: Exception) -> InvalidValueError:
 def dialect_insert(connection: Connection, table: Any) -> Any:
     """An insert that can say what to do about a row that is there already."""
     return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
+
+
+def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, Any]) -> bool:
+    """Insert a row unless its key is there already; whether it is new."""
+    statement = dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
+    # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
+    return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1

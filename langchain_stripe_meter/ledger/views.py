@@ -9,14 +9,16 @@ from decimal import Context, Decimal
 from functools import reduce
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, func, null, select, union, union_all, update
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.events import check_value, number_text
+from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger.schema import events, leads, notes, readings
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.epoch import told
+from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
+from langchain_stripe_meter.ledger.schema import events, leads, notes, pruned, readings
+from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 _EXACT = Context(prec=250)
 """Python rounds sums of decimals to 28 digits unless told."""
@@ -49,7 +51,9 @@ class Status(NotebookTable):
     """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
 
     ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
-    those of this handler; ``paused`` says why nothing is sent.
+    those of this handler; ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five
+    minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old; ``restored`` when and why the
+    ledger was taken for one that came back from a backup. ``pruned`` readings are in none of the counts.
     """
 
     delivered: int
@@ -65,6 +69,10 @@ class Status(NotebookTable):
     open_runs: int = 0
     abandoned: int = 0
     unrecorded: int = 0
+    ahead: int = 0
+    alarms: tuple[str, ...] = ()
+    pruned: int = 0
+    restored: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +163,10 @@ def status(ledger: Ledger) -> Status:
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
         estimated = connection.execute(select(func.count()).where(readings.c.estimated == 1)).scalar_one()
         paused = connection.execute(select(notes.c.value).where(notes.c.name == "paused")).scalar()
+        waits = (OPEN_READINGS, readings.c.state == "resolved", readings.c.at > ledger.now() + FUTURE_LIMIT)
+        ahead = connection.execute(select(func.count()).select_from(readings).where(*waits)).scalar_one()
+        gone = connection.execute(select(func.sum(pruned.c.readings))).scalar()
+        restored = told(connection)
     return Status(
         delivered=count.get("delivered", 0),
         pending=sum(count.get(state, 0) for state in ("recorded", "resolved", "pending", "sending")),
@@ -166,6 +178,9 @@ def status(ledger: Ledger) -> Status:
         estimated=int(estimated),
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
         paused=paused,
+        ahead=int(ahead),
+        pruned=int(gone or 0),
+        restored=restored,
     )
 
 
@@ -213,7 +228,10 @@ def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: obje
     amount = None if value is None else number_text(check_value(value))
     with ledger.deliver_lane().transaction() as connection:
         parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
-        return sum(_assign(connection, part, changes, amount) for part in parts)
+        moved = sum(_assign(connection, part, changes, amount) for part in parts)
+        said = ", ".join(str(one) for one in (customer, amount) if one is not None)
+        write_act(connection, "assigned", f"{len(ids)} held readings", said, ledger.now())
+        return moved
 
 
 def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:
@@ -282,21 +300,41 @@ def _row(row: Any) -> Row:
 def accounts(ledger: Ledger) -> list[str]:
     """The connected accounts that have usage here; ``""`` is the key's own."""
     with ledger.read() as connection:
-        return sorted(connection.execute(select(readings.c.account).distinct()).scalars())
+        return sorted(connection.execute(union(select(readings.c.account), select(pruned.c.account))).scalars())
 
 
 def totals(ledger: Ledger, since: int = 0, account: str = "") -> dict[tuple[str, str], dict[str, Decimal]]:
-    """Amounts by (event name, customer) and state, of one account's usage since ``since`` (Unix seconds)."""
-    query = (
+    """Amounts by (event name, customer) and state, of one account's usage since ``since`` (Unix seconds).
+
+    What was pruned is in them. Raises ``ConfigurationError`` where ``since`` lies inside a day of which only the sum
+    is left.
+    """
+    _check_since(ledger, since, account)
+    at = func.coalesce(events.c.at, readings.c.at)  # what was rolled up is Stripe's at the event's time
+    of_rows = (
         select(readings.c.event_name, readings.c.customer, readings.c.value, readings.c.state, events.c.state)
         .select_from(readings.outerjoin(events, events.c.id == readings.c.event_id))
-        .where(readings.c.account == account, readings.c.at >= since)
+        .where(readings.c.account == account, at >= since)
         .where(readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
     )
+    columns = (pruned.c.event_name, pruned.c.customer, pruned.c.amount, pruned.c.state, null())
+    of_pruned = select(*columns).where(pruned.c.account == account, pruned.c.day >= since)
+    both = union_all(of_rows, of_pruned.where(pruned.c.state != ReadingState.SKIPPED.value))  # of one moment
     amounts: dict[tuple[str, str], dict[str, Decimal]] = {}
     with ledger.read() as connection:
-        for name, customer, value, state, event_state in connection.execute(query):
+        for name, customer, value, state, event_state in connection.execution_options(yield_per=1000).execute(both):
             by_state = amounts.setdefault((name, customer or "?"), {})
             shown = event_state or state
             by_state[shown] = _EXACT.add(by_state.get(shown, Decimal(0)), Decimal(value))
     return amounts
+
+
+def _check_since(ledger: Ledger, since: int, account: str) -> None:
+    day = since - since % 86_400
+    query = select(pruned.c.day).where(pruned.c.account == account, pruned.c.day == day).limit(1)
+    with ledger.read() as connection:
+        if day != since and connection.execute(query).first() is not None:
+            raise ConfigurationError(
+                f"since={since} lies inside a day that was pruned, of which only the sum is left. "
+                f"Use that day's midnight, {day}, or the next, {day + 86_400} (UTC)."
+            )

@@ -1,0 +1,109 @@
+"""Usage that grows old before Stripe has it: when that is an alarm, and when it was told already.
+
+Stripe refuses usage of 35 days, and finalises an invoice about an hour after its period has ended.
+"""
+
+from __future__ import annotations
+
+from calendar import monthrange
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from langchain_stripe_meter.errors import ConfigurationError
+
+DAY = 86_400
+DAYS = (30, 21, 7)
+"""Ages that are alarms, the worst first."""
+CLOSING_SECONDS = DAY
+"""How long before the end of a billing period its undelivered usage is an alarm."""
+FINAL_SECONDS = 3600
+"""How long after its end Stripe's invoice still takes usage, unless the account says otherwise."""
+ON_ITS_WAY_SECONDS = 600
+"""How old usage must be to be late for a period that closes, unless it waits for a person: the rest is just moving."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Usage that a threshold is about: of ``since <= at < before``, in Unix seconds."""
+
+    threshold: str
+    since: int
+    before: int
+    crossed_after: int
+    """Seconds from when usage happened until it crosses the threshold."""
+    ends: int | None = None
+    """When the billing period ends, where it is about one."""
+
+    @property
+    def name(self) -> str:
+        """What is remembered of it: an alarm of one period says nothing of the next."""
+        return self.threshold if self.ends is None else f"{self.threshold} {self.ends}"
+
+
+@dataclass(frozen=True, slots=True)
+class Late:
+    """How much of one meter is undelivered within a span, and when the oldest and newest of it happened."""
+
+    meter: str
+    count: int
+    oldest: int
+    newest: int
+
+
+def check_billing_day(day: object) -> int:
+    """The day of the month on which billing periods begin: 1 to 31 (the last day, where a month is shorter)."""
+    if isinstance(day, bool) or not isinstance(day, int) or not 1 <= day <= 31:
+        raise ConfigurationError(f"billing_day={day!r}: the day of the month on which periods begin, 1 to 31.")
+    return day
+
+
+def period(now: int, billing_day: int = 1) -> tuple[int, int]:
+    """The beginning and end (Unix seconds) of the billing period that ``now`` lies in, by UTC."""
+    moment = datetime.fromtimestamp(now, UTC)
+    month = moment.year * 12 + moment.month - 1
+    starts = [_begins(one, billing_day) for one in range(month - 1, month + 3)]
+    start = max(one for one in starts if one <= now)
+    return start, starts[starts.index(start) + 1]
+
+
+def _begins(month: int, billing_day: int) -> int:
+    year, index = divmod(month, 12)
+    day = min(billing_day, monthrange(year, index + 1)[1])
+    return int(datetime(year, index + 1, day, tzinfo=UTC).timestamp())
+
+
+def spans(now: int, billing_day: int = 1) -> list[Span]:
+    """What is an alarm at ``now``; usage belongs to the first age that it has reached, the worst first."""
+    since, found = 0, []
+    for days in DAYS:
+        before = now - days * DAY
+        found.append(Span(f"{days} days", since, before, days * DAY))
+        since = before
+    start, end = period(now, billing_day)
+    if end - now <= CLOSING_SECONDS:
+        found.append(Span("closing", start, end, ON_ITS_WAY_SECONDS, end))
+    if now - start < FINAL_SECONDS:
+        found.append(Span("closed", period(start - 1, billing_day)[0], start, ON_ITS_WAY_SECONDS, start))
+    return found
+
+
+def untold(span: Span, late: Iterable[Late], told: Mapping[str, int], now: int) -> list[Late]:
+    """What must be told now: of meters that have just crossed the threshold, and of those where more has crossed it
+    since they were told, a day ago or longer."""
+    return [
+        one
+        for one in late
+        if one.meter not in told or (one.newest + span.crossed_after > told[one.meter] and now - told[one.meter] >= DAY)
+    ]
+
+
+def sentence(span: Span, late: Iterable[Late]) -> str:
+    """An alarm in words."""
+    late = list(late)
+    what = ", ".join(f"{one.count:,} on {one.meter}" for one in late)
+    if span.ends is None:
+        return f"Undelivered usage is older than {span.threshold}: {what}. Stripe refuses it at 35 days."
+    when = datetime.fromtimestamp(span.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    verb = "closes" if span.threshold == "closing" else "closed"
+    return f"A billing period {verb} at {when}, and usage of it is undelivered: {what}."

@@ -1,0 +1,339 @@
+"""What a person or a webhook decides about usage that is recorded already. Every act is written down where it happens.
+
+Each function that changes something takes all that it is given, or refuses by name and changes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Connection, exists, func, select, update
+
+from langchain_stripe_meter.core.events import (
+    MAX_NAME_LENGTH,
+    check_account,
+    check_customer_id,
+    check_event_name,
+    check_timestamp,
+    check_value,
+    derive_identifier,
+    number_text,
+)
+from langchain_stripe_meter.core.states import (
+    STALE_AFTER,
+    EventState,
+    Move,
+    ReadingState,
+    next_event_state,
+    next_reading_state,
+)
+from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
+from langchain_stripe_meter.ledger.schema import acts, events, readings
+from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore, write_act
+from langchain_stripe_meter.ledger.views import Held, html_table
+
+CANCEL_SECONDS = 86_400
+"""Stripe cancels an event within 24 hours of receiving it."""
+CANCEL_ASKED, CANCELLED, REFUSED = "cancel asked", "cancelled", "cancel refused"
+CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
+REJECTED_LATER, UNEXPLAINED = "rejected later", "unexplained"
+MAX_REASON = 300
+_IDS_AT_ONCE = 10_000
+_RESENT = re.compile(r"-r\d+\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One decision: ``at`` is Unix seconds, ``subject`` the identifier of the reading or event that it concerns."""
+
+    at: int
+    act: str
+    subject: str
+    detail: str
+
+
+class ActList(list[Act]):
+    """Acts, oldest first; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        head = tuple(one.name for one in fields(Act))
+        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+
+
+def every_act(ledger: Ledger, most: int = 1000) -> ActList:
+    """The newest acts, oldest first."""
+    with ledger.read() as connection:
+        rows = connection.execute(select(acts).order_by(acts.c.id.desc()).limit(most)).all()
+    return ActList(Act(row.at, row.act, row.subject, row.detail or "") for row in reversed(rows))
+
+
+def _locked(query: Any, connection: Connection) -> Any:
+    """On PostgreSQL, nobody else may change what a decision is about to be made of."""
+    return query.with_for_update() if connection.dialect.name == "postgresql" else query
+
+
+# -- rejected later
+
+
+def reject_later(connection: Connection, row: Any, code: str, now: int) -> str | None:
+    """Stripe refused a delivered event after it took it: rejected, and under an identifier that Stripe has not seen.
+
+    Returns the new identifier; None where the event has moved on meanwhile.
+    """
+    state = next_event_state(EventState(row.state), Move.REJECTED_LATER)
+    number, identifier = _fresh(connection, row.identifier, row.resent)
+    changed = connection.execute(
+        update(events)
+        .where(events.c.id == row.id, events.c.state == row.state, events.c.identifier == row.identifier)
+        .values(
+            state=state.value,
+            identifier=identifier,
+            resent=number,
+            error=code[:MAX_REASON],
+            settled_at=now,
+            due=now,
+            attempts=0,  # a new identifier: nothing that is known of the old one holds for it
+            sent_at=None,
+            first_unknown_at=None,
+            request_id=None,
+        )
+    ).rowcount
+    if not changed:
+        return None
+    write_act(connection, REJECTED_LATER, row.identifier, f"{code}; it is now {identifier}", now)
+    return identifier
+
+
+def _fresh(connection: Connection, identifier: str, resent: int) -> tuple[int, str]:
+    lead = _RESENT.sub("", identifier) if resent else identifier
+    number = resent
+    while True:
+        number += 1
+        end = f"-r{number}"
+        fresh = f"{lead[: MAX_NAME_LENGTH - len(end)]}{end}"
+        if not connection.execute(select(exists().where(events.c.identifier == fresh))).scalar():
+            return number, fresh
+
+
+# -- cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Cancellable:
+    """A delivered event that Stripe may still cancel."""
+
+    id: int
+    identifier: str
+    event_name: str
+    account: str
+
+
+def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
+    """Write down that Stripe is about to be asked, so that nothing else concludes from what it then lacks.
+
+    None where it is cancelled already.
+    """
+    with ledger.deliver_lane().transaction() as connection:
+        now = ledger.now()
+        row = _event_of(connection, identifier)
+        if row.state == EventState.WRITTEN_OFF.value and _has(connection, CANCELLED, row.identifier):
+            return None
+        _named_move(next_event_state, EventState(row.state), Move.CANCEL, f"The meter event {row.identifier}")
+        if now - row.settled_at > CANCEL_SECONDS:
+            raise IllegalMoveError(
+                f"The meter event {row.identifier} was delivered more than 24 hours ago, and Stripe no longer cancels "
+                "it. Correct the customer's total instead: correct(...)."
+            )
+        if not _has(connection, CANCEL_ASKED, row.identifier):
+            write_act(connection, CANCEL_ASKED, row.identifier, "", now)
+        return Cancellable(row.id, row.identifier, row.event_name, row.account)
+
+
+def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> None:
+    """Write down what Stripe said to the wish to cancel: ``refused`` is its definite no."""
+    with ledger.deliver_lane().transaction() as connection:
+        now = ledger.now()
+        if refused is not None:
+            write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], now)
+            return
+        state = next_event_state(EventState.DELIVERED, Move.CANCEL).value
+        mine = update(events).where(events.c.id == event.id, events.c.identifier == event.identifier)
+        if connection.execute(mine.where(events.c.state == EventState.DELIVERED.value).values(state=state)).rowcount:
+            write_act(connection, CANCELLED, event.identifier, "", now)
+
+
+def _has(connection: Connection, act: str, subject: str) -> bool:
+    found = exists().where(acts.c.subject == subject, acts.c.act == act)
+    return bool(connection.execute(select(found)).scalar())
+
+
+def _event_of(connection: Connection, identifier: str) -> Any:
+    """The event with this identifier, or the one that a reading with this identifier became."""
+    row = connection.execute(_locked(select(events).where(events.c.identifier == identifier), connection)).first()
+    if row is not None:
+        return row
+    reading = connection.execute(select(readings).where(readings.c.key == identifier)).first()
+    if reading is None:
+        raise ConfigurationError(
+            f"The ledger has nothing with the identifier {identifier!r:.120}. See: stripe-meter tail"
+        )
+    if reading.event_id is None:
+        raise IllegalMoveError(f"The reading {identifier} is {reading.state} and was not sent to Stripe.")
+    row = connection.execute(_locked(select(events).where(events.c.id == reading.event_id), connection)).one()
+    parts = select(func.count()).where(readings.c.event_id == reading.event_id)
+    if (count := connection.execute(parts).scalar_one()) > 1:
+        raise IllegalMoveError(
+            f"The reading {identifier} is one of {count} in the meter event {row.identifier}, which only goes whole."
+        )
+    return row
+
+
+def _named_move(table: Callable[[Any, Move], Any], state: Any, move: Move, name: str) -> str:
+    """The state after ``move``; a refusal that names what it is about."""
+    try:
+        return str(table(state, move).value)
+    except IllegalMoveError:
+        raise IllegalMoveError(f"{name} is {state}, so it cannot be changed this way ({move}).") from None
+
+
+# -- corrected
+
+
+def correct(
+    ledger: Ledger,
+    customer: str,
+    event_name: str,
+    value: object,
+    *,
+    reason: str,
+    id: str,
+    at: int | None = None,
+    account: str = "",
+) -> str:
+    """Record a correction, a reading of its own, and the act; returns its identifier.
+
+    The same ``id`` again changes nothing, and is refused where it stands for something else.
+    """
+    if not isinstance(id, str) or not id:
+        raise ConfigurationError("correct() needs id=, the name of the correction, so that it is billed once.")
+    amount = check_value(value)
+    if not amount:
+        raise InvalidValueError("A correction by 0 changes nothing. Give the difference, such as -500.")
+    now = ledger.now()
+    entry = Entry(
+        key=derive_identifier(f"correction/{id}", check_event_name(event_name), account=check_account(account)),
+        event_name=event_name,
+        value=amount,
+        at=now if at is None else check_timestamp(at, now),
+        state=ReadingState.RESOLVED,
+        customer=check_customer_id(customer),
+        account=account,
+    )
+    said = check_reason(reason)
+    with ledger.deliver_lane().transaction() as connection:
+        if insert_or_ignore(connection, readings, entry.columns()):
+            detail = f"{event_name} of {customer} by {number_text(amount)}: {said}"
+            write_act(connection, CORRECTED, entry.key, detail, now)
+        else:
+            _check_same(connection, entry, id)
+    return entry.key
+
+
+def _check_same(connection: Connection, entry: Entry, id: str) -> None:
+    row = connection.execute(select(readings).where(readings.c.key == entry.key)).one()
+    if (row.customer, Decimal(row.value)) != (entry.customer, entry.value):
+        raise ConfigurationError(
+            f"The id {id!r:.120} stands for a correction by {row.value} of {row.customer}. Give this one another id."
+        )
+
+
+def check_reason(reason: object) -> str:
+    """Why a person did something, in one line. It is kept and shown: it must name nobody."""
+    if not isinstance(reason, str) or not reason.strip() or not reason.isprintable() or len(reason) > MAX_REASON:
+        raise ConfigurationError(f"reason= must be one line of 1 to {MAX_REASON} characters that names nobody.")
+    return reason.strip()
+
+
+# -- re-timed and written off
+
+
+def retime(ledger: Ledger, held: Held | Sequence[int], at: int | None = None) -> int:
+    """Give held readings that are too old for Stripe a new time (Unix seconds, default now). Returns how many."""
+    ids = held.ids if isinstance(held, Held) else tuple(held)
+    with ledger.deliver_lane().transaction() as connection:
+        now = ledger.now()
+        when = now if at is None else check_timestamp(at, now)
+        if when < now - STALE_AFTER:
+            raise InvalidValueError(f"The time {when} is more than 34 days ago: the usage would be held again.")
+        for row in _readings(connection, ids):
+            state = _retimed(row, now)
+            values = {"state": state, "at": when, "reason": None, "due": None}
+            connection.execute(update(readings).where(readings.c.id == row.id).values(**values))
+            write_act(connection, RETIMED, row.key, f"from {row.at} to {when}", now)
+    return len(ids)
+
+
+def _retimed(row: Any, now: int) -> str:
+    name = f"The reading {row.id} ({row.key})"
+    state = _named_move(next_reading_state, ReadingState(row.state), Move.RETIME, name)
+    if row.at >= now - STALE_AFTER:
+        raise IllegalMoveError(f"{name} is not too old for Stripe; it is held for another reason: {row.reason}.")
+    if row.customer is None or row.value is None:
+        raise IllegalMoveError(f"{name} lacks {'its customer' if row.customer is None else 'its amount'}: assign() it.")
+    return state
+
+
+def write_off(ledger: Ledger, what: Held | str | Sequence[int | str], *, reason: str) -> int:
+    """A person decides not to bill: held readings, by id or identifier; rejected or doubtful events, by identifier.
+
+    Returns how many.
+    """
+    said = check_reason(reason)
+    given: Sequence[int | str] = what.ids if isinstance(what, Held) else [what] if isinstance(what, str) else [*what]
+    ids = list(dict.fromkeys(one for one in given if isinstance(one, int)))
+    names = list(dict.fromkeys(one for one in given if isinstance(one, str)))
+    with ledger.deliver_lane().transaction() as connection:
+        now = ledger.now()
+        rows = _readings(connection, ids)
+        held = [_held_reading(connection, name) for name in names]
+        for row in dict.fromkeys([*rows, *(row for row in held if row is not None)]):
+            name = f"The reading {row.id} ({row.key})"
+            state = _named_move(next_reading_state, ReadingState(row.state), Move.WRITE_OFF, name)
+            values = {"state": state, "reason": said, "due": None, "reference": None}
+            connection.execute(update(readings).where(readings.c.id == row.id).values(**values))
+            write_act(connection, WRITTEN_OFF, row.key, said, now)
+        for name in (name for name, row in zip(names, held, strict=True) if row is None):
+            _write_off_event(connection, name, said, now)
+    return len(ids) + len(names)
+
+
+def _held_reading(connection: Connection, name: str) -> Any:
+    """The reading of this name, unless what it became decides."""
+    row = connection.execute(_locked(select(readings).where(readings.c.key == name), connection)).first()
+    return row if row is not None and row.event_id is None else None
+
+
+def _write_off_event(connection: Connection, identifier: str, reason: str, now: int) -> None:
+    row = _event_of(connection, identifier)
+    name = f"The meter event {row.identifier}"
+    state = _named_move(next_event_state, EventState(row.state), Move.WRITE_OFF, name)
+    connection.execute(update(events).where(events.c.id == row.id).values(state=state, settled_at=now))
+    write_act(connection, WRITTEN_OFF, row.identifier, reason, now)
+
+
+def _readings(connection: Connection, ids: Sequence[int]) -> list[Any]:
+    """The readings with these ids; a refusal that names one that is not there."""
+    parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+    rows = [row for part in parts for row in connection.execute(_locked(_by_id(part), connection))]
+    missing = sorted(set(ids) - {row.id for row in rows})
+    if missing:
+        raise ConfigurationError(f"The ledger has no reading {missing[0]}. See: stripe-meter held")
+    return rows
+
+
+def _by_id(ids: Iterable[int]) -> Any:
+    return select(readings).where(readings.c.id.in_(ids)).order_by(readings.c.id)

@@ -1,0 +1,215 @@
+"""Is the database the one that was here last? A restored, swapped or deleted ledger is noticed before anything is sent.
+
+The ledger's epoch, a random word, is stored in the database and in a small file beside it, ``<database>.epoch``. Both
+get a new one when a courier starts, every minute in which it sends, when it ends, and with every backup. A database
+that comes back from the past has an epoch of the past. (PostgreSQL has no such file: its operator says
+``stripe-meter ledger restored``.)
+
+What an earlier state of the ledger holds as unsent may have been sent since. Stripe knows it by its identifier for a
+day; what is older than the safe window is put in doubt, to be compared with Stripe's sums, instead of being sent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sqlalchemy import Connection, and_, case, func, select, update
+
+from langchain_stripe_meter.core.states import EventState
+from langchain_stripe_meter.errors import LedgerError
+from langchain_stripe_meter.ledger.address import make_durable
+from langchain_stripe_meter.ledger.schema import events, notes, readings
+from langchain_stripe_meter.ledger.store import Ledger, set_note
+
+EPOCH = "epoch"
+RESTORED = "restored"
+"""The ledger's note of the last time that it came back from the past: why, and up to which reading."""
+EVERY_SECONDS = 60
+"""A copy of the files that was made after the last change of epoch is not noticed, so it must not be long ago."""
+
+_MAY_HAVE_BEEN_SENT = [EventState.PENDING.value, EventState.SENDING.value, EventState.REJECTED.value]
+
+Tell = Callable[[Exception], None]
+
+
+class Sidecar(NamedTuple):
+    """What the file beside the database says. The database has ``next`` if it was changed after the file was."""
+
+    epoch: str
+    next: str
+    at: int
+
+    @classmethod
+    def read(cls, path: Path) -> Sidecar | None:
+        """None where there is none; one that fits nothing where it is unreadable text."""
+        try:
+            found = json.loads(path.read_bytes())
+            return cls(str(found["epoch"]), str(found["next"]), int(found["at"]))
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            return cls("?", "?", 2**62)
+
+    def write(self, path: Path) -> None:
+        """Old or new, never half, also after a power loss; readable by its owner only."""
+        new = path.with_name(path.name + ".new")
+        with suppress(FileNotFoundError):
+            new.unlink()  # of a process that was killed here; only the holder of the write lock comes here
+        handle = os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(json.dumps(self._asdict()))
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
+        make_durable(path.absolute().parent)
+
+
+class Epoch:
+    """Watches over one ledger for one courier. ``tell`` is told once of each thing that an operator must know."""
+
+    def __init__(self, ledger: Ledger, tell: Tell | None = None) -> None:
+        self._ledger = ledger
+        self._tell = tell or (lambda _error: None)
+        self._told: set[str] = set()
+        self._opening = -1
+        self._after = 0
+        self._has_sent = False
+
+    def keep(self, now: int) -> None:
+        """Call before anything is sent: makes sure that the ledger is the one that was here last."""
+        database = self._ledger.database
+        if not database.is_sqlite:
+            return
+        database.reopen_if_moved()
+        if database.openings != self._opening or (self._has_sent and now >= self._after):
+            self.begin()
+            self._after = now + EVERY_SECONDS
+
+    def sends(self) -> None:
+        """Something is being sent that a copy of the ledger made before will not know of."""
+        self._has_sent = True
+
+    def end(self) -> None:
+        """Call when the last answer is stored."""
+        if self._has_sent:
+            self.begin()
+
+    def begin(self) -> None:
+        """Compare, and begin a new epoch.
+
+        The file is changed before the database and after it, each time under the database's write lock, so that a
+        crash in between is told from a ledger of the past.
+        """
+        if not self._ledger.database.is_sqlite:
+            return
+        self._has_sent = False
+        new = secrets.token_hex(16)
+        try:
+            self._change(new)
+            self._confirm(new)
+        except OSError as error:
+            self._tell_once(
+                f"{sidecar_path(self._ledger)} cannot be read or written ({error.strerror}), so it would not be "
+                "noticed if the ledger were restored from a backup. Make it, and its folder, writable."
+            )
+        self._opening = self._ledger.database.openings
+
+    def _change(self, new: str) -> None:
+        path, now = sidecar_path(self._ledger), self._ledger.now()
+        unwritable: OSError | None = None
+        with self._ledger.deliver_lane().transaction() as connection:
+            ours, theirs = _note(connection, EPOCH) or "", Sidecar.read(path)
+            found = compare(ours, theirs)
+            if found is not None and found not in self._told:
+                put_in_doubt(connection, now, found, theirs.at if theirs is not None and not ours else None)
+            last = ours if found is None else theirs.epoch if theirs is not None else "?"
+            try:
+                Sidecar(last, new, now).write(path)
+            except OSError as error:  # neither may change then; what was found is stored all the same
+                unwritable = error
+            else:
+                set_note(connection, EPOCH, new, now)
+        if found is not None:
+            self._tell_once(found)
+        if unwritable is not None:
+            raise unwritable
+
+    def _confirm(self, new: str) -> None:
+        with self._ledger.deliver_lane().transaction() as connection:
+            if _note(connection, EPOCH) == new:  # else another process was faster, and the file is its
+                Sidecar(new, "", self._ledger.now()).write(sidecar_path(self._ledger))
+
+    def _tell_once(self, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            self._tell(LedgerError(what))
+
+
+def sidecar_path(ledger: Ledger) -> Path:
+    """The file beside a SQLite ledger that holds its epoch."""
+    return Path(f"{ledger.database.url.database}.epoch")
+
+
+def compare(ours: str, theirs: Sidecar | None) -> str | None:
+    """What an operator must know: how the database's epoch (or ``""``) and the file's do not fit; None if they do."""
+    if theirs is None:
+        if not ours:
+            return None
+        return (
+            "The ledger is here without its .epoch file: it was restored or copied from elsewhere. "
+            "What it holds as unsent and older than 23 hours is compared with Stripe's sums before it is sent."
+        )
+    if ours in ((theirs.epoch, theirs.next) if ours else (theirs.epoch,)):
+        return None
+    if not ours:
+        return (
+            "The ledger is new, but an earlier one was here: it was deleted or replaced. Restore it from a backup, "
+            "else what it had not delivered is lost."
+        )
+    return (
+        "The ledger was restored from a backup, or replaced by another. What it holds as unsent and older than 23 "
+        "hours is compared with Stripe's sums before it is sent; usage recorded after the backup is not in it."
+    )
+
+
+def put_in_doubt(connection: Connection, now: int, why: str, until: int | None = None) -> None:
+    """Treat all that is unsent here as if its outcome were unknown since it was recorded.
+
+    So it goes out under its identifier while Stripe surely remembers that, and becomes doubtful after. Readings that
+    are no event yet are treated so when they become one; with ``until`` (Unix seconds), only those of up to then.
+    """
+    unknown = case((events.c.first_unknown_at < events.c.at, events.c.first_unknown_at), else_=events.c.at)
+    unsent = update(events).where(events.c.state.in_(_MAY_HAVE_BEEN_SENT))
+    connection.execute(unsent.values(first_unknown_at=unknown))
+    doubtful = update(events).where(events.c.state == EventState.DOUBTFUL.value)
+    connection.execute(doubtful.values(seen_value=None, seen_at=None))
+    newest = select(func.max(readings.c.id))
+    reading = connection.execute(newest if until is None else newest.where(readings.c.at <= until)).scalar() or 0
+    rolled = and_(events.c.identifier >= "rollup-", events.c.identifier < "rollup.")
+    rolled_up = connection.execute(select(events.c.id).where(rolled).limit(1)).first() is not None
+    set_note(connection, RESTORED, json.dumps({"reading": reading, "rolled_up": rolled_up, "why": why}), now)
+
+
+def restored(ledger: Ledger) -> None:
+    """An operator says that the ledger was restored from a backup: for PostgreSQL, or where it was not noticed."""
+    with ledger.deliver_lane().transaction() as connection:
+        put_in_doubt(connection, ledger.now(), "An operator said that the ledger was restored from a backup.")
+
+
+def _note(connection: Connection, name: str) -> str | None:
+    return connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
+
+
+def told(connection: Connection) -> str | None:
+    """When the ledger last came back from the past, and why that was believed; None if it never did."""
+    row: Any = connection.execute(select(notes).where(notes.c.name == RESTORED)).first()
+    if row is None:
+        return None
+    return f"{datetime.fromtimestamp(row.at, UTC):%Y-%m-%d %H:%M} UTC: {json.loads(row.value)['why']}"

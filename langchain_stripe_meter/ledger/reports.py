@@ -1,0 +1,231 @@
+"""What the ledger keeps of Stripe's error reports: which were taken in, and what is still to be found out about each.
+
+A report names samples only. What else it is about is kept as a *window*, a note, until Stripe's sums can tell.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, select, tuple_
+
+from langchain_stripe_meter.core.reports import (
+    MINUTE,
+    NO_CUSTOMER,
+    SETTLE_SECONDS,
+    SKEW_SECONDS,
+    Minute,
+    Report,
+    Sample,
+)
+from langchain_stripe_meter.core.states import EventState
+from langchain_stripe_meter.ledger.acts import CANCEL_ASKED, REJECTED_LATER, reject_later
+from langchain_stripe_meter.ledger.schema import acts, events, notes, webhook_events
+from langchain_stripe_meter.ledger.store import insert_or_ignore
+
+_WINDOW = "window:"
+_ON_THE_WAY = (EventState.PENDING.value, EventState.SENDING.value, EventState.DOUBTFUL.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a report leaves open. ``remaining`` is how many refused events Stripe did not name; ``waiting`` maps named
+    ones whose own answer is still awaited to their code; ``after`` is the meter and customer that were looked at last.
+
+    ``customer_missing`` says that Stripe gave an unknown customer as a reason.
+    """
+
+    name: str
+    account: str
+    event_names: tuple[str, ...]
+    start: int
+    end: int
+    remaining: int
+    customer_missing: bool
+    waiting: Mapping[str, str] = field(default_factory=dict)
+    after: tuple[str, str] = ("", "")
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to find out."""
+        return self.remaining <= 0 and not self.waiting
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the samples of a report came to. ``rejected`` maps identifiers to those that they have now; ``waiting``
+    are still being sent; ``late`` were sent again after the report, so it may be about an earlier attempt; ``unknown``
+    are not this ledger's, or have moved on before."""
+
+    rejected: Mapping[str, str]
+    waiting: Mapping[str, str]
+    late: tuple[str, ...]
+    unknown: int
+
+
+def window_name(event_id: str) -> str:
+    """The note's name; Stripe's ids may be longer than a name."""
+    return _WINDOW + hashlib.sha256(event_id.encode()).hexdigest()[:32]
+
+
+def is_new(connection: Connection, event_id: str, now: int) -> bool:
+    """Remember a notification; False where it was taken in before."""
+    return insert_or_ignore(connection, webhook_events, {"id": event_id, "at": now})
+
+
+def was_seen(connection: Connection, event_id: str) -> bool:
+    """Whether a notification was taken in."""
+    return bool(connection.execute(select(exists().where(webhook_events.c.id == event_id))).scalar())
+
+
+def take(connection: Connection, samples: Iterable[Sample], account: str, end: int, now: int) -> Taken:
+    """Reject what was delivered; what is still on its way is looked at again once its own answer is in."""
+    rejected: dict[str, str] = {}
+    waiting: dict[str, str] = {}
+    late: list[str] = []
+    unknown = 0
+    for sample in samples:
+        row = _named(connection, sample.identifier, account)
+        if row is not None and row.state in _ON_THE_WAY and row.sent_at is not None:
+            waiting[sample.identifier] = sample.code
+        elif row is None or row.state != EventState.DELIVERED.value:
+            unknown += 1
+        elif row.sent_at is not None and row.sent_at > end + SKEW_SECONDS:
+            late.append(sample.identifier)
+        elif (fresh := reject_later(connection, row, sample.code, now)) is not None:
+            rejected[sample.identifier] = fresh
+    return Taken(rejected, waiting, tuple(late), unknown)
+
+
+def _named(connection: Connection, identifier: str, account: str) -> Any:
+    query = select(events).where(events.c.identifier == identifier, events.c.account == account)
+    if connection.dialect.name == "postgresql":
+        query = query.with_for_update()
+    return connection.execute(query).first()
+
+
+def event_names(connection: Connection, samples: Iterable[Sample], account: str) -> set[str]:
+    """The meters of the samples that are this ledger's, also under identifiers that they had before."""
+    names = [sample.identifier for sample in samples]
+    now_called = select(acts.c.detail).where(acts.c.subject.in_(names), acts.c.act == REJECTED_LATER)
+    names += [str(detail).rpartition(" ")[2] for detail in connection.execute(now_called).scalars()]
+    query = select(events.c.event_name).where(events.c.identifier.in_(names), events.c.account == account)
+    return set(connection.execute(query.distinct()).scalars())
+
+
+def open_window(event_id: str, account: str, names: Iterable[str], report: Report, taken: Taken) -> Window:
+    """What the report leaves open."""
+    names = tuple(sorted(names))
+    return Window(
+        name=window_name(event_id),
+        account=account,
+        event_names=names,
+        start=report.start,
+        end=report.end,
+        remaining=max(report.errors - len(report.samples), 0) if names else 0,
+        customer_missing=NO_CUSTOMER in report.codes,
+        waiting=taken.waiting,
+    )
+
+
+def keep(connection: Connection, window: Window, now: int) -> None:
+    """Store what is open, or forget the window when nothing is."""
+    connection.execute(delete(notes).where(notes.c.name == window.name))
+    if not window.is_done:
+        text = json.dumps(asdict(window))
+        insert_or_ignore(connection, notes, {"name": window.name, "value": text, "at": now})
+
+
+def windows(connection: Connection) -> list[str]:
+    """The names of what is open, oldest first."""
+    query = select(notes.c.name).where(notes.c.name.startswith(_WINDOW)).order_by(notes.c.at, notes.c.name)
+    return list(connection.execute(query).scalars())
+
+
+def window(connection: Connection, name: str, *, lock: bool = False) -> Window | None:
+    """What is open, as it stands; with ``lock`` nobody else may change it in this transaction."""
+    query = select(notes.c.value).where(notes.c.name == name)
+    if lock and connection.dialect.name == "postgresql":
+        query = query.with_for_update()
+    text = connection.execute(query).scalar()
+    if text is None:
+        return None
+    known = Window(**json.loads(text))
+    return replace(known, event_names=tuple(known.event_names), after=(known.after[0], known.after[1]))
+
+
+def _inside(one: Window) -> ColumnElement[bool]:
+    return and_(
+        events.c.account == one.account,
+        events.c.event_name.in_(one.event_names),
+        events.c.state == EventState.DELIVERED.value,
+        events.c.sent_at <= one.end + SKEW_SECONDS,
+        events.c.settled_at >= one.start - SKEW_SECONDS,
+    )
+
+
+def readable_from(connection: Connection, one: Window) -> int | None:
+    """When Stripe's sums can be trusted to show all that was delivered in the window; None where nothing was."""
+    newest = connection.execute(select(func.max(events.c.settled_at)).where(_inside(one))).scalar()
+    return None if newest is None else int(newest) + SETTLE_SECONDS
+
+
+def customers(connection: Connection, one: Window, most: int) -> list[tuple[str, str]]:
+    """The next meters and customers of the window, in order."""
+    pair = tuple_(events.c.event_name, events.c.customer)
+    query = select(events.c.event_name, events.c.customer).where(_inside(one)).distinct()
+    query = query.where(pair > one.after).order_by(events.c.event_name, events.c.customer).limit(most)
+    return [(row.event_name, row.customer) for row in connection.execute(query)]
+
+
+def minutes(connection: Connection, one: Window, event_name: str, customer: str, now: int) -> list[Minute]:
+    """Everything that a customer used of a meter in the minutes that the window touches, in order."""
+    mine = (events.c.account == one.account, events.c.event_name == event_name, events.c.customer == customer)
+    touched = {row.at // MINUTE for row in connection.execute(select(events.c.at).where(*mine, _inside(one)))}
+    if not touched:
+        return []
+    span = (events.c.at >= min(touched) * MINUTE, events.c.at < (max(touched) + 1) * MINUTE)
+    states = (EventState.DELIVERED.value, *_ON_THE_WAY)
+    rows = connection.execute(select(events).where(*mine, *span, events.c.state.in_(states))).all()
+    cancelling = _being_cancelled(connection, [row.identifier for row in rows])
+    by_minute: dict[int, list[Any]] = {}
+    for row in rows:
+        by_minute.setdefault(row.at // MINUTE, []).append(row)
+    return [_minute(start, by_minute[start], cancelling, now) for start in sorted(by_minute)]
+
+
+def _minute(start: int, rows: Sequence[Any], cancelling: set[str], now: int) -> Minute:
+    sure: dict[str, Decimal] = {}
+    unsure: list[Decimal] = []
+    for row in rows:
+        if _is_settled(row, now) and row.identifier not in cancelling:
+            sure[row.identifier] = Decimal(row.value)
+        elif row.sent_at is not None:
+            unsure.append(Decimal(row.value))
+    return Minute(start * MINUTE, sure, tuple(unsure))
+
+
+def _is_settled(row: Any, now: int) -> bool:
+    return bool(row.state == EventState.DELIVERED.value and row.settled_at <= now - SETTLE_SECONDS)
+
+
+def _being_cancelled(connection: Connection, identifiers: Sequence[str]) -> set[str]:
+    """Of these, the events that Stripe was asked to cancel: it may or may not still bill them."""
+    parts = (identifiers[start : start + 1000] for start in range(0, len(identifiers), 1000))
+    asked = select(acts.c.subject).where(acts.c.act == CANCEL_ASKED)
+    return {name for part in parts for name in connection.execute(asked.where(acts.c.subject.in_(part))).scalars()}
+
+
+def reject_absent(connection: Connection, identifiers: Iterable[str], account: str, code: str, now: int) -> list[str]:
+    """Reject events of which Stripe has nothing; those that have moved on meanwhile are left alone."""
+    done = []
+    for identifier in identifiers:
+        row = _named(connection, identifier, account)
+        if row is not None and row.state == EventState.DELIVERED.value:
+            done += [identifier] if reject_later(connection, row, code, now) else []
+    return done

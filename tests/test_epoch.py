@@ -1,0 +1,624 @@
+"""A ledger that comes back from the past: nothing is billed twice, and nothing is lost that the backup held."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_until
+from faults import settled, tally
+from typer.testing import CliRunner
+
+from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.errors import LedgerError, MeteringError
+from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.ledger import epoch, views
+from langchain_stripe_meter.ledger.backup import backup
+from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
+
+HOUR = 3600
+
+
+class Shop:
+    """A sandbox, a ledger by its clock, and one courier after the other, each as in a new process."""
+
+    def __init__(self, folder: Path) -> None:
+        self.sandbox = StripeSandbox().start()
+        self.sandbox.create_meter("m")
+        self.sandbox.create_customer(id="cus_1")
+        self.path = folder / "ledger.db"
+        self.copy = folder / "copy.db"
+        self.sidecar = folder / "ledger.db.epoch"
+        self.ledger = self.open()
+        self.errors: list[MeteringError] = []
+
+    def open(self) -> Ledger:
+        return Ledger(f"sqlite:///{self.path}", clock=self.sandbox.now)
+
+    def record(self, *keys: str, value: int = 1, at: int | None = None) -> None:
+        known: dict[str, Any] = {"state": ReadingState.RESOLVED, "customer": "cus_1"}
+        at = self.ledger.now() if at is None else at
+        self.ledger.record([Entry(key, "m", Decimal(value), at, **known) for key in keys])
+
+    def deliver(self, roll_up: int | None = None, until: Callable[[], Any] | None = None, *, ends: bool = True) -> None:
+        """One courier's life; unless it ``ends``, it is killed."""
+        gateway = Gateway(self.sandbox.api_key, api_base=self.sandbox.url)
+        courier = Courier(self.ledger, gateway, on_error=self.errors.append, roll_up=roll_up)
+        until = until or (lambda: not views.status(self.ledger).pending)
+        wait_until(lambda: (courier.turn(), until())[1])
+        if ends:
+            courier.close(5)
+        gateway.close()
+
+    def restore(self, *, sidecar: bool = True) -> None:
+        """As the README says it."""
+        self.ledger.close()
+        for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm"):
+            (self.path.parent / name).unlink(missing_ok=True)
+        shutil.copy(self.copy, self.path)
+        if not sidecar:
+            self.sidecar.unlink()
+
+    def raw_copy(self) -> None:
+        """A copy by somebody who does not know of ``ledger backup``."""
+        self.ledger.close()
+        shutil.copy(self.path, self.copy)
+
+    def states(self) -> dict[str, str]:
+        return {row.identifier: row.state for row in views.tail(self.ledger, 1000)}
+
+    @property
+    def told(self) -> list[str]:
+        return [str(error) for error in self.errors if isinstance(error, LedgerError)]
+
+    def billed(self) -> list[str]:
+        """The identifiers of everything that Stripe has, once for each time."""
+        return sorted(event.identifier for event in self.sandbox.events)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Iterator[Shop]:
+    shop = Shop(tmp_path)
+    yield shop
+    shop.ledger.close()
+    shop.sandbox.stop()
+
+
+# -- restored
+
+
+@pytest.mark.parametrize("hours", [0, 1, 22, 24, 48, 24 * 40])
+@pytest.mark.parametrize("by_command", [True, False])
+@pytest.mark.parametrize("sidecar", [True, False])
+def test_what_was_sent_after_the_backup_is_not_billed_again_whenever_it_is_restored(
+    shop: Shop, hours: int, by_command: bool, sidecar: bool
+) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second", "third")
+    if by_command:
+        backup(shop.ledger, shop.copy)
+    else:
+        shop.raw_copy()
+    shop.deliver()
+    shop.record("lost")
+    shop.deliver()
+    shop.sandbox.advance(hours=hours)
+    shop.restore(sidecar=sidecar)
+    shop.deliver(until=lambda: set(shop.states().values()) <= {"delivered", "doubtful", "held"})
+    assert shop.billed() == ["first", "lost", "second", "third"]
+    (told,) = shop.told
+    assert "restored" in told
+    assert told in str(views.status(shop.ledger).restored)
+    expected = "delivered" if hours < 23 else "doubtful" if hours < 24 * 34 else "held"
+    assert shop.states() == {"first": "delivered", "second": expected, "third": expected}
+
+    shop.record("new")
+    shop.deliver()
+    assert shop.billed() == ["first", "lost", "new", "second", "third"]
+    assert len(shop.told) == 1
+
+
+@pytest.mark.parametrize("hours", [1, 25, 48])
+def test_what_a_restore_put_in_doubt_is_compared_and_ends_delivered_once(shop: Shop, hours: int) -> None:
+    """One was sent after the backup, one was not: Stripe's sums tell which."""
+    shop.record("first")
+    shop.deliver()
+    shop.sandbox.advance(seconds=120)
+    shop.record("second", value=3)
+    shop.sandbox.advance(seconds=120)
+    shop.record("third", value=5)
+    backup(shop.ledger, shop.copy)
+    shop.sandbox.fail(rate_limited(), where=lambda request: request.params["identifier"] == "third", times=None)
+    shop.deliver(until=lambda: shop.states()["second"] == "delivered")
+    shop.sandbox.clear_faults()
+    shop.sandbox.advance(hours=hours)
+    shop.restore()
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append, chores=[Doubts(shop.ledger, gateway)])
+
+    def in_ten_minutes() -> bool:
+        courier.turn()
+        if not courier.in_flight:
+            shop.sandbox.advance(seconds=600)
+        return set(shop.states().values()) == {"delivered"}
+
+    wait_until(in_ten_minutes)
+    courier.close(5)
+    gateway.close()
+    assert shop.sandbox.billed("m", "cus_1") == 9
+    settled(shop.ledger, shop.sandbox, fault="the ledger is restored from a backup")
+
+
+def test_a_backup_that_was_taken_and_restored_with_nothing_sent_between_is_delivered(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    backup(shop.ledger, shop.copy)
+    shop.restore()
+    shop.deliver()
+    assert shop.states() == {"first": "delivered", "second": "delivered"}
+    assert shop.billed() == ["first", "second"]
+
+
+def test_events_that_were_sealed_before_the_backup_are_in_doubt_too(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("refused", "waiting")
+    shop.sandbox.fail(server_error(), times=2)
+    shop.deliver(until=lambda: "pending" in shop.states().values())
+    backup(shop.ledger, shop.copy)
+    shop.sandbox.advance(seconds=1000)
+    shop.deliver()
+    shop.sandbox.advance(hours=25)
+    shop.restore()
+    shop.deliver(until=lambda: "doubtful" in shop.states().values())
+    assert shop.billed() == ["first", "refused", "waiting"]
+    assert shop.states() == {"first": "delivered", "refused": "doubtful", "waiting": "doubtful"}
+
+
+def test_what_is_young_at_the_restore_but_too_old_when_stripe_is_back_is_in_doubt(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    backup(shop.ledger, shop.copy)
+    shop.deliver()
+    shop.sandbox.advance(hours=22)
+    shop.restore()
+    with shop.sandbox.outage():
+        shop.deliver(until=lambda: views.status(shop.ledger).restored)
+        shop.sandbox.advance(hours=3)
+    shop.deliver()
+    assert shop.states()["second"] == "doubtful"
+    assert shop.billed() == ["first", "second"]
+
+
+def test_a_weekend_without_a_courier_is_no_restore(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver(ends=False)
+    shop.record("second")
+    shop.sandbox.advance(hours=72)
+    shop.deliver()
+    assert shop.states() == {"first": "delivered", "second": "delivered"}
+    assert shop.told == []
+
+
+@pytest.mark.parametrize("rolls_now", [60, None])
+def test_rolled_up_usage_may_have_had_another_identifier_so_it_is_in_doubt_at_once(
+    shop: Shop, rolls_now: int | None
+) -> None:
+    """Its companions may be lost: what it is sealed with now is not what it was sealed with then."""
+    start = shop.ledger.now() // 60 * 60 + 60
+    shop.sandbox.set_time(start)
+    shop.record("first", "second")
+    shop.sandbox.advance(seconds=60)
+    shop.deliver(roll_up=60)
+    shop.sandbox.set_time(start + 120)
+    shop.record("third", "fourth")
+    backup(shop.ledger, shop.copy)
+    shop.record("lost")
+    shop.sandbox.advance(seconds=60)
+    shop.deliver(roll_up=60)
+    before = shop.billed()
+    shop.restore()
+    shop.deliver(roll_up=rolls_now)
+    assert shop.billed() == before
+    assert {key: shop.states()[key] for key in ("third", "fourth")} == {"third": "doubtful", "fourth": "doubtful"}
+    shop.record("new")
+    shop.sandbox.advance(seconds=120)
+    shop.deliver(roll_up=rolls_now)
+    assert shop.states()["new"] == "delivered"
+
+
+def test_another_ledgers_file_in_its_place_is_noticed(shop: Shop, tmp_path: Path) -> None:
+    shop.record("mine")
+    shop.deliver()
+    (tmp_path / "other").mkdir()
+    other = Shop(tmp_path / "other")
+    other.record("theirs")
+    other.deliver()
+    other.record("theirs-too")
+    other.raw_copy()
+    other.sandbox.stop()
+    shutil.copy(other.copy, shop.copy)
+    shop.restore()
+    shop.deliver()
+    assert any("replaced by another" in told for told in shop.told)
+
+
+# -- deleted
+
+
+def test_a_deleted_ledger_is_told_and_a_new_one_goes_on(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.ledger.close()
+    shop.path.unlink()
+    shop.sandbox.advance(hours=48)
+    shop.record("second")
+    shop.deliver()
+    (told,) = shop.told
+    assert "an earlier one was here" in told
+    assert shop.billed() == ["first", "second"]
+    assert "an earlier one was here" in str(views.status(shop.ledger).restored)
+    tally("the ledger is deleted, or replaced while it is in use")
+
+
+def test_a_copy_from_before_the_first_epoch_is_no_new_ledger(shop: Shop) -> None:
+    shop.record("first")
+    shop.raw_copy()
+    shop.deliver()
+    shop.sandbox.advance(hours=30)
+    shop.restore()
+    shop.record("second")
+    shop.deliver()
+    assert shop.states() == {"first": "doubtful", "second": "delivered"}
+    assert shop.billed() == ["first", "second"]
+
+
+def test_a_file_that_is_deleted_while_in_use_is_opened_again_and_loses_nothing_after(
+    shop: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.record("first")
+    shop.deliver()
+    for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm"):
+        (shop.path.parent / name).unlink(missing_ok=True)
+    shop.record("second")
+    assert "was deleted or replaced while in use" in caplog.text
+    reopened = shop.open()
+    assert [row.identifier for row in views.tail(reopened)] == ["second"]
+    reopened.close()
+    shop.deliver()
+    assert shop.billed() == ["first", "second"]
+    assert "an earlier one was here" in shop.told[0]
+
+
+def test_a_courier_that_runs_notices_a_file_that_is_replaced(shop: Shop) -> None:
+    shop.record("first")
+    backup(shop.ledger, shop.copy)
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
+    wait_until(lambda: (courier.turn(), shop.states() == {"first": "delivered"})[1])
+    fresh = shop.path.with_name("fresh.db")
+    shutil.copy(shop.copy, fresh)
+    for name in ("ledger.db-wal", "ledger.db-shm"):
+        (shop.path.parent / name).unlink(missing_ok=True)
+    fresh.rename(shop.path)
+    wait_until(lambda: (courier.turn(), shop.told)[1])
+    assert "restored from a backup" in shop.told[0]
+    wait_until(lambda: (courier.turn(), shop.states() == {"first": "delivered"})[1])
+    assert shop.billed() == ["first"]
+    courier.close(5)
+    gateway.close()
+    tally("the ledger is deleted, or replaced while it is in use")
+
+
+# -- the two places
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "found"),
+    [
+        ("", None, None),
+        ("", Sidecar("", "a", 1), None),  # killed in the very first change
+        ("a", Sidecar("", "a", 1), None),  # killed before it was confirmed
+        ("a", Sidecar("a", "b", 1), None),  # killed before the database changed
+        ("b", Sidecar("a", "b", 1), None),
+        ("a", Sidecar("a", "", 1), None),
+        ("a", Sidecar("b", "", 1), "restored from a backup"),
+        ("a", Sidecar("b", "c", 1), "restored from a backup"),
+        ("a", Sidecar("?", "c", 1), "restored from a backup"),
+        ("a", None, "without its .epoch file"),
+        ("", Sidecar("a", "", 1), "an earlier one was here"),
+        ("", Sidecar("a", "b", 1), "an earlier one was here"),
+    ],
+)
+def test_what_the_two_places_may_say(ours: str, theirs: Sidecar | None, found: str | None) -> None:
+    said = compare(ours, theirs)
+    assert said is None if found is None else found in str(said)
+
+
+DYING = """
+import os, signal, sys
+from langchain_stripe_meter.ledger.epoch import Epoch
+from langchain_stripe_meter.ledger.store import Ledger
+
+left = 0
+def die(event, *_):
+    global left
+    if left and event in ("open", "os.rename", "os.remove"):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(die)
+
+def child(at):
+    global left
+    ledger, said = Ledger(sys.argv[1]), []
+    watched = Epoch(ledger, said.append)
+    connection = ledger.deliver_lane().connection
+    connection.connection.driver_connection.set_trace_callback(lambda _statement: die("open"))
+    left = at
+    watched.begin()
+    left = 0
+    return 3 if said else 0
+
+for line in sys.stdin:
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            code = child(int(line))
+        finally:
+            os._exit(code)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+"""Each line of its input is a step at which a child of it dies: a statement, or an act on the file (0: at none)."""
+ALARM = 3
+
+
+@pytest.fixture
+def dying(tmp_path: Path) -> Iterator[Callable[[int], int]]:
+    """Begin an epoch in a process of its own that is killed at a step; its exit code."""
+    command = [sys.executable, "-W", "error", "-c", DYING, f"sqlite:///{tmp_path}/ledger.db"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def begin(die_at: int) -> int:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(f"{die_at}\n")
+            process.stdin.flush()
+            code = int(process.stdout.readline())
+            assert code in (0, ALARM, -signal.SIGKILL)
+            return code
+
+        yield begin
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def test_killed_anywhere_while_the_epoch_changes_raises_no_alarm(dying: Callable[[int], int]) -> None:
+    at = 1
+    while dying(at):
+        assert dying(0) == 0
+        at += 1
+    assert at > 10
+
+
+def test_killed_anywhere_in_the_very_first_change_raises_no_alarm(dying: Callable[[int], int], shop: Shop) -> None:
+    at, code = 0, -signal.SIGKILL
+    while code:
+        at += 1
+        shop.ledger.close()
+        for file in shop.path.parent.iterdir():
+            file.unlink()
+        code = dying(at)
+        assert dying(0) == 0
+    assert at > 10
+
+
+def test_killed_anywhere_while_a_restore_is_noticed_does_not_forget_it(shop: Shop, dying: Callable[[int], int]) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    backup(shop.ledger, shop.copy)
+    shop.deliver()
+    shop.sandbox.advance(hours=30)
+    genuine, at, code = shop.sidecar.read_bytes(), 0, -signal.SIGKILL
+    while code < 0:
+        at += 1
+        shop.restore()
+        shop.sidecar.write_bytes(genuine)
+        code = dying(at)
+        assert dying(0) in (0, ALARM)
+        assert "restored from a backup" in str(views.status(shop.ledger).restored)
+        shop.deliver(until=lambda: shop.states()["second"] == "doubtful")
+        assert shop.billed() == ["first", "second"]
+    assert code == ALARM
+    assert at > 10
+
+
+def test_the_file_is_its_owners_alone_and_says_nothing_of_anybody(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    assert stat.S_IMODE(shop.sidecar.stat().st_mode) == 0o600
+    found = json.loads(shop.sidecar.read_text())
+    assert set(found) == {"epoch", "next", "at"}
+    assert found["epoch"] == shop.ledger.note("epoch")
+
+
+@pytest.mark.parametrize("when", ["always", "later"])
+def test_where_the_file_cannot_be_written_usage_is_recorded_and_sent_and_it_is_told_once(shop: Shop, when: str) -> None:
+    if when == "later":
+        shop.record("early")
+        shop.deliver()
+    (shop.path.parent / "ledger.db.epoch.new").mkdir()  # root may write anywhere, but not over a folder
+    for number in range(3):
+        shop.record(f"run-{number}")
+        shop.sandbox.advance(seconds=100)
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
+    wait_until(lambda: (courier.turn(), set(shop.states().values()) == {"delivered"})[1])
+    shop.record("late")
+    shop.sandbox.advance(seconds=100)
+    wait_until(lambda: (courier.turn(), set(shop.states().values()) == {"delivered"})[1])
+    courier.close(5)
+    gateway.close()
+    (told,) = shop.told
+    assert "would not be noticed" in told
+    (shop.path.parent / "ledger.db.epoch.new").rmdir()
+    shop.record("writable-again")
+    shop.deliver()
+    assert len(shop.told) == 1
+    assert shop.sidecar.exists()
+
+
+def test_a_restore_is_dealt_with_even_where_the_file_cannot_be_written(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    backup(shop.ledger, shop.copy)
+    shop.deliver()
+    shop.sandbox.advance(hours=30)
+    shop.restore()
+    (shop.path.parent / "ledger.db.epoch.new").mkdir()
+    shop.deliver()
+    assert shop.states()["second"] == "doubtful"
+    assert shop.billed() == ["first", "second"]
+
+
+def test_a_file_of_rubbish_counts_as_another_ledgers(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.sidecar.write_text("{")
+    shop.record("second")
+    shop.deliver()
+    assert "restored" in shop.told[0]
+    assert shop.billed() == ["first", "second"]
+
+
+# -- several at once
+
+
+def test_couriers_of_many_processes_raise_no_alarm(shop: Shop) -> None:
+    code = (
+        "import sys\n"
+        "from langchain_stripe_meter.ledger.epoch import Epoch\n"
+        "from langchain_stripe_meter.ledger.store import Ledger\n"
+        "said = []\n"
+        "ledger = Ledger(sys.argv[1])\n"
+        "print(flush=True); sys.stdin.readline()\n"
+        "for _ in range(40):\n"
+        "    Epoch(ledger, said.append).begin()\n"
+        "print(said or '')"
+    )
+    url = f"sqlite:///{shop.path}"
+    pipe = subprocess.PIPE
+    workers = [
+        subprocess.Popen([sys.executable, "-c", code, url], stdin=pipe, stdout=pipe, text=True) for _ in range(4)
+    ]
+    for worker in workers:
+        assert worker.stdout is not None
+        worker.stdout.readline()
+    for worker in workers:
+        assert worker.stdin is not None
+        worker.stdin.write("\n")
+        worker.stdin.flush()
+    said = [worker.communicate(timeout=100)[0] for worker in workers]
+    assert said == ["\n"] * 4
+
+
+def test_forked_children_raise_no_alarm_and_begin_epochs_of_their_own(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
+    courier.turn()
+    before = shop.ledger.note("epoch")
+    pid = os.fork()
+    if not pid:
+        code = 1
+        try:
+            shop.record("of-the-child")
+            while "of-the-child" not in shop.states() or shop.states()["of-the-child"] != "delivered":
+                courier.turn()
+            courier.close(5)
+            code = 7 if shop.errors else 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert shop.ledger.note("epoch") != before
+    shop.record("second")
+    wait_until(lambda: (courier.turn(), set(shop.states().values()) == {"delivered"})[1])
+    courier.close(5)
+    gateway.close()
+    assert shop.told == []
+    assert shop.billed() == ["first", "of-the-child", "second"]
+
+
+def test_the_epoch_changes_while_sending_goes_on_and_rests_otherwise(shop: Shop) -> None:
+    seen: list[str] = []
+    watched = Epoch(shop.ledger)
+    for second in range(0, 600, 5):
+        watched.keep(shop.ledger.now() + second)
+        if second < 300:
+            watched.sends()
+        seen.append(str(shop.ledger.note("epoch")))
+    assert 5 <= len(set(seen[:61])) <= 7
+    assert len(set(seen[73:])) == 1
+
+
+# -- PostgreSQL, and what an operator says
+
+
+def test_on_postgresql_an_operator_says_that_it_was_restored(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shop = Shop(tmp_path)
+    try:
+        shop.ledger = Ledger(postgres_url, clock=shop.sandbox.now)
+        shop.record("pending", at=shop.ledger.now() - 30 * HOUR)
+        shop.record("young")
+        monkeypatch.setenv("STRIPE_METER_LEDGER", postgres_url)
+        result = CliRunner().invoke(app, ["ledger", "restored", "--json"])
+        assert json.loads(result.stdout) == {"restored": True}
+        shop.record("later", at=shop.ledger.now() - 30 * HOUR)
+        shop.deliver()
+        assert shop.states() == {"pending": "doubtful", "young": "delivered", "later": "delivered"}
+        assert "operator" in str(views.status(shop.ledger).restored)
+        assert not shop.sidecar.exists()
+    finally:
+        shop.ledger.close()
+        shop.sandbox.stop()
+
+
+def test_what_was_rejected_before_a_restore_is_compared_when_a_person_retries_it(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    shop.sandbox.fail(refuse(400, message="The value is no number."))
+    shop.deliver(until=lambda: shop.states()["second"] == "rejected")
+    shop.sandbox.advance(hours=30)
+    epoch.restored(shop.ledger)
+    views.retry(shop.ledger)
+    shop.deliver()
+    assert shop.states()["second"] == "doubtful"
+
+
+def test_the_sidecar_is_beside_the_database(shop: Shop) -> None:
+    assert sidecar_path(shop.ledger) == shop.sidecar

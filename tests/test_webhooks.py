@@ -1,0 +1,411 @@
+"""Stripe's asynchronous rejections: what it took and refused later is rejected, found, and sent again exactly once."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from auditing import ERROR_REPORT, Books
+from faults import settled
+from sqlalchemy import select, update
+
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger import acts, reports, views
+from langchain_stripe_meter.ledger.schema import events, webhook_events
+from langchain_stripe_meter.sandbox import drop_answer, server_error
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def books(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Books]:
+    url: Any = tmp_path if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    with Books(url) as books:
+        yield books
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Books]:
+    with Books(tmp_path) as books:
+        yield books
+
+
+# -- what a report names
+
+
+@pytest.mark.parametrize("shape", ["identifier", "idempotency_key", "request"])
+def test_a_named_event_is_rejected_and_sent_again_under_an_identifier_that_stripe_has_not_seen(
+    books: Books, shape: Any
+) -> None:
+    books.sandbox.sample_shape = shape
+    books.deliver("run-1", "run-2", value=5)
+    (result,) = books.take(*books.sandbox.reject("run-1", code="meter_event_invalid_value"))
+    assert (result.status, result.rejected, result.unknown) == (200, ("run-1",), 0)
+    assert books.states() == {"run-1": "rejected", "run-2": "delivered"}
+    assert books.told() == ["rejected later run-1"]
+    assert acts.every_act(books.ledger)[0].detail == "meter_event_invalid_value; it is now run-1-r1"
+    assert [str(error)[:50] for error in books.errors] == ["Stripe rejected 1 meter events after it took them "]
+    assert views.retry(books.ledger) == 1
+    books.deliver()
+    assert books.states() == {"run-1": "delivered", "run-2": "delivered"}
+    assert [event.identifier for event in books.sandbox.events if event.billed] == ["run-2", "run-1-r1"]
+    assert books.billed() == 10
+
+
+def test_what_is_rejected_again_gets_one_more_identifier(small: Books) -> None:
+    small.deliver("run-1")
+    for identifier in ("run-1", "run-1-r1", "run-1-r2"):
+        small.take(*small.sandbox.reject(identifier))
+        views.retry(small.ledger)
+        small.deliver()
+    assert [event.identifier for event in small.sandbox.events if event.billed] == ["run-1-r3"]
+
+
+def test_a_new_identifier_keeps_to_100_characters_and_meets_no_other(small: Books) -> None:
+    long = "x" * 99
+    small.deliver(f"{long}a", f"{long}b", f"{'x' * 97}-r1")
+    result = small.take(*small.sandbox.reject(f"{long}a", f"{long}b"))[0]
+    assert len(result.rejected) == 2
+    with small.ledger.read() as connection:
+        names = connection.execute(select(events.c.identifier).order_by(events.c.id)).scalars().all()
+    assert set(names) == {f"{'x' * 97}-r{number}" for number in (1, 2, 3)}
+
+
+def test_a_report_of_no_meter_rejects_too_and_the_meters_are_looked_at_again(books: Books) -> None:
+    books.deliver("run-1")
+    assert books.gateway.meter("ai_tokens").status == "active"  # type: ignore[union-attr]
+    books.sandbox.deactivate_meter("ai_tokens")
+    books.take(*books.sandbox.reject("run-1", code="archived_meter"))
+    assert books.gateway.meter("ai_tokens").status == "inactive"  # type: ignore[union-attr]
+    assert books.states() == {"run-1": "rejected"}
+
+
+def test_an_event_without_a_meter_is_reported_without_one(small: Books) -> None:
+    """Stripe's stream takes what has no meter; we send such a thing only if it is deleted in between."""
+    small.deliver("run-1")
+    (rejection,) = small.sandbox.reject("run-1", code="no_meter")
+    body = {**rejection.notification(), "type": "v1.billing.meter.no_meter_found"}
+    del body["related_object"]
+    raw = json.dumps(body).encode()
+    result = small.webhooks.handle(raw, small.sign(raw))
+    assert (result.status, result.rejected) == (200, ("run-1",))
+
+
+def test_samples_that_are_not_this_ledgers_are_counted_and_change_nothing(small: Books) -> None:
+    small.deliver("run-1")
+    client: Any = small.gateway.client
+    params = {"event_name": "ai_tokens", "identifier": "alien",
+              "payload": {"stripe_customer_id": "cus_2", "value": "1"}}  # fmt: skip
+    client.v1.billing.meter_events.create(params)
+    (result,) = small.take(*small.sandbox.reject("alien"))
+    assert (result.status, result.rejected, result.unknown) == (200, (), 1)
+    assert small.states() == {"run-1": "delivered"}
+
+
+def test_a_report_that_overtakes_the_events_own_answer_waits_for_it(books: Books) -> None:
+    """The answer was lost, so the event goes out again, is a duplicate, and only then is known to be delivered."""
+    books.sandbox.fail(drop_answer())
+    books.record("run-1")
+    while not books.sandbox.events or books.courier.in_flight:
+        books.courier.turn()
+    assert books.states() == {"run-1": "pending"}
+    (result,) = books.take(*books.sandbox.reject("run-1"))
+    assert (result.rejected, books.states()) == ((), {"run-1": "pending"})
+    books.deliver()
+    books.do_chores()
+    assert books.states() == {"run-1": "rejected"}
+    assert "window:" not in books.snapshot()
+    books.sandbox.advance(days=2)  # nothing is unknown of the new identifier, however long ago the old one was
+    views.retry(books.ledger)
+    books.deliver()
+    assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
+
+
+def test_a_report_from_before_the_event_was_sent_again_is_told_and_changes_nothing(small: Books) -> None:
+    """Sent again under its own identifier after a day in doubt: what is billed now is not what the report is about."""
+    small.sandbox.fail(drop_answer())
+    small.record("run-1")
+    while not small.sandbox.events or small.courier.in_flight:
+        small.courier.turn()
+    (rejection,) = small.sandbox.reject("run-1")
+    small.sandbox.advance(hours=30)
+    with small.ledger.deliver_lane().transaction() as connection:  # as who compared with Stripe's sums decides
+        connection.execute(update(events).values(first_unknown_at=None))
+    small.deliver()
+    (result,) = small.take(rejection)
+    assert (result.rejected, small.states(), small.billed()) == ((), {"run-1": "delivered"}, 1)
+    assert "sent again later: run-1" in str(small.errors[-1])
+
+
+def test_a_report_of_a_connected_accounts_event_rejects_there_only(small: Books) -> None:
+    connected = small.sandbox.connect("acct_x")
+    connected.create_meter("ai_tokens")
+    connected.create_customer(id="cus_1")
+    small.deliver("run-1")
+    client: Any = small.gateway.client
+    params = {"event_name": "ai_tokens", "identifier": "run-1",
+              "payload": {"stripe_customer_id": "cus_1", "value": "1"}}  # fmt: skip
+    client.v1.billing.meter_events.create(params, {"stripe_account": "acct_x"})
+    (result,) = small.take(*connected.reject("run-1"))
+    assert (result.unknown, small.states()) == (1, {"run-1": "delivered"})
+
+
+# -- once
+
+
+def test_a_repeated_notification_changes_nothing_even_after_the_event_was_sent_again(books: Books) -> None:
+    books.deliver("run-1")
+    rejections = books.sandbox.reject("run-1")
+    books.take(*rejections)
+    views.retry(books.ledger)
+    books.deliver()
+    before = books.snapshot()
+    (again,) = books.take(*rejections)
+    assert (again.status, again.rejected) == (200, ())
+    assert books.snapshot() == before
+    settled(books.ledger, books.sandbox, fault="a webhook is repeated")
+
+
+def test_a_notification_is_new_once(books: Books) -> None:
+    with books.ledger.deliver_lane().transaction() as connection:
+        assert [reports.is_new(connection, "evt_1", 1) for _ in range(3)] == [True, False, False]
+
+
+def test_eight_threads_with_one_notification_have_one_effect(books: Books) -> None:
+    books.deliver(*(f"run-{number}" for number in range(5)))
+    (rejection,) = books.sandbox.reject(*(f"run-{number}" for number in range(5)))
+    request = books.sandbox.thin_event(rejection)
+    barrier = threading.Barrier(8)
+
+    def at_once(_: int) -> Any:
+        barrier.wait(30)
+        return books.webhooks.handle(*request)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(at_once, range(8)))
+    assert {result.status for result in results} == {200}
+    assert sorted(len(result.rejected) for result in results) == [0] * 7 + [5]
+    assert len(books.told()) == 5
+    views.retry(books.ledger)
+    books.deliver()
+    settled(books.ledger, books.sandbox, fault="a webhook is repeated", tried=7)
+
+
+def test_two_reports_that_name_one_event_reject_it_once_in_either_order(books: Books) -> None:
+    books.deliver("run-1")
+    first, second = books.sandbox.reject("run-1")[0], books.sandbox.reject("run-1")[0]
+    results = books.take(second, first)
+    assert [(result.rejected, result.unknown) for result in results] == [(("run-1",), 0), ((), 1)]
+    assert books.told() == ["rejected later run-1"]
+
+
+def test_while_stripe_does_not_answer_nothing_changes_and_the_next_delivery_does_it(books: Books) -> None:
+    books.deliver("run-1")
+    rejections = books.sandbox.reject("run-1")
+    before = books.snapshot()
+    books.sandbox.fail(server_error(), path="/v2/core/events/*")
+    (failed,) = books.take(*rejections)
+    assert (failed.status, failed.ok, books.snapshot()) == (503, False, before)
+    (result,) = books.take(*rejections)
+    assert (result.ok, result.rejected) == (True, ("run-1",))
+
+
+def test_other_types_are_taken_and_ignored_without_asking_stripe(small: Books) -> None:
+    small.deliver("run-1")
+    before, asked = small.snapshot(), len(small.sandbox.requests)
+    body = json.dumps({"id": "evt_1", "object": "v2.core.event", "type": "v1.something.new", "livemode": False,
+                       "created": "2027-01-15T08:00:00.000Z"}).encode()  # fmt: skip
+    result = small.webhooks.handle(body, small.sign(body))
+    assert (result.status, result.event_id) == (200, "evt_1")
+    assert (small.snapshot(), len(small.sandbox.requests)) == (before, asked)
+
+
+# -- what a report does not name
+
+
+def test_one_sample_of_fifty_and_nothing_at_stripe_rejects_all_fifty_once_its_sums_can_be_trusted(
+    books: Books,
+) -> None:
+    books.sandbox.error_samples = 1
+    keys = [f"run-{number}" for number in range(50)]
+    minute = books.ledger.now() // 60 * 60 - 600
+    for key in keys[:25]:
+        books.record(key, at=minute)
+    for number, key in enumerate(keys[25:]):
+        books.record(key, at=minute - 60 * number, customer=f"cus_{number % 3 + 1}")
+    books.deliver()
+    books.deliver("other", at=minute, customer="cus_4")
+    (result,) = books.take(*books.sandbox.reject(*keys))
+    assert len(result.rejected) == 1
+    books.do_chores()
+    assert list(books.states().values()).count("rejected") == 1
+    books.sandbox.advance(hours=1)
+    books.do_chores()
+    states = books.states()
+    assert {state for key, state in states.items() if key != "other"} == {"rejected"}
+    assert (states["other"], "window:" in books.snapshot()) == ("delivered", False)
+    views.retry(books.ledger)
+    books.deliver()
+    assert set(books.states().values()) == {"delivered"}
+    assert sum(event.billed for event in books.sandbox.events) == 51
+    settled(books.ledger, books.sandbox, fault="Stripe rejects 50 events after it took them, and names one", tried=50)
+
+
+def test_a_window_that_is_old_enough_is_settled_by_the_webhook_itself(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2")
+    small.sandbox.advance(hours=2)
+    (result,) = small.take(*small.sandbox.reject("run-1", "run-2"))
+    assert sorted(result.rejected) == ["run-1", "run-2"]
+
+
+def test_a_part_of_a_minute_is_told_by_name_and_never_guessed(books: Books) -> None:
+    books.sandbox.error_samples = 1
+    minute = books.ledger.now() // 60 * 60 - 600
+    books.deliver(*(f"run-{number}" for number in range(50)), at=minute)
+    books.sandbox.advance(hours=2)
+    (result,) = books.take(*books.sandbox.reject(*(f"run-{number}" for number in range(10))))
+    assert result.rejected == ("run-0",)
+    (one,) = result.unexplained
+    assert (one.customer, one.event_name, one.minute, one.delivered, one.at_stripe) == (
+        "cus_1", "ai_tokens", minute, 49, 40,
+    )  # fmt: skip
+    assert len(one.identifiers) == 49
+    assert "cus_1 on ai_tokens" in str(books.errors[-1])
+    assert books.told()[-1].startswith("unexplained run-")
+    assert list(books.states().values()).count("delivered") == 49
+    before = books.snapshot()
+    books.do_chores()
+    assert books.snapshot() == before
+    for number in range(1, 10):  # what the person finds out, here from later samples
+        books.take(*books.sandbox.reject(f"run-{number}"))
+    assert list(books.states().values()).count("delivered") == 40
+
+
+def test_values_of_both_signs_prove_nothing_at_a_sum_of_zero(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    minute = small.ledger.now() // 60 * 60 - 600
+    small.deliver("first", at=minute - 60)
+    for key, value in (("a", 5), ("b", -5), ("c", 3)):
+        small.deliver(key, value=value, at=minute)
+    others = [f"other-{number}" for number in range(5)]
+    small.deliver(*others, customer="cus_2")
+    small.sandbox.advance(hours=2)
+    (result,) = small.take(*small.sandbox.reject("first", "c", *others))
+    assert sorted(result.rejected) == ["first", *others]
+    assert [one.identifiers for one in result.unexplained] == [("a", "b", "c")]
+    small.take(*small.sandbox.reject("c"))
+
+
+def test_no_more_is_rejected_than_stripe_says_it_refused(small: Books) -> None:
+    """Three events are not in Stripe's sums, but it reported one more than it named: the sums may lag."""
+    small.sandbox.error_samples = 1
+    small.deliver("a", "b", "c", "d")
+    small.sandbox.advance(hours=2)
+    (rejection,) = small.sandbox.reject("a", "b")
+    small.sandbox.summary_lag = 86_400
+    (result,) = small.take(rejection)
+    assert (result.rejected, [one.delivered for one in result.unexplained]) == (("a",), [3])
+    small.take(*small.sandbox.reject("b"))
+
+
+def test_a_customer_that_stripe_never_knew_has_nothing_there(small: Books) -> None:
+    small.sandbox.customer_check, small.sandbox.error_samples = "async", 1
+    small.deliver("run-1", "run-2", customer="cus_x")
+    small.sandbox.advance(hours=2)
+    rejected = [result.rejected for result in small.take(*small.sandbox.reject("run-1", "run-2"))]
+    assert sorted(rejected[0]) == ["run-1", "run-2"]
+
+
+def test_what_stripe_still_bills_on_an_archived_meter_of_the_same_name_is_left_alone(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2", "run-3")
+    small.sandbox.deactivate_meter("ai_tokens")
+    small.sandbox.create_meter("ai_tokens")
+    small.sandbox.advance(hours=2)
+    (result,) = small.take(*small.sandbox.reject("run-1", "run-2"))
+    assert (result.rejected, [one.at_stripe for one in result.unexplained]) == (("run-1",), [1])
+    small.take(*small.sandbox.reject("run-2"))
+
+
+def test_an_event_that_is_being_cancelled_counts_as_uncertain(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1")
+    small.deliver("run-2", at=small.ledger.now() - 300)
+    acts.ask_to_cancel(small.ledger, "run-2")  # and nobody knows what came of it
+    small.sandbox.advance(hours=2)
+    small.sandbox.reject("run-2")
+    (result,) = small.take(*small.sandbox.reject("run-1", "run-2"))
+    assert result.rejected == ("run-1",)
+    small.take(small.sandbox.rejections[0])
+
+
+def test_while_stripe_does_not_answer_a_window_stays_open(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2")
+    small.sandbox.advance(hours=2)
+    (rejection,) = small.sandbox.reject("run-1", "run-2")
+    small.sandbox.fail(server_error(), path="/v1/billing/meters/*/event_summaries")
+    assert small.take(rejection)[0].rejected == ("run-1",)
+    small.do_chores()
+    assert set(small.states().values()) == {"rejected"}
+
+
+def test_many_customers_are_looked_at_in_portions(small: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("langchain_stripe_meter.audit.windows.CUSTOMERS_AT_ONCE", 1)
+    small.sandbox.error_samples = 1
+    keys = [f"run-{number}" for number in range(1, 5)]
+    for number, key in enumerate(keys, 1):
+        small.deliver(key, customer=f"cus_{number}")
+    small.sandbox.advance(hours=2)
+    (result,) = small.take(*small.sandbox.reject(*keys))
+    assert len(result.rejected) == 2
+    for _ in range(3):
+        small.do_chores()
+    assert set(small.states().values()) == {"rejected"}
+
+
+# -- the handler's
+
+
+def test_the_handler_takes_webhooks_in(tmp_path: Path, small: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = small.gateway.client
+    with StripeMeterCallbackHandler(
+        Tokens("ai_tokens"), customer="cus_1", stripe=client, ledger=f"sqlite:///{tmp_path}/own.db",
+        webhook_secret="whsec_sandbox",
+    ) as handler:  # fmt: skip
+        handler.record_usage({"input_tokens": 5}, id="job-1")
+        assert handler.flush(10).pending == 0
+        (rejection,) = small.sandbox.reject(small.sandbox.events[-1].identifier)
+        assert len(handler.webhooks.handle(*small.sandbox.thin_event(rejection)).rejected) == 1
+        assert handler.status().rejected == 1
+        assert [act.act for act in handler.acts()] == ["rejected later"]
+        assert "rejected later" in handler.acts()._repr_html_()
+        assert handler.retry() == 1
+        assert handler.flush(10).pending == 0
+    assert small.billed() == 5
+    with StripeMeterCallbackHandler(Tokens("t"), stripe=client, ledger=f"sqlite:///{tmp_path}/n.db") as handler:
+        with pytest.raises(ConfigurationError, match="STRIPE_WEBHOOK_SECRET"):
+            _ = handler.webhooks
+        monkeypatch.setenv("STRIPE_WEBHOOK_SECRET", "whsec_sandbox")
+        assert "whsec" not in repr(handler.webhooks)
+    with (
+        StripeMeterCallbackHandler(Tokens("t"), ledger=f"sqlite:///{tmp_path}/r.db", deliver=False) as handler,
+        pytest.raises(ConfigurationError, match="deliver=False"),
+    ):
+        _ = handler.webhooks
+
+
+def test_a_notification_that_names_nothing_is_remembered_and_changes_nothing_else(small: Books) -> None:
+    small.deliver("run-1")
+    (rejection,) = small.sandbox.reject("run-1")
+    rejection.data.clear()
+    assert small.take(rejection)[0].rejected == ()
+    with small.ledger.read() as connection:
+        assert connection.execute(select(webhook_events.c.id)).scalars().all() == [rejection.id]
+    assert rejection.type == ERROR_REPORT
+    small.take(*small.sandbox.reject("run-1"))
