@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from random import Random
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory, mkdtemp
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,6 +60,7 @@ MORTAL = "cus_3"
 """The customer that may be deleted."""
 EMAIL = "ann@example.com"
 EVENTS = "/v1/billing/meter_events"
+BASE = "http://sandbox"
 NOTHING = Fault()
 
 REFUSED = (refuse(503), drop_request(), server_error())
@@ -98,7 +99,7 @@ class InProcess(stripe.HTTPClient):
 
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__()
-        self._sandbox = sandbox
+        self.sandbox = sandbox
         self.is_down = False
         self.fuse: tuple[int, bool] | None = None
 
@@ -109,8 +110,8 @@ class InProcess(stripe.HTTPClient):
         if burnt and not self.dies_after_sending:
             raise Killed
         lower = {name.lower(): str(value) for name, value in headers.items()}
-        target = url.removeprefix("http://sandbox")
-        answer = self._sandbox._desk.answer(method.upper(), target, lower, (post_data or "").encode())
+        target = url.removeprefix(BASE)
+        answer = self.sandbox._desk.answer(method.upper(), target, lower, (post_data or "").encode())
         if burnt:
             raise Killed
         if answer is None:
@@ -128,6 +129,16 @@ class InProcess(stripe.HTTPClient):
 
     def close(self) -> None:
         """There is nothing to close."""
+
+
+def gateway_to(http: InProcess) -> Gateway:
+    """The real gateway and client, without a socket. What it remembers grows old by the sandbox's clock."""
+    sandbox = http.sandbox
+    addresses: Any = {"api": BASE, "meter_events": BASE}
+    client = stripe.StripeClient(sandbox.api_key, max_network_retries=0, http_client=http, base_addresses=addresses)
+    gateway = Gateway(client)
+    gateway._meters = TTLCache(ACCOUNTS_CACHED, METERS_CACHED_SECONDS, lambda: sandbox.time)
+    return gateway
 
 
 class SteadyCourier(Courier):
@@ -149,6 +160,7 @@ class Tally:
     settled_by_themselves: int = 0
     needed_a_person: int = 0
     rejected: int = 0
+    amount_for_a_person: Decimal = Decimal(0)
 
     def __iadd__(self, other: Tally) -> Tally:
         for one in fields(self):
@@ -157,7 +169,7 @@ class Tally:
 
 
 @lru_cache
-def _empty_ledger() -> str:
+def empty_ledger() -> str:
     path = f"{mkdtemp()}/empty.db"
     ledger = Ledger(f"sqlite:///{path}")
     ledger.deliver_lane()
@@ -187,7 +199,7 @@ class World:
         self.tally = Tally(seeds=1)
         self.doubted: set[str] = set()
         path = folder / f"{seed}.db"
-        shutil.copy(_empty_ledger(), path)
+        shutil.copy(empty_ledger(), path)
         self.ledger = Ledger(f"sqlite:///{path}", clock=lambda: self.sandbox.time + self.skew, synchronous="NORMAL")
         self.boots = 0
         self.couriers: list[SimpleNamespace] = []
@@ -233,14 +245,7 @@ class World:
         self.boots += 1
         http = InProcess(self.sandbox)
         http.is_down = self.weather == "no connection"
-        if self.over_http:
-            gateway = Gateway(self.sandbox.api_key, api_base=self.sandbox.url)
-        else:
-            addresses: Any = {"api": "http://sandbox", "meter_events": "http://sandbox"}
-            client = stripe.StripeClient(
-                self.sandbox.api_key, max_network_retries=0, http_client=http, base_addresses=addresses
-            )
-            gateway = Gateway(client)
+        gateway = Gateway(self.sandbox.api_key, api_base=self.sandbox.url) if self.over_http else gateway_to(http)
         gateway._meters = TTLCache(ACCOUNTS_CACHED, METERS_CACHED_SECONDS, lambda: self.sandbox.time)
         chores = [Doubts(self.ledger, gateway)]
         errors: list[MeteringError] = []
@@ -252,7 +257,7 @@ class World:
 
     def turn(self, process: SimpleNamespace) -> bool:
         """One turn of a courier, as its own process; False if nothing moved."""
-        with _as_process(process.host, process.boot):
+        with as_process(process.host, process.boot):
             try:
                 return bool(process.courier.turn()) or process.courier.in_flight > 0
             except Killed:
@@ -383,7 +388,9 @@ class World:
         """What is left is settled by somebody who looks at Stripe."""
         self.skew = 0
         there = {event.identifier for event in self.sandbox.events if event.billed}
-        left = [row.identifier for row in doubtful(self.ledger)]
+        rows = doubtful(self.ledger)
+        left = [row.identifier for row in rows]
+        self.tally.amount_for_a_person += sum((row.value for row in rows), Decimal(0))
         self.tally.needed_a_person += len(left)
         self.tally.doubts += len(self.doubted)
         self.tally.settled_by_themselves += len(self.doubted) - len(left)
@@ -435,7 +442,7 @@ class World:
 
 
 @contextmanager
-def _as_process(host: str, boot: str) -> Iterator[None]:
+def as_process(host: str, boot: str) -> Iterator[None]:
     """Leases name this process."""
     known = outbox._BOOT, outbox.socket
     outbox._BOOT, outbox.socket = boot, SimpleNamespace(gethostname=lambda: host)  # type: ignore[assignment]
@@ -443,3 +450,15 @@ def _as_process(host: str, boot: str) -> Iterator[None]:
         yield
     finally:
         outbox._BOOT, outbox.socket = known
+
+
+def play(seeds: Sequence[int], steps: int = 60, *, over_http: bool = False) -> Tally:
+    """The worlds of these seeds, one after the other; a failure names its seed."""
+    total = Tally()
+    with TemporaryDirectory() as folder:
+        for seed in seeds:
+            try:
+                total += World(seed, Path(folder), over_http=over_http).play(steps)
+            except AssertionError as error:
+                raise AssertionError(f"seed {seed}: {error}") from error
+    return total

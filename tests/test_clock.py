@@ -10,7 +10,8 @@ from conftest import assert_invariant
 from courier_shop import Shop
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.ledger import outbox, sealing, views
 from langchain_stripe_meter.ledger.store import Ledger
 
 
@@ -43,3 +44,19 @@ def test_what_lies_in_stripes_future_waits_until_it_does_not(shop: SkewedShop) -
     assert shop.states() == {"ahead": "delivered", "past": "delivered"}
     assert shop.billed() == 3
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_a_courier_that_slept_on_its_claim_for_a_day_does_not_send_it_again(shop: SkewedShop) -> None:
+    shop.record("run", value=3)
+    sleeper, other = shop.courier, shop.another_courier()
+    with shop.ledger.deliver_lane().transaction() as connection:
+        sealing.seal(connection, shop.ledger.now())
+        (claimed,) = outbox.claim(connection, 1, shop.ledger.now())
+    shop.sandbox.advance(seconds=outbox.LEASE_SECONDS + 1)
+    shop.drive(other)
+    shop.sandbox.advance(hours=25)  # Stripe has forgotten the identifier
+    asked, outcome = sleeper._ask_stripe(claimed)
+    assert asked is claimed
+    assert isinstance(outcome, Outcome)
+    assert outcome.move is Move.REFUSED_FOR_NOW
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 3)

@@ -255,6 +255,9 @@ class Courier:
 
     def _ask_stripe(self, job: Job) -> Result:
         if isinstance(job, Claimed):
+            if self.ledger.now() - job.attempt.sent_at >= outbox.LEASE_SECONDS:
+                # This process was stopped meanwhile. Another may have sent it long ago, and Stripe may have forgotten.
+                return job, Outcome(Move.REFUSED_FOR_NOW, "its claim had run out before it was sent")
             try:
                 return job, self.gateway.send(job.event, f"{job.attempt.attempts}-{job.attempt.sent_at}")
             except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
