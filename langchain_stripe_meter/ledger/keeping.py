@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from decimal import Context, Decimal
 from typing import Any
 
@@ -17,7 +17,7 @@ from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.database import clear_errors
 from langchain_stripe_meter.ledger.schema import acts, events, pruned, readings, webhook_events
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.ledger.views import html_table
+from langchain_stripe_meter.ledger.views import NotebookTable
 
 LEAST_DAYS = 36
 """Stripe takes usage of up to 35 days; nothing younger is pruned, so that it can still be compared and corrected."""
@@ -41,7 +41,7 @@ Sums = dict[tuple[str, str, str, int, str], tuple[Decimal, int]]
 
 
 @dataclass(frozen=True, slots=True)
-class Pruned:
+class Pruned(NotebookTable):
     """How many rows were deleted; the sums of the readings are kept."""
 
     readings: int = 0
@@ -56,9 +56,6 @@ class Pruned:
             self.notifications + other.notifications,
             self.acts + other.acts,
         )
-
-    def _repr_html_(self) -> str:
-        return html_table(("", ""), list(asdict(self).items()))
 
 
 def prune(ledger: Ledger, older_than_days: int = 40, *, progress: Progress | None = None) -> Pruned:
