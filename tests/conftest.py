@@ -18,9 +18,9 @@ import pytest
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
-from langchain_stripe_meter.ledger.database import migrate
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.upgrading import migrate
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 

@@ -19,12 +19,12 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError
 from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
-from langchain_stripe_meter.ledger.database import VERSION_TABLE
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import events, metadata, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE
 
 NOW = 1_800_000_000
 ANN = Reference("email", "ann@example.com")

@@ -14,6 +14,9 @@ from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 
+BUSY_SECONDS = 5
+"""How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
+
 
 def parse_url(url: str) -> URL:
     """A SQLAlchemy URL for SQLite or PostgreSQL; ``ConfigurationError`` for anything else."""

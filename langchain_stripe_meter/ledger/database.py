@@ -12,28 +12,24 @@ import logging
 import os
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
 
-from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.address import parse_url, postgres_engine, prepare_file
-from langchain_stripe_meter.ledger.schema import HEAD
+from langchain_stripe_meter.ledger.address import BUSY_SECONDS, parse_url, postgres_engine, prepare_file
+from langchain_stripe_meter.ledger.upgrading import bring_up_to_date
 
-BUSY_SECONDS = 5
-"""How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
-VERSION_TABLE = "stripe_meter_version"
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -339,60 +335,6 @@ def explain(error: BaseException) -> LedgerError:
     return LedgerError(f"The ledger's database says: {said}. {hint}")
 
 
-def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
-    """Migrate an empty or older ledger; refuse a newer or foreign one and leave it as it is.
-
-    With ``automatic`` False (PostgreSQL), an older ledger is refused too: an operator runs the migration.
-    """
-    version = _version(lane.connection)
-    _refuse_unknown(lane.connection, version)
-    if lane.connection.dialect.name == "sqlite":
-        _write_ahead(lane.connection)
-    if version == HEAD:
-        return
-    if not automatic:
-        raise LedgerError(
-            "The ledger's tables are missing or older than this package. Run: stripe-meter ledger upgrade"
-        )
-    with lane.transaction() as connection:
-        version = _version(connection)  # another process may have been faster
-        _refuse_unknown(connection, version)
-        if version != HEAD:
-            migrate(connection)
-
-
-def _write_ahead(connection: Connection) -> None:
-    """Switch the file to WAL, which it then stays in. SQLite does not wait by itself for others who do the same."""
-    deadline = time.monotonic() + BUSY_SECONDS
-    while connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
-        try:
-            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
-        except DBAPIError as error:
-            if "locked" not in str(error.orig) or time.monotonic() > deadline:
-                raise
-            time.sleep(0.01)
-
-
-def _version(connection: Connection) -> str | None:
-    if not inspect(connection).has_table(VERSION_TABLE):
-        return None
-    return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608 - a constant
-
-
-def _refuse_unknown(connection: Connection, version: str | None) -> None:
-    if version is not None and version > HEAD:
-        raise NewerLedgerError(
-            f"The ledger has schema {version}; this version of langchain_stripe_meter knows {HEAD}. "
-            "Upgrade the package."
-        )
-    tables = inspect(connection).get_table_names()
-    if version is None and connection.dialect.name == "sqlite" and tables:
-        raise ForeignLedgerError(
-            f"The database holds tables of something else ({', '.join(sorted(tables)[:3])}). "
-            "Give the ledger its own file."
-        )
-
-
 def upgrade(url: str) -> None:
     """Bring the ledger at ``url`` up to date, or make it: for an operator, and for PostgreSQL."""
     database = Database(url)
@@ -401,18 +343,3 @@ def upgrade(url: str) -> None:
         database.lane("deliver")
     finally:
         database.close()
-
-
-def migrate(connection: Connection) -> None:
-    """Run the migrations inside the caller's transaction."""
-    from alembic import command
-    from alembic.config import Config
-    from alembic.util.exc import CommandError
-
-    config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
-    config.attributes["connection"] = connection
-    try:
-        command.upgrade(config, "head")
-    except CommandError as error:
-        raise LedgerError(f"The ledger cannot be brought up to date: {error}. Restore a backup.") from error
