@@ -92,10 +92,11 @@ class Books:
 
     def snapshot(self) -> str:
         """Every row that a webhook could change."""
+        ours = "notes WHERE substr(name, 1, 7) = 'window:'"
+        tables = ["readings", "events", "acts", "webhook_events", ours]
         with self.ledger.read() as connection:
-            tables = ("readings", "events", "acts", "webhook_events", "notes")
-            rows = {name: connection.exec_driver_sql(f"SELECT * FROM {name} ORDER BY 1").all() for name in tables}
-        return json.dumps({name: [list(row) for row in found] for name, found in rows.items()}, default=str)
+            found = [connection.exec_driver_sql(f"SELECT * FROM {name} ORDER BY 1").all() for name in tables]
+        return json.dumps([list(row) for rows in found for row in rows], default=str)
 
     def __enter__(self) -> Self:
         return self

@@ -134,9 +134,9 @@ def test_an_event_that_got_a_new_identifier_is_cancelled_under_it(books: Books) 
 
 
 @pytest.mark.parametrize("words", ["has already been canceled", "was already cancelled"])
-def test_stripe_may_say_that_it_is_cancelled_in_either_spelling(books: Books, words: str) -> None:
-    books.sandbox.fail(refuse(400, message=f"This event {words}."), path=ADJUSTMENTS)
-    assert ask_stripe(books.gateway, "ai_tokens", "run-1", "").move == "accepted"
+def test_stripe_may_say_that_it_is_cancelled_in_either_spelling(shop: Books, words: str) -> None:
+    shop.sandbox.fail(refuse(400, message=f"This event {words}."), path=ADJUSTMENTS)
+    assert ask_stripe(shop.gateway, "ai_tokens", "run-1", "").move == "accepted"
 
 
 # -- correct
@@ -191,12 +191,12 @@ def test_a_correction_on_a_connected_account_is_billed_there(books: Books) -> No
     ],
 )
 def test_a_correction_that_cannot_be_is_refused_by_name(
-    books: Books, change: dict[str, Any], kind: type[Exception], words: str
+    shop: Books, change: dict[str, Any], kind: type[Exception], words: str
 ) -> None:
     facts = {"customer": "cus_1", "event_name": "ai_tokens", "value": -5, "reason": "typo", "id": "a"}
-    acts.correct(books.ledger, **facts)  # type: ignore[arg-type]
-    refused(books, kind, words, acts.correct, **{**facts, **change})
-    books.deliver("usage", value=50)
+    acts.correct(shop.ledger, **facts)  # type: ignore[arg-type]
+    refused(shop, kind, words, acts.correct, **{**facts, **change})
+    shop.deliver("usage", value=50)
 
 
 # -- re-time, write off

@@ -22,10 +22,13 @@ from starlette.applications import Starlette
 from langchain_stripe_meter.audit.webhooks import MAX_BODY, MAX_HEADER
 from langchain_stripe_meter.errors import ConfigurationError
 
+BOTH = pytest.mark.parametrize("books", ["sqlite", "postgresql"], indirect=True)
 
-@pytest.fixture(params=["sqlite", "postgresql"])
+
+@pytest.fixture
 def books(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Books]:
-    url: Any = tmp_path if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    """On SQLite, unless a test asks for another engine."""
+    url: Any = request.getfixturevalue("postgres_url") if getattr(request, "param", "") == "postgresql" else tmp_path
     with Books(url) as books:
         books.deliver("run-1", "run-2")
         yield books
@@ -55,6 +58,7 @@ def mutants(body: bytes, header: str) -> Iterator[tuple[bytes, str]]:
     yield b"", header
 
 
+@BOTH
 def test_whatever_bit_is_flipped_or_cut_off_it_is_refused_and_nothing_changes(
     books: Books, genuine: tuple[bytes, str]
 ) -> None:
@@ -173,6 +177,7 @@ def test_without_a_secret_there_are_no_webhooks(books: Books, monkeypatch: pytes
             type(books.webhooks)(books.ledger, books.gateway, secret)
 
 
+@BOTH
 def test_over_http_the_route_answers_as_stripe_expects(books: Books, genuine: tuple[bytes, str]) -> None:
     body, header = genuine
     before = books.snapshot()
