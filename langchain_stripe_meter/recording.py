@@ -14,16 +14,9 @@ from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
-from langchain_stripe_meter.core.customers import (
-    CustomerSource,
-    Facts,
-    Reference,
-    Skip,
-    as_source,
-    lead_session,
-    needs_lookup,
-)
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
+from langchain_stripe_meter.core.leads import lead_session, needs_lookup
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState

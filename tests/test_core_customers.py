@@ -27,10 +27,10 @@ from langchain_stripe_meter.core.customers import (
     from_context,
     from_lead,
     from_metadata,
-    needs_lookup,
     normalise,
     static,
 )
+from langchain_stripe_meter.core.leads import needs_lookup
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 KEY = "stripe_customer_id"

@@ -13,7 +13,8 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import Field, create_model
 
-from langchain_stripe_meter.core.customers import By, lead_fields
+from langchain_stripe_meter.core.customers import By
+from langchain_stripe_meter.core.leads import lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.leads import BillFrom

@@ -6,7 +6,6 @@ that is exactly what was said, or nothing.
 
 from __future__ import annotations
 
-import hashlib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -352,39 +351,6 @@ def first_of(*sources: CustomerSource | str) -> FirstOf:
     if not sources:
         raise ConfigurationError("first_of() takes at least one source.")
     return FirstOf(tuple(as_source(source) for source in sources))
-
-
-def needs_lookup(source: CustomerSource) -> bool:
-    """Whether identifying may ask the ledger for a captured lead."""
-    return bool(_from_leads(source))
-
-
-def _from_leads(source: CustomerSource) -> list[FromLead]:
-    if isinstance(source, FirstOf):
-        return [found for one in source.sources for found in _from_leads(one)]
-    return [source] if isinstance(source, FromLead) else []
-
-
-def lead_fields(source: CustomerSource) -> tuple[By, ...]:
-    """What of a lead says who pays, in the order in which ``source`` tries it."""
-    return tuple(dict.fromkeys(one.by for one in _from_leads(source)))
-
-
-def lead_region(source: CustomerSource) -> str | None:
-    """Where ``source`` says that a lead's phone number without a leading ``+`` is dialled."""
-    return next((one.region for one in _from_leads(source) if one.region), None)
-
-
-def lead_session(source: CustomerSource, facts: Facts) -> str | None:
-    """The session whose lead, captured later, may pay for a run that names nobody; None where none is trusted."""
-    found = _from_leads(source)
-    return facts.session(trust_client=all(one.trust_client for one in found)) if found else None
-
-
-def session_digest(account: str, session: str) -> str:
-    """What stands for a session in a reading: never the session itself, which may be a secret or name a person."""
-    told = f"{len(account)}:{account}{session}"
-    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def as_source(customer: CustomerSource | str) -> CustomerSource:

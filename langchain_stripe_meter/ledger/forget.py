@@ -12,8 +12,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, or_, select, update
 
-from langchain_stripe_meter.core.customers import By, Reference, normalise, session_digest
+from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from sqlalchemy import Connection, func, select, update
 from sqlalchemy import delete as sql_delete
 
-from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise, session_digest
+from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise
+from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.schema import leads, readings

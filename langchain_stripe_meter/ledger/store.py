@@ -16,8 +16,9 @@ from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
-from langchain_stripe_meter.core.customers import Reference, session_digest
+from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
