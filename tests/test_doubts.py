@@ -33,6 +33,7 @@ from langchain_stripe_meter.core.states import EventState, Move
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.ledger.acts import ask_to_cancel
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.schema import acts, events, pruned
@@ -345,6 +346,23 @@ def test_a_meter_that_stripe_does_not_have_needs_a_person(shop: DoubtShop) -> No
     shop.look(1)
     with pytest.raises(StripeError, match="no meter with the event name 'gone'"):
         shop.look(1)
+
+
+def test_a_wish_to_cancel_whose_outcome_nobody_knows_makes_the_sum_tell_nothing(shop: DoubtShop) -> None:
+    """Stripe has cancelled one event and taken the other: its sum looks as if it had taken only the first."""
+    shop.record("delivered", value=5, at=shop.minute)
+    shop.drive()
+    assert ask_to_cancel(shop.ledger, "delivered") is not None
+    shop.courier.gateway.client.v1.billing.meter_event_adjustments.create(
+        {"event_name": "ai_tokens", "type": "cancel", "cancel": {"identifier": "delivered"}}
+    )
+    shop.doubt("doubtful", value=5, taken=("doubtful",))
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="asked to be cancelled"):
+        shop.look(1)
+    assert shop.states() == {"delivered": "delivered", "doubtful": "doubtful"}
+    assert shop.billed() == 5
 
 
 def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop: DoubtShop) -> None:

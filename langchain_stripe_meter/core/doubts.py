@@ -48,6 +48,7 @@ class Trace:
     seen_value: Decimal | None = None
     seen_at: int | None = None
     error: str | None = None
+    asked_to_cancel: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -139,6 +140,8 @@ def _undecidable(facts: Facts, look: Look) -> str | None:
         return "what was delivered in that minute has been pruned from the ledger."
     if any(event.was_given_up for event in facts.events):
         return "an event of that minute was written off while it was in doubt."
+    if any(event.asked_to_cancel and event.state is EventState.DELIVERED for event in facts.events):
+        return "an event of that minute was asked to be cancelled, and it is not settled whether it was."
     if min(values) < 0 < max(values):
         return "usage and corrections of the same minute are in doubt."
     if not _can_be_told_apart(facts.delivered, values):

@@ -8,13 +8,14 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, or_, select, update
+from sqlalchemy import Connection, and_, exists, or_, select, update
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger.schema import events, pruned
+from langchain_stripe_meter.ledger.acts import CANCEL_ASKED
+from langchain_stripe_meter.ledger.schema import acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
@@ -114,7 +115,9 @@ def facts(connection: Connection) -> dict[Place, Facts]:
     line = (events.c.account, events.c.customer, events.c.event_name)
     places = select(*line, minute.label("minute")).where(_IS_DOUBTFUL).distinct().subquery()
     same = [column == places.c[column.name] for column in line]
-    query = select(events, places.c.minute).join(places, and_(*same, minute == places.c.minute)).order_by(events.c.id)
+    asked = exists().where(acts.c.subject == events.c.identifier, acts.c.act == CANCEL_ASKED)
+    query = select(events, places.c.minute, asked.label("asked_to_cancel"))
+    query = query.join(places, and_(*same, minute == places.c.minute)).order_by(events.c.id)
     found: dict[Place, list[Trace]] = {}
     for row in connection.execute(query):
         found.setdefault(Place(row.account, row.customer, row.event_name, row.minute), []).append(_trace(row))
@@ -134,6 +137,7 @@ def _trace(row: Any) -> Trace:
         seen_value=None if row.seen_value is None else Decimal(row.seen_value),
         seen_at=row.seen_at,
         error=row.error,
+        asked_to_cancel=bool(row.asked_to_cancel),
     )
 
 
