@@ -45,6 +45,14 @@ handler = StripeMeterCallbackHandler(
 by_default = StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_123")
 
 
+def tenant(facts: Facts) -> Tenant | None:
+    account = facts.metadata.get("tenant")
+    return Tenant(str(account)) if account else None
+
+
+of_tenants = StripeMeterCallbackHandler(Tokens("ai_tokens"), tenant=tenant, roll_up=60, on_unidentified="raise")
+
+
 def use(chain: Runnable[dict[str, str], str]) -> None:
     config: RunnableConfig = {"callbacks": [handler], "metadata": {"stripe_customer_id": "cus_123"}}
     chain.invoke({"question": "..."}, config)
