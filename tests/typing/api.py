@@ -22,6 +22,8 @@ from langchain_stripe_meter import (
     static,
     stripe_meter,
 )
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.tenants import Tenant
 
 
 def told(error: MeteringError) -> None: ...
