@@ -304,6 +304,17 @@ def test_what_is_absent_but_too_old_is_not_sent_to_be_refused(shop: DoubtShop) -
     assert settle_doubt(shop.ledger, ["run"], delivered=True) == 1
 
 
+def test_the_sum_is_that_of_the_connected_account(shop: DoubtShop) -> None:
+    connected = shop.sandbox.connect("acct_shop")
+    connected.create_meter("ai_tokens")
+    connected.create_customer(id="cus_1")
+    shop.doubt("run", taken=("run",), value=5, account="acct_shop")
+    shop.rest()
+    shop.look(2)
+    assert shop.states() == {"run": "delivered"}
+    assert (connected.billed("ai_tokens", "cus_1"), shop.billed()) == (5, 0)
+
+
 def test_a_meter_that_was_replaced_still_counts(shop: DoubtShop) -> None:
     shop.doubt("run", taken=("run",), value=5)
     shop.sandbox.deactivate_meter("ai_tokens")
@@ -423,9 +434,16 @@ def test_usage_and_its_correction_in_one_minute_tell_nothing() -> None:
     assert "corrections" in str(decide(facts, Look(Decimal(1)), NOW).reason)
 
 
-def test_a_doubt_about_nothing_is_no_doubt() -> None:
-    facts = doubts_of([Decimal(0)], Decimal(7), Decimal(7))
-    assert decide(facts, Look(Decimal(7)), NOW).move is Move.SEEN_AT_STRIPE
+@pytest.mark.parametrize("delivered", [0, 7])
+def test_a_doubt_about_nothing_is_no_doubt(delivered: int) -> None:
+    facts = doubts_of([Decimal(0)], Decimal(delivered), Decimal(delivered))
+    assert decide(facts, Look(Decimal(delivered)), NOW).move is Move.SEEN_AT_STRIPE
+
+
+@pytest.mark.parametrize("value", [5, -5])
+def test_a_doubt_about_nothing_shares_the_fate_of_the_others(value: int) -> None:
+    facts = doubts_of([Decimal(0), Decimal(value)], Decimal(7), Decimal(7))
+    assert decide(facts, Look(Decimal(7)), NOW).move is Move.ABSENT_AT_STRIPE
 
 
 @pytest.mark.parametrize("back", [1, 1800, 10 * DAY])
