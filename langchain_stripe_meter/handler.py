@@ -126,6 +126,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._stripe_account = check_account(stripe_account or "")
         self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
         if deliver or stripe is not None:
@@ -140,11 +141,12 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
                 create_missing=create_missing, chores=todo,
             )  # fmt: skip
         self.leads = Leads(
-            self._ledger, lead_fields(self.customer), region=lead_region(self.customer), claimed=self._claimed
-        )
+            self._ledger, lead_fields(self.customer), account=self._stripe_account,
+            region=lead_region(self.customer), claimed=self._claimed,
+        )  # fmt: skip
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,
-            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(check_account(stripe_account or "")),
+            on_missing_usage, bill_cache_hits, on_error, tenant or Tenant(self._stripe_account),
         )  # fmt: skip
         super().__init__(recorder)
         atexit.register(_close_at_exit, weakref.ref(self))

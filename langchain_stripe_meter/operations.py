@@ -30,6 +30,7 @@ class Operations:
     _courier: Courier | None
     _webhook_secret: str | None
     _on_error: OnError | None
+    _stripe_account: str
 
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
@@ -101,15 +102,26 @@ class Operations:
         cancel(self._ledger, self._gateway("cancel()"), identifier)
 
     def correct(
-        self, customer: str, event_name: str, value: object, *, reason: str, id: str, at: int | None = None
+        self,
+        customer: str,
+        event_name: str,
+        value: object,
+        *,
+        reason: str,
+        id: str,
+        at: int | None = None,
+        stripe_account: str | None = None,
     ) -> str:
         """Correct a customer's total by ``value``, usually negative, in the meter's own unit; returns the identifier.
 
         It is a reading of its own, delivered like any other; the same ``id`` again changes nothing. ``at`` is the time
         that it counts for (Unix seconds, default now): Stripe changes no invoice that is final. ``reason`` is kept and
-        shown, and must name nobody.
+        shown, and must name nobody. ``stripe_account`` is the customer's connected account, by default the handler's.
         """
-        identifier = decisions.correct(self._ledger, customer, event_name, value, reason=reason, id=id, at=at)
+        account = self._stripe_account if stripe_account is None else stripe_account
+        identifier = decisions.correct(
+            self._ledger, customer, event_name, value, reason=reason, id=id, at=at, account=account
+        )
         self._moved(1)
         return identifier
 

@@ -237,13 +237,21 @@ class Recorder:
             return Skip(f"tenant= failed: {type(error).__name__}")
         return Skip("no tenant") if tenant is None else tenant
 
-    def payer(self, facts: Facts) -> Reference | Skip:
-        """Who pays for a run, or why nobody does; it may ask the ledger for a lead."""
+    def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:
+        """On which account a run is billed, and who pays or why nobody does; it may ask the ledger for a lead."""
         tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
         if isinstance(tenant, Skip):
-            return tenant
+            return "", tenant
         payer = tenant.customer or self.customer
-        return payer.identify(self._with_leads(facts, tenant.account, payer))
+        return tenant.account, payer.identify(self._with_leads(facts, tenant.account, payer))
+
+    def place_of_lead(self, facts: Facts) -> tuple[str, str] | None:
+        """The account and the session whose lead would pay for a run; None where there is none."""
+        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
+        if isinstance(tenant, Skip):
+            return None
+        session = lead_session(tenant.customer or self.customer, facts)
+        return None if session is None else (tenant.account, session)
 
     def usage_entries(
         self,

@@ -68,7 +68,7 @@ class RefusingCallbacks(MeteringCallbacks):
 
     def _check_payer(self, facts: Facts) -> None:
         try:
-            who = self._recorder.payer(facts)
+            _, who = self._recorder.payer(facts)
         except Exception as error:  # noqa: BLE001 - not to know is no reason to break the chain
             logger.error("stripe-meter: who pays could not be looked up: %s", type(error).__name__)  # noqa: TRY400
             return

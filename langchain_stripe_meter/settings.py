@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 from collections.abc import Callable
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from langchain_stripe_meter.agents.tokens import SECRET, from_signed_token, secrets_in
 from langchain_stripe_meter.core import customers, meters
+from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.tokens import MIN_SECRET
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+from langchain_stripe_meter.handler import MAX_ROLL_UP, StripeMeterCallbackHandler
 
 
 class _Strict(BaseModel):
@@ -54,7 +58,8 @@ class CustomerSettings(_Strict):
     ``static`` takes exactly one of ``id``, ``email``, ``name``, ``phone``; ``metadata``, ``auth_user``, ``context`` and
     ``signed_token`` take ``key`` (by default ``stripe_customer_id``, for a token ``stripe_customer_token``); ``lead``
     takes ``by``; ``first_of`` takes ``sources``. ``secret_env`` is the *name* of the environment variable that holds
-    the secret of signed tokens, and ``account`` the Stripe account that they are bound to.
+    the secret of signed tokens, and ``account`` the Stripe account that they are bound to. ``region``
+    (``"DE"``) is where a phone without a leading ``+`` is dialled.
     """
 
     source: Literal["static", "metadata", "auth_user", "context", "lead", "signed_token", "first_of"]
@@ -64,6 +69,7 @@ class CustomerSettings(_Strict):
     phone: str | None = Field(default=None, repr=False)
     key: str | None = None
     by: Literal["email", "name", "phone"] = "email"
+    region: str | None = None
     trust_client: bool = False
     secret_env: str = Field(default=SECRET, repr=False)
     account: str | None = None
@@ -72,11 +78,11 @@ class CustomerSettings(_Strict):
     def build(self, secrets: Callable[[str], list[str]] = secrets_in) -> customers.CustomerSource:
         """The source itself; ``secrets`` gives those in an environment variable."""
         if self.source == "static":
-            return customers.static(id=self.id, email=self.email, name=self.name, phone=self.phone)
+            return customers.static(id=self.id, email=self.email, name=self.name, phone=self.phone, region=self.region)
         if self.source == "first_of":
             return customers.first_of(*(one.build(secrets) for one in self.sources))
         if self.source == "lead":
-            return customers.from_lead(self.by, trust_client=self.trust_client)
+            return customers.from_lead(self.by, trust_client=self.trust_client, region=self.region)
         if self.source == "signed_token":
             key = self.key or "stripe_customer_token"
             return from_signed_token(key, secrets(self.secret_env), account=self.account)
@@ -86,6 +92,15 @@ class CustomerSettings(_Strict):
         if self.source == "context":
             return customers.from_context(key, trust_client=self.trust_client)
         return customers.from_metadata(key, trust_client=self.trust_client)
+
+    def in_words(self) -> str:
+        """Who pays, for people; the customer of a static source is not named."""
+        if self.source == "first_of":
+            return ", else ".join(one.in_words() for one in self.sources)
+        if self.source == "static":
+            by = next(by for by in ("id", "email", "name", "phone") if getattr(self, by) is not None)
+            return f"one fixed customer, known by {by}"
+        return f"the lead, by {self.by}" if self.source == "lead" else f"{self.source}, under {self.key or 'its key'}"
 
 
 class MeteringSettings(_Strict):
@@ -102,6 +117,34 @@ class MeteringSettings(_Strict):
     on_missing_usage: Literal["estimate", "hold", "ignore"] = "estimate"
     bill_cache_hits: bool = False
     billing_day: int = Field(default=1, ge=1, le=31)
+    prune_after_days: int | None = Field(default=None, ge=36)
+    stripe_account: str | None = None
+    create_missing: bool = False
+    on_unidentified: Literal["skip", "raise"] | CustomerSettings = "skip"
+    concurrency: int = Field(default=16, ge=1)
+    roll_up: int | None = Field(default=None, ge=1, le=MAX_ROLL_UP)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Self:
+        """The settings in a ``.toml`` or ``.json`` file.
+
+        Raises ``ConfigurationError``, which names the file, the field and what to do, but repeats no personal data.
+        """
+        path = Path(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except OSError as error:
+            raise ConfigurationError(f"{path} cannot be read: {error.strerror}. Give another path.") from None
+        except ValueError as error:  # TOML, JSON and UTF-8 alike
+            kind = "TOML" if path.suffix == ".toml" else "JSON"
+            raise ConfigurationError(f"{path} is no {kind}: {error}.") from None
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            faults = error.errors(include_url=False, include_context=False)
+            told = "; ".join(_explain(fault) for fault in faults if not _is_noise(fault))
+            raise ConfigurationError(f"{path}: {told}.") from None
 
     @model_validator(mode="after")
     def _builds(self) -> Self:
@@ -110,8 +153,10 @@ class MeteringSettings(_Strict):
         try:
             for meter in self.meters:
                 meter.build()
-            if self.customer is not None:
-                self.customer.build(lambda variable: [variable.ljust(MIN_SECRET)])
+            for source in (self.customer, self.on_unidentified):
+                if isinstance(source, CustomerSettings):
+                    source.build(lambda variable: [variable.ljust(MIN_SECRET)])
+            check_account(self.stripe_account or "")
         except ConfigurationError as error:
             raise ValueError(str(error)) from error
         return self
@@ -126,5 +171,59 @@ class MeteringSettings(_Strict):
             on_missing_usage=self.on_missing_usage,
             bill_cache_hits=self.bill_cache_hits,
             billing_day=self.billing_day,
+            prune_after_days=self.prune_after_days,
+            stripe_account=self.stripe_account,
+            create_missing=self.create_missing,
+            on_unidentified=self._otherwise(),
+            concurrency=self.concurrency,
+            roll_up=self.roll_up,
             **options,
         )
+
+    def in_words(self) -> dict[str, str]:
+        """What the settings mean, one line for each; nobody is named."""
+        delivered = "at once" if self.roll_up is None else f"as one event for each customer and {self.roll_up} seconds"
+        otherwise = self.on_unidentified if isinstance(self.on_unidentified, str) else self.on_unidentified.in_words()
+        unknown = "is made a customer" if self.create_missing else "is held until Stripe knows them"
+        return {
+            "counted": "; ".join(f"{one.kind} on {one.event_name!r}" for one in self.meters),
+            "who_pays": self.customer.in_words()
+            if self.customer
+            else "the authenticated user, else the run's metadata",
+            "if_nobody_is_named": otherwise,
+            "whom_stripe_does_not_know": unknown,
+            "ledger": self.ledger or "$STRIPE_METER_LEDGER, else stripe_meter.db in the working directory",
+            "delivered": delivered if self.deliver else "by another process: stripe-meter deliver",
+            "usage_that_is_not_reported": {"estimate": "is estimated", "hold": "is held", "ignore": "is not billed"}[
+                self.on_missing_usage
+            ],
+        }
+
+    def _otherwise(self) -> Literal["skip", "raise"] | customers.CustomerSource:
+        policy = self.on_unidentified
+        return policy.build() if isinstance(policy, CustomerSettings) else policy
+
+
+_REMEDIES = {
+    "extra_forbidden": "there is no such setting; correct its name or leave it out",
+    "missing": "it is missing; add it",
+    "too_short": "it needs at least one",
+}
+_PERSONAL = {"email", "name", "phone"}
+
+
+def _is_noise(error: Any) -> bool:
+    """Of a choice between a word and a table, pydantic tells what is wrong with either."""
+    is_table = isinstance(error["input"], dict)
+    is_word_fault = any(str(part).startswith("literal[") for part in error["loc"])
+    return (is_word_fault and is_table) or (error["type"] == "model_type" and not is_table and len(error["loc"]) > 1)
+
+
+def _explain(error: Any) -> str:
+    """One fault: which field, which value, and what to do about it."""
+    kinds = ("CustomerSettings", "literal[")
+    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(kinds))
+    message = _REMEDIES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
+    shown = isinstance(error["input"], str | int | float) and not _PERSONAL & set(error["loc"])
+    value = f" = {error['input']!r}" if shown else ""
+    return f"{where or 'the settings'}{value}: {message}".rstrip(".")

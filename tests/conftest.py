@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import tempfile
 import threading
 import time
@@ -62,6 +63,14 @@ def postgres_url(postgres_server: str) -> str:
         migrate(connection)
     engine.dispose()
     return url.render_as_string(hide_password=False)
+
+
+@pytest.fixture
+def quick_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory, if the machine has one, for what no power loss will ever test."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+        yield Path(folder)
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 30) -> None:

@@ -34,7 +34,7 @@ PERHAPS_BILLED = (EventState.PENDING, EventState.SENDING, EventState.DOUBTFUL)
 @dataclass
 class Row:
     """One fault: how often it was tried, and the amounts that it cost. ``varies``: not every machine tries it as
-    often, so that the README only says of how many at least."""
+    often, so that the README only says roughly how often."""
 
     fault: str
     tried: int = 0
@@ -45,12 +45,12 @@ class Row:
 
     def line(self) -> str:
         """The row as the README has it."""
-        tried = f"{at_least(self.tried)}+" if self.varies else str(self.tried)
+        tried = f"≈ {roughly(self.tried)}" if self.varies else str(self.tried)
         person = self.needed_a_person
         return f"| {self.fault} | {tried} | {self.lost} | {self.billed_twice} | {person} |"
 
 
-def at_least(count: int) -> int:
+def roughly(count: int) -> int:
     """``count`` rounded down to its first digit, which the next version of a library will hardly change."""
     scale = int(10 ** (len(str(count)) - 1))
     return count // scale * scale

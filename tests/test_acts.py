@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from auditing import Books
-from sqlalchemy import update
+from faults import tally
+from sqlalchemy import delete, update
 from typer.testing import CliRunner, Result
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
@@ -21,7 +22,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError, StripeError
 from langchain_stripe_meter.gateway.audit import cancel as ask_stripe
 from langchain_stripe_meter.ledger import acts, views
-from langchain_stripe_meter.ledger.schema import events
+from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import drop_answer, drop_request, refuse, server_error
 
@@ -159,6 +160,19 @@ def test_a_correction_is_of_the_time_that_it_is_given(books: Books) -> None:
     assert books.sandbox.events[0].timestamp == at
 
 
+def test_a_correction_on_a_connected_account_is_billed_there(books: Books) -> None:
+    connected = books.sandbox.connect("acct_x")
+    connected.create_meter("ai_tokens")
+    connected.create_customer(id="cus_1")
+    for account in ("", "acct_x"):
+        acts.correct(books.ledger, "cus_1", "ai_tokens", 7, reason="forgotten", id="a", account=account)
+    books.deliver()
+    assert (books.billed(), connected.billed("ai_tokens", "cus_1")) == (7, 7)
+    with books.ledger.deliver_lane().transaction() as connection:  # the invariant looks at the key's own account only
+        connection.execute(delete(readings).where(readings.c.account == "acct_x"))
+        connection.execute(delete(events).where(events.c.account == "acct_x"))
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
@@ -204,6 +218,7 @@ def test_usage_that_is_too_old_is_held_and_billed_under_a_new_time_when_a_person
     assert (set(books.states().values()), books.billed(), len(ids)) == ({"delivered"}, 2, 2)
     assert all(event.timestamp >= before for event in books.sandbox.events)
     assert books.told() == ["re-timed run-1", "re-timed run-2"]
+    tally("usage is older than 35 days", tried=2, needed_a_person=2)
 
 
 def test_a_new_time_can_be_chosen(books: Books) -> None:

@@ -52,8 +52,8 @@ def clock(sandbox: StripeSandbox) -> Clock:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, clock: Clock) -> Iterator[Ledger]:
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", clock=clock)
+def ledger(quick_folder: Path, clock: Clock) -> Iterator[Ledger]:
+    ledger = Ledger(f"sqlite:///{quick_folder}/ledger.db", clock=clock)
     yield ledger
     ledger.close()
 
@@ -200,7 +200,7 @@ print(json.dumps({"rows": rows, "offsets": offsets}))
 """
 
 
-def test_time_zones_and_daylight_saving_change_nothing(tmp_path: Path) -> None:
+def test_time_zones_and_daylight_saving_change_nothing(quick_folder: Path) -> None:
     """New York leaves daylight saving time at 06:00 UTC on 1 November 2026, when 01:30 comes twice."""
     change = 1_793_512_800
     times = [change - 1800, change - 1, change, change + 1800]
@@ -210,12 +210,12 @@ def test_time_zones_and_daylight_saving_change_nothing(tmp_path: Path) -> None:
             own.set_time(times[-1])
             own.create_meter("ai_tokens")
             own.create_customer(id="cus_1")
-            command = [sys.executable, "-c", IN_A_ZONE, str(tmp_path / zone.replace("/", "-")), *map(str, times)]
+            command = [sys.executable, "-c", IN_A_ZONE, str(quick_folder / zone.replace("/", "-")), *map(str, times)]
             environment = {**os.environ, **own.environment(), "TZ": zone}
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=60)
             seen = json.loads(done.stdout)
             assert sorted(event.timestamp for event in own.events) == sorted(times * 2)
-            ledger = Ledger(f"sqlite:///{tmp_path}/{zone.replace('/', '-')}", clock=own.now)
+            ledger = Ledger(f"sqlite:///{quick_folder}/{zone.replace('/', '-')}", clock=own.now)
             settled(ledger, own, fault="time zones, around the end of daylight saving time")
             ledger.close()
         rows.append([[column for column in row if not str(column).startswith("req_")] for row in seen["rows"]])

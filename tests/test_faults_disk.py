@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -156,3 +157,33 @@ def test_a_schema_that_never_was_is_refused_and_left_as_it_is(tmp_path: Path) ->
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE stripe_meter_version SET version_num = '0000'")
     assert not is_usable(path)
+
+
+def delete(path: Path) -> None:
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+
+
+def replace_by_a_backup(path: Path) -> None:
+    backup = path.with_name("backup")
+    shutil.copy(path, backup)
+    delete(path)
+    backup.rename(path)
+
+
+@pytest.mark.parametrize("swap", [delete, replace_by_a_backup])
+def test_a_ledger_whose_file_was_taken_away_is_noticed_and_what_comes_next_goes_to_the_new_file(
+    tmp_path: Path, swap: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """SQLite would go on writing to the old file, which nobody can find any more."""
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(f"sqlite:///{path}")
+    ledger.record([reading("before")])
+    swap(path)
+    ledger.record([reading("after")])
+    assert "deleted or replaced" in caplog.text
+    assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 or swap is replace_by_a_backup
+    with closing(sqlite3.connect(path)) as another:
+        assert "after" in {key for (key,) in another.execute("SELECT key FROM readings")}
+    ledger.close()
+    tally("the ledger's file is deleted or replaced while it is in use", needed_a_person=1)

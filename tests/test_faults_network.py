@@ -56,8 +56,8 @@ def sandbox() -> Iterator[StripeSandbox]:
 
 
 @pytest.fixture
-def ledger(tmp_path: Path, sandbox: StripeSandbox) -> Iterator[Ledger]:
-    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db", clock=sandbox.now)
+def ledger(quick_folder: Path, sandbox: StripeSandbox) -> Iterator[Ledger]:
+    ledger = Ledger(f"sqlite:///{quick_folder}/ledger.db", clock=sandbox.now)
     yield ledger
     ledger.close()
 

@@ -70,11 +70,11 @@ class Lab:
         return keys - {"after"}
 
 
-def images(tmp_path: Path, synchronous: str) -> Iterator[tuple[int, Disk, Mapping[str, bytes]]]:
+def images(quick_folder: Path, synchronous: str) -> Iterator[tuple[int, Disk, Mapping[str, bytes]]]:
     """Every image of every moment, numbered."""
-    folder, chance, number = tmp_path / "traced", random.Random(1), 0
+    folder, chance, number = quick_folder / "traced", random.Random(1), 0
     folder.mkdir()
-    lines = trace(RECORDER, folder, synchronous, output=tmp_path / "trace")
+    lines = trace(RECORDER, folder, synchronous, output=quick_folder / "trace")
     for disk in moments(lines, folder):
         for choose in ways(chance):
             number += 1
@@ -83,10 +83,10 @@ def images(tmp_path: Path, synchronous: str) -> Iterator[tuple[int, Disk, Mappin
     assert disk.image(lambda: True)["ledger.db"] == (folder / "ledger.db").read_bytes()
 
 
-def test_every_image_of_a_power_loss_has_all_that_was_acknowledged(tmp_path: Path) -> None:
-    lab, chance = Lab(tmp_path / "lab"), random.Random(2)
+def test_every_image_of_a_power_loss_has_all_that_was_acknowledged(quick_folder: Path) -> None:
+    lab, chance = Lab(quick_folder / "lab"), random.Random(2)
     tried = 0
-    for number, disk, image in images(tmp_path, "FULL"):
+    for number, disk, image in images(quick_folder, "FULL"):
         lab.put(image, chance.randbytes(chance.choice([0, 3, 32768])))
         found = lab.keys_by_the_package() if number % 7 == 0 else lab.keys()
         assert set(disk.said) <= found <= WHOLE
@@ -95,11 +95,11 @@ def test_every_image_of_a_power_loss_has_all_that_was_acknowledged(tmp_path: Pat
     tally("power loss at each write and fsync, with torn and reordered sectors", tried=tried, varies=True)
 
 
-def test_with_normal_an_image_lacks_what_was_acknowledged_last_and_none_is_corrupt(tmp_path: Path) -> None:
+def test_with_normal_an_image_lacks_what_was_acknowledged_last_and_none_is_corrupt(quick_folder: Path) -> None:
     """Those who ask for NORMAL trade this; and it shows that the images do lose what was not waited for."""
-    lab = Lab(tmp_path / "lab")
+    lab = Lab(quick_folder / "lab")
     losing = 0
-    for _, disk, image in images(tmp_path, "NORMAL"):
+    for _, disk, image in images(quick_folder, "NORMAL"):
         lab.put(image, b"")
         found = lab.keys()
         losing += not set(disk.said) <= found

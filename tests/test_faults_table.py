@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from faults import TESTS, Row, at_least, files, not_passed, readme_lines, rows
+from faults import TESTS, Row, files, not_passed, readme_lines, roughly, rows
 
 
 def cells(line: str) -> list[str]:
@@ -11,7 +11,7 @@ def cells(line: str) -> list[str]:
 
 
 def tried_in(line: str) -> int:
-    return int(cells(line)[1].rstrip("+"))
+    return int(cells(line)[1].removeprefix("≈ "))
 
 
 def was_whole(request: pytest.FixtureRequest) -> bool:
@@ -39,10 +39,10 @@ def test_the_readmes_table_is_what_the_suite_tried(request: pytest.FixtureReques
     if was_whole(request):
         assert rows.keys() == lines.keys()
         assert {row.line() for row in rows.values() if not row.varies} <= set(lines.values())
-        assert all(row.tried >= tried_in(lines[fault]) for fault, row in rows.items())
+        assert all(2 * row.tried >= tried_in(lines[fault]) for fault, row in rows.items())
 
 
-def test_a_row_that_varies_says_at_least_how_often() -> None:
-    assert [at_least(count) for count in (1, 9, 10, 87, 340, 1999)] == [1, 9, 10, 80, 300, 1000]
-    assert Row("power loss", 340, varies=True).line() == "| power loss | 300+ | 0 | 0 | 0 |"
+def test_a_row_that_varies_says_roughly_how_often() -> None:
+    assert [roughly(count) for count in (1, 9, 10, 87, 340, 1999)] == [1, 9, 10, 80, 300, 1000]
+    assert Row("power loss", 340, varies=True).line() == "| power loss | ≈ 300 | 0 | 0 | 0 |"
     assert Row("power loss", 340).line() == "| power loss | 340 | 0 | 0 | 0 |"

@@ -20,8 +20,8 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
 from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.payers import remember
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
-from langchain_stripe_meter.ledger.secret import digest_of, secret_of
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 MAIL, NAME, PHONE, SESSION = "canary-mail@example.com", "Canary Name", "+4930901820", "canary-session"
@@ -65,9 +65,8 @@ def fill(ledger: Ledger) -> None:
     captured.capture(SESSION, email=MAIL, name=NAME, phone=PHONE)
     captured.capture("another-session", email=MAIL)
     captured.capture("bobs-session", email="bob@example.com")
-    theirs = digest_of(secret_of(ledger), "", WHO)
     with ledger.deliver_lane().transaction() as connection:
-        connection.execute(insert(payers), [{"digest": theirs, "customer": "cus_1", "at": 1}])
+        remember(connection, "", f"email:{MAIL}", "cus_1", 1)
         connection.execute(insert(payers), [{"digest": "0" * 64, "customer": "cus_2", "at": 1}])
         detail = json.dumps({"was": f"email:{MAIL}"})
         connection.execute(insert(acts), [{"at": 1, "act": "assign", "subject": "held", "detail": detail}])
@@ -116,8 +115,11 @@ def test_what_points_to_a_customer_goes_and_what_was_billed_to_it_stays(ledger: 
 
 def test_the_session_of_skipped_runs_is_forgotten_with_it(ledger: Ledger) -> None:
     fill(ledger)
-    forget(ledger, session=SESSION)
-    assert Leads(ledger).capture(SESSION, email="new@example.com", bill_from="first_message") == 0
+    Leads(ledger).record([named("theirs", None, ReadingState.SKIPPED, session=SESSION, account="acct_1")])
+    assert forget(ledger, session=SESSION).readings == 5
+    for account in ("", "acct_1"):
+        captured = {"email": "new@example.com", "account": account, "bill_from": "first_message"}
+        assert Leads(ledger).capture(SESSION, **captured) == 0
 
 
 def test_nobody_is_erased_by_mistake(ledger: Ledger) -> None:

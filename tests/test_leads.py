@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_invariant
+from conftest import assert_invariant, wait_until
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
-from sqlalchemy import func, select
+from sqlalchemy import event, func, select
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, first_of, from_lead, from_metadata
 from langchain_stripe_meter.core.customers import Facts, FirstOf, lead_session, session_digest
@@ -276,6 +276,40 @@ def test_threads_that_record_while_a_lead_is_captured_lose_nothing(desk: Desk) -
             one.result()
     assert desk.billed() == {desk.ann: 80}
     assert desk.states() == {"sealed": 80}
+
+
+def test_on_postgresql_a_capture_waits_for_a_run_that_is_just_being_stored(postgres_url: str) -> None:
+    """The run has looked for its lead and is not yet stored; another process captures at that moment."""
+    one, other = Ledger(postgres_url), Ledger(postgres_url)
+    looked, stored_or_waiting = threading.Event(), threading.Event()
+
+    def before(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("INSERT INTO readings"):
+            looked.set()
+            assert stored_or_waiting.wait(60)
+
+    event.listen(one.database.engine, "before_cursor_execute", before)
+    entry = Entry("run", "tokens", Decimal(1), 1_800_000_000, ReadingState.SKIPPED, session="s1")
+
+    def capture() -> int:
+        try:
+            return Leads(other).capture("s1", email="ann@example.com", bill_from="first_message")
+        finally:
+            stored_or_waiting.set()
+
+    def somebody_waits() -> bool:
+        with other.read() as connection:
+            return bool(connection.exec_driver_sql("SELECT count(*) FROM pg_locks WHERE NOT granted").scalar())
+
+    with ThreadPoolExecutor(2) as pool:
+        stored = pool.submit(Leads(one).record, [entry])
+        assert looked.wait(60)
+        captured = pool.submit(capture)
+        wait_until(lambda: stored_or_waiting.is_set() or somebody_waits())
+        stored_or_waiting.set()
+        assert (len(stored.result()), captured.result()) == (1, 1)
+    one.close()
+    other.close()
 
 
 CLERK = """

@@ -100,3 +100,16 @@ def test_a_phone_number_is_read_in_its_region(shop: Shop) -> None:
 def test_a_tool_that_notes_what_the_handler_does_not_read_is_refused(shop: Shop) -> None:
     with pytest.raises(ConfigurationError, match="by='phone'"):
         capture_lead_tool(shop.handler, by="phone")
+
+
+def test_a_lead_is_noted_on_the_account_that_is_billed(shop: Shop) -> None:
+    from langchain_stripe_meter.core.tenants import Tenant
+
+    one = shop.another_handler(stripe_account="acct_1")
+    several = shop.another_handler(tenant=lambda facts: Tenant("acct_2"))
+    for handler, account in ((one, "acct_1"), (several, "acct_2")):
+        tool = capture_lead_tool(handler)
+        assert "noted" in tool.invoke({"email": "ann@example.com"}, {"metadata": {"session_id": "s"}})
+        assert handler.leads.find("s", account) == {"email": "ann@example.com"}
+    one.leads.capture("s2", email="bob@example.com")
+    assert one.leads.find("s2") == several.leads.find("s2", "acct_1") == {"email": "bob@example.com"}

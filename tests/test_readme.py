@@ -41,9 +41,11 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: S
     builder = StateGraph(MessagesState)
     builder.add_node("answer", lambda state: {"messages": [model().invoke(state["messages"])]})
     builder.add_edge(START, "answer")
+    monkeypatch.setenv("STRIPE_WEBHOOK_SECRET", stripe_sandbox.webhook_secret)
     monkeypatch.setenv("STRIPE_METER_TOKEN_SECRET", "a-secret-of-more-than-32-bytes-indeed")
     public = {name: getattr(langchain_stripe_meter, name) for name in langchain_stripe_meter.__all__}
-    return {**public, "chain": ChatPromptTemplate.from_template("{question}") | model(), "builder": builder, **SERVER}
+    chain = ChatPromptTemplate.from_template("{question}") | model()
+    return {**public, "chain": chain, "builder": builder, "model": model(), "tools": [], **SERVER}
 
 
 def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], stripe_sandbox: StripeSandbox) -> None:
@@ -57,7 +59,12 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     assert namespace["out"]["success"] is True
     user = SimpleNamespace(user=SimpleNamespace(stripe_customer_id="cus_123"))
     assert namespace["paid_by_user"]({}, user)["callbacks"] == [namespace["meter"]]
+    assert namespace["app"].routes[0].path == "/stripe/webhooks"
+    taken_back = [event.value for event in stripe_sandbox.events if event.cancelled]
+    assert taken_back == [-100]
     for handler in handlers:
         assert handler.close().pending == 0
-    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500
+    limited = 15 + 15  # an agent and a chain
+    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500 + limited
+    assert namespace["left"] == 100_000 - (15 + 15 + 812 + limited)  # what was sent without a ledger does not count
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)

@@ -20,9 +20,10 @@ from langchain_stripe_meter import (
     from_lead,
     from_metadata,
 )
+from langchain_stripe_meter.agents.limits import Budget, SpendLimit
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.tenants import Tenant
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, SpendLimitError
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.sandbox import StripeSandbox
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
@@ -205,3 +206,18 @@ def test_the_workflow_component_bills_on_a_connected_account(platform: Platform)
     assert platform.billed() == (0, 7, 0)
     with pytest.raises(InvalidValueError, match="no connected account"):
         StripeMeterEvent(stripe_account="anna")
+
+
+def test_a_limit_is_that_of_a_customer_on_one_account(platform: Platform) -> None:
+    def budget_of(handler: StripeMeterCallbackHandler) -> Budget:
+        return Budget(handler, SpendLimit("ai_tokens", 20))
+
+    with platform.handler(customer="cus_1", tenant=of_metadata) as handler:
+        budget = budget_of(handler)
+        for name in ("anna", "anna", "bert"):
+            answer(handler, tenant=name)
+        with pytest.raises(SpendLimitError):
+            budget.check(Facts({"tenant": "anna"}))
+        assert budget.remaining(Facts({"tenant": "bert"})) == 5
+        with platform.handler(customer="cus_1", stripe_account=ANNA) as hers:
+            assert budget_of(hers).remaining("cus_1") == 0

@@ -16,6 +16,7 @@ import requests
 import uvicorn
 from auditing import Books
 from conftest import wait_until
+from faults import tally
 from starlette.applications import Starlette
 
 from langchain_stripe_meter.audit.webhooks import MAX_BODY, MAX_HEADER
@@ -63,6 +64,7 @@ def test_whatever_bit_is_flipped_or_cut_off_it_is_refused_and_nothing_changes(
         tried += 1
     assert tried > 500
     assert (books.snapshot(), len(books.sandbox.requests)) == (before, asked)
+    tally("a webhook is forged or altered", tried=tried)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +103,7 @@ def test_a_date_too_far_from_now_is_refused_either_way(books: Books, seconds: in
     before = books.snapshot()
     result = books.webhooks.handle(body, books.sign(body, at=books.ledger.now() + seconds))
     assert (result.status, books.snapshot()) == (status, before)
+    tally("a webhook is dated too far from now", tried=int(status == 400))
 
 
 def test_another_secret_is_refused_and_the_right_one_among_several_signatures_is_enough(books: Books) -> None:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
-from langchain_stripe_meter.core.customers import Facts, Reference, Skip, needs_lookup
+from langchain_stripe_meter.core.customers import Facts, Reference, Skip
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
@@ -31,10 +31,12 @@ Amount = int | Decimal
 
 @dataclass(frozen=True, slots=True)
 class Spender:
-    """Whose limit is asked for: how they are identified, and the facts of their run (empty outside of one)."""
+    """Whose limit is asked for: how they are identified, the facts of their run (empty outside of one), and the
+    connected account that they pay on (``""`` for the key's own)."""
 
     reference: Reference
     facts: Facts
+    account: str = ""
 
 
 LimitOf = Callable[[Spender], Amount | None]
@@ -116,8 +118,9 @@ class Budget:
     Usage counts as soon as its run has ended, in whichever process shares the ledger. What a call will use is not known
     before it ends, so calls that have begun when the limit is reached go beyond it: by what was in flight, no more.
 
-    Nobody's e-mail, name or phone must be known at Stripe yet for a limit to hold. The first check reads the readings
-    of the longest period once (about 3 seconds per million); ``refresh`` does so when a server starts.
+    A limit holds for a lead's e-mail, name or phone also before Stripe's customer is known. The first check of a
+    process reads the readings of the longest period (a second or more, where there are hundreds of thousands);
+    ``refresh`` does so when a server starts.
     """
 
     def __init__(
@@ -135,7 +138,6 @@ class Budget:
         self._meter = meter
         self._stops_nobody = unidentified == "stop"
         self._stops_on_failure = on_failure == "stop"
-        self._needs_lookup = needs_lookup(meter.customer)
         self._counters = Counters(meter._ledger, [limit.period for limit in limits])
 
     def __repr__(self) -> str:
@@ -152,7 +154,7 @@ class Budget:
         if spender is None:
             return []
         wanted = [(limit.event_name, limit.period) for limit in self.limits]
-        used = self._counters.used(spender.reference, wanted)
+        used = self._counters.used(spender.reference, wanted, spender.account)
         now = self._meter._ledger.now()
         return [_allowance(limit, spender, spent, now) for limit, spent in zip(self.limits, used, strict=True)]
 
@@ -206,15 +208,14 @@ class Budget:
         self._counters.used(Reference("id", "cus_nobody"), ())
 
     def _spender(self, customer: Customer) -> Spender | None:
+        account = self._meter._stripe_account
         if isinstance(customer, str):
-            return Spender(Reference("id", customer), Facts())
+            return Spender(Reference("id", customer), Facts(), account)
         if isinstance(customer, Reference):
-            return Spender(customer, Facts())
+            return Spender(customer, Facts(), account)
         facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
-        if self._needs_lookup and facts.lead is None:
-            facts = replace(facts, lead=self._meter.leads.find)
-        who = self._meter.customer.identify(facts)
-        return None if isinstance(who, Skip) else Spender(who, facts)
+        account, who = self._meter._recorder.payer(facts)
+        return None if isinstance(who, Skip) else Spender(who, facts, account)
 
 
 def _check_limits(meter: StripeMeterCallbackHandler, limits: tuple[SpendLimit, ...]) -> None:

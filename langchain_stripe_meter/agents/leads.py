@@ -13,7 +13,7 @@ from langchain_core.runnables import RunnableConfig
 from langchain_core.tools import BaseTool, StructuredTool
 from pydantic import Field, create_model
 
-from langchain_stripe_meter.core.customers import By, lead_fields, lead_session
+from langchain_stripe_meter.core.customers import By, lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.leads import BillFrom
@@ -44,11 +44,12 @@ def capture_lead_tool(
     sorry = f"That is not a complete {called}. Ask the user to write it once more."
 
     def capture_lead(config: RunnableConfig, **typed: str) -> str:
-        session = lead_session(meter.customer, facts_of(config.get("metadata"), meter._ledger.now()))
-        if session is None:
+        place = meter._recorder.place_of_lead(facts_of(config.get("metadata"), meter._ledger.now()))
+        if place is None:
             return "This conversation has no session, so nothing can be noted. Go on without it."
         try:
-            meter.leads.capture(session, **typed, region=region, bill_from=bill_from)
+            account, session = place
+            meter.leads.capture(session, **typed, account=account, region=region, bill_from=bill_from)
         except InvalidValueError:
             return sorry
         except MeteringError as error:  # the chat must not break over it

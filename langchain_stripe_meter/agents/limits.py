@@ -43,7 +43,7 @@ __all__ = [
 Message = str | Callable[[SpendLimitError], str]
 
 
-class SpendLimitMiddleware(AgentMiddleware[Any, Any, Any]):
+class SpendLimitMiddleware(AgentMiddleware):  # langchain 1.0.0 has fewer type parameters for it than later versions
     """Ends an agent's run before its next model call when the customer's budget is used up.
 
     Args:

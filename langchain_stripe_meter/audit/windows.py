@@ -18,9 +18,9 @@ from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.audit import billed_on, meters_named
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import reports
-from langchain_stripe_meter.ledger.acts import UNEXPLAINED, write_down
+from langchain_stripe_meter.ledger.acts import UNEXPLAINED
 from langchain_stripe_meter.ledger.reports import Window
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 CUSTOMERS_AT_ONCE = 20
 """How many customers one look at a window asks Stripe about; delivery waits meanwhile, and goes first."""
@@ -154,7 +154,7 @@ class Windows:
             now = self._ledger.now()
             rejected = reports.reject_absent(connection, found.rejected, known.account, ABSENT_CODE, now)
             for one in found.unexplained:
-                write_down(connection, UNEXPLAINED, one.identifiers[0], str(one), now)
+                write_act(connection, UNEXPLAINED, one.identifiers[0], str(one), now)
             reports.keep(connection, replace(after, waiting=stored.waiting), now)
         found = replace(found, rejected=tuple(rejected))
         tell_rejected(self._on_error, found.rejected, [ABSENT_CODE])

@@ -50,6 +50,7 @@ def correct(
     name: Annotated[str, typer.Option("--id", help="A name for it: the same one is never billed twice.")],
     reason: ReasonOption,
     at: Annotated[int | None, typer.Option(help="The time that it counts for, in Unix seconds.")] = None,
+    account: Annotated[str, typer.Option(help="The customer's connected account, 'acct_…'.")] = "",
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -57,7 +58,7 @@ def correct(
     with clear_errors(), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.acts import correct as record
 
-        identifier = record(opened, customer, event_name, value, reason=reason, id=name, at=at)
+        identifier = record(opened, customer, event_name, value, reason=reason, id=name, at=at, account=account)
         said = f"Recorded as {identifier}. Run: stripe-meter deliver --once"
         say(said, {"identifier": identifier}, as_json=as_json)
 

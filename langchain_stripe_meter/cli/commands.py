@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -294,6 +295,22 @@ def _furnish(running: StripeSandbox, meters: list[str], emails: list[str], *, as
     facts = {"environment": running.environment(), "meters": meters, "customers": customers}
     say("\n".join(lines), facts, as_json=as_json)
     sys.stdout.flush()
+
+
+@app.command()
+def settings(
+    file: Annotated[Path, typer.Argument(help="A .toml or .json file of MeteringSettings.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Check a file of settings, and say what it means."""
+    with clear_errors():
+        from langchain_stripe_meter.settings import MeteringSettings
+
+        read = MeteringSettings.from_file(file)
+        if as_json:
+            print_json(read.model_dump(mode="json"))
+            return
+        record(read.in_words(), as_json=False)
 
 
 @app.command()

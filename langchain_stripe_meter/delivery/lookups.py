@@ -41,6 +41,7 @@ class Lookups:
     def __init__(self, ledger: Ledger, *, create_missing: bool = False) -> None:
         self._ledger = ledger
         self._create_missing = create_missing
+        self._secret: bytes | None = None
         self._found: TTLCache[Unknown, str] = TTLCache(CACHED_AT_MOST, FOUND_SECONDS, ledger.now)
         self._missing: TTLCache[Unknown, bool] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
         self._rest_until = 0
@@ -50,6 +51,8 @@ class Lookups:
         """How many readings could be settled from memory, and whom to ask Stripe for now."""
         if now < self._rest_until:
             return 0, []
+        if self._secret is None:  # before the transaction: two couriers that make it within one would block each other
+            self._secret = secret_of(self._ledger)
         with self._ledger.deliver_lane().transaction() as connection:
             waiting = resolving.unresolved(connection, now)
             known = {one: self._found.get(one) for one in waiting if one in self._found or one in self._missing}
@@ -80,7 +83,7 @@ class Lookups:
             recent = find_recent(gateway, reference, account, self._ledger.now())
             if recent:
                 return Answer(recent)
-        key = digest_of(secret_of(self._ledger), account, reference)
+        key = digest_of(self._secret or secret_of(self._ledger), account, reference)
         try:
             made = create_customer(gateway, reference, account, key)
         except StripeError as error:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, exists, func, insert, select, update
+from sqlalchemy import Connection, exists, func, select, update
 
 from langchain_stripe_meter.core.events import (
     MAX_NAME_LENGTH,
+    check_account,
     check_customer_id,
     check_event_name,
     check_timestamp,
@@ -32,7 +33,7 @@ from langchain_stripe_meter.core.states import (
 )
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.schema import acts, events, readings
-from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore
+from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, html_table
 
 CANCEL_SECONDS = 86_400
@@ -70,11 +71,6 @@ def every_act(ledger: Ledger, most: int = 1000) -> ActList:
     return ActList(Act(row.at, row.act, row.subject, row.detail or "") for row in reversed(rows))
 
 
-def write_down(connection: Connection, act: str, subject: str, detail: str, now: int) -> None:
-    """Record an act, in the transaction that does it."""
-    connection.execute(insert(acts).values(at=now, act=act, subject=subject, detail=detail))
-
-
 def _locked(query: Any, connection: Connection) -> Any:
     """On PostgreSQL, nobody else may change what a decision is about to be made of."""
     return query.with_for_update() if connection.dialect.name == "postgresql" else query
@@ -108,7 +104,7 @@ def reject_later(connection: Connection, row: Any, code: str, now: int) -> str |
     ).rowcount
     if not changed:
         return None
-    write_down(connection, REJECTED_LATER, row.identifier, f"{code}; it is now {identifier}", now)
+    write_act(connection, REJECTED_LATER, row.identifier, f"{code}; it is now {identifier}", now)
     return identifier
 
 
@@ -153,7 +149,7 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
                 "it. Correct the customer's total instead: correct(...)."
             )
         if not _has(connection, CANCEL_ASKED, row.identifier):
-            write_down(connection, CANCEL_ASKED, row.identifier, "", now)
+            write_act(connection, CANCEL_ASKED, row.identifier, "", now)
         return Cancellable(row.id, row.identifier, row.event_name, row.account)
 
 
@@ -162,12 +158,12 @@ def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> No
     with ledger.deliver_lane().transaction() as connection:
         now = ledger.now()
         if refused is not None:
-            write_down(connection, REFUSED, event.identifier, refused[:MAX_REASON], now)
+            write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], now)
             return
         state = next_event_state(EventState.DELIVERED, Move.CANCEL).value
         mine = update(events).where(events.c.id == event.id, events.c.identifier == event.identifier)
         if connection.execute(mine.where(events.c.state == EventState.DELIVERED.value).values(state=state)).rowcount:
-            write_down(connection, CANCELLED, event.identifier, "", now)
+            write_act(connection, CANCELLED, event.identifier, "", now)
 
 
 def _has(connection: Connection, act: str, subject: str) -> bool:
@@ -208,7 +204,15 @@ def _named_move(table: Callable[[Any, Move], Any], state: Any, move: Move, name:
 
 
 def correct(
-    ledger: Ledger, customer: str, event_name: str, value: object, *, reason: str, id: str, at: int | None = None
+    ledger: Ledger,
+    customer: str,
+    event_name: str,
+    value: object,
+    *,
+    reason: str,
+    id: str,
+    at: int | None = None,
+    account: str = "",
 ) -> str:
     """Record a correction, a reading of its own, and the act; returns its identifier.
 
@@ -221,18 +225,19 @@ def correct(
         raise InvalidValueError("A correction by 0 changes nothing. Give the difference, such as -500.")
     now = ledger.now()
     entry = Entry(
-        key=derive_identifier(f"correction/{id}", check_event_name(event_name)),
+        key=derive_identifier(f"correction/{id}", check_event_name(event_name), account=check_account(account)),
         event_name=event_name,
         value=amount,
         at=now if at is None else check_timestamp(at, now),
         state=ReadingState.RESOLVED,
         customer=check_customer_id(customer),
+        account=account,
     )
     said = check_reason(reason)
     with ledger.deliver_lane().transaction() as connection:
         if insert_or_ignore(connection, readings, entry.columns()):
             detail = f"{event_name} of {customer} by {number_text(amount)}: {said}"
-            write_down(connection, CORRECTED, entry.key, detail, now)
+            write_act(connection, CORRECTED, entry.key, detail, now)
         else:
             _check_same(connection, entry, id)
     return entry.key
@@ -268,7 +273,7 @@ def retime(ledger: Ledger, held: Held | Sequence[int], at: int | None = None) ->
             state = _retimed(row, now)
             values = {"state": state, "at": when, "reason": None, "due": None}
             connection.execute(update(readings).where(readings.c.id == row.id).values(**values))
-            write_down(connection, RETIMED, row.key, f"from {row.at} to {when}", now)
+            write_act(connection, RETIMED, row.key, f"from {row.at} to {when}", now)
     return len(ids)
 
 
@@ -300,7 +305,7 @@ def write_off(ledger: Ledger, what: Held | str | Sequence[int | str], *, reason:
             state = _named_move(next_reading_state, ReadingState(row.state), Move.WRITE_OFF, name)
             values = {"state": state, "reason": said, "due": None, "reference": None}
             connection.execute(update(readings).where(readings.c.id == row.id).values(**values))
-            write_down(connection, WRITTEN_OFF, row.key, said, now)
+            write_act(connection, WRITTEN_OFF, row.key, said, now)
         for name in (name for name, row in zip(names, held, strict=True) if row is None):
             _write_off_event(connection, name, said, now)
     return len(ids) + len(names)
@@ -317,7 +322,7 @@ def _write_off_event(connection: Connection, identifier: str, reason: str, now: 
     name = f"The meter event {row.identifier}"
     state = _named_move(next_event_state, EventState(row.state), Move.WRITE_OFF, name)
     connection.execute(update(events).where(events.c.id == row.id).values(state=state, settled_at=now))
-    write_down(connection, WRITTEN_OFF, row.identifier, reason, now)
+    write_act(connection, WRITTEN_OFF, row.identifier, reason, now)
 
 
 def _readings(connection: Connection, ids: Sequence[int]) -> list[Any]:

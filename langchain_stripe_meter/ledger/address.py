@@ -1,11 +1,13 @@
-"""Where a ledger is: its address, and its file if it has one."""
+"""Where a ledger is: its address, its file if it has one, its server if not."""
 
 from __future__ import annotations
 
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from sqlalchemy import Engine, create_engine
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import NoSuchModuleError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
@@ -69,3 +71,20 @@ def make_durable(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def postgres_engine(url: URL, patience: int, **arguments: Any) -> Engine:
+    """An engine for psycopg 3, which gives up after ``patience`` seconds unless the address says otherwise.
+
+    A server that is gone must not hold a run up for the minutes that TCP would wait.
+    """
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    options = {"connect_timeout": str(patience), "tcp_user_timeout": str(2000 * patience)}
+    options = {name: value for name, value in options.items() if name not in url.query}
+    try:
+        return create_engine(url.update_query_dict(options), pool_pre_ping=True, **arguments)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
+        ) from error

@@ -41,9 +41,9 @@ ACTS_BACK = 200
 
 _NOT_USED = (ReadingState.SKIPPED.value, ReadingState.WRITTEN_OFF.value)
 _READINGS = (  # a reading that became an event is in that event's state: it may have been cancelled since
-    "SELECT r.id, r.key, r.account, r.event_name, r.customer, r.reference, r.value, r.at, coalesce(e.state, r.state) "
-    "FROM readings r LEFT JOIN events e ON e.id = r.event_id WHERE "
-)
+    "SELECT r.id, r.key, r.account, r.event_name, r.customer, r.reference, r.value, r.at, "
+    "coalesce((SELECT e.state FROM events e WHERE e.id = r.event_id), r.state) FROM readings r WHERE "
+)  # (no join: PostgreSQL, before it has statistics, would prepare for a large one)
 
 
 class _Row(NamedTuple):
@@ -132,20 +132,28 @@ class Counters:
         those after it, may come again.
         """
         last, key = self._last
+        rows = self._rows("r.id >= ? ORDER BY r.id LIMIT ?", last, PAGE)
+        if key is not None and (not rows or (rows[0].id, rows[0].key) != (last, key)):
+            return False
+        self._read_gaps(now)
+        while True:
+            new = [row for row in rows if row.id != last]
+            self._count(new, now)
+            if not self._sqlite:  # there, one writer at a time numbers what it commits
+                self._gaps.note([row.id for row in new], last, now)
+            if rows:
+                last = rows[-1].id
+                self._last = (last, rows[-1].key)
+            if len(rows) < PAGE:
+                return True
+            rows = self._rows("r.id > ? ORDER BY r.id LIMIT ?", last, PAGE)
+
+    def _read_gaps(self, now: int) -> None:
         missing = self._gaps.open(now)
         if missing:
-            rows = self._rows("(r.id >= ? OR r.id = ANY(?)) ORDER BY r.id", last, missing)
-        else:
-            rows = self._rows("r.id >= ? ORDER BY r.id", last)
-        if key is not None and not any(row.id == last and row.key == key for row in rows):
-            return False
-        new = [row for row in rows if row.id != last]
-        self._count(new, now)
-        if not self._sqlite:  # there, one writer at a time numbers what it commits
-            self._gaps.note([row.id for row in new], last, now)
-        if rows and rows[-1].id >= last:
-            self._last = (rows[-1].id, rows[-1].key)
-        return True
+            rows = self._rows("r.id = ANY(?)", missing)
+            self._count(rows, now)
+            self._gaps.close([row.id for row in rows])
 
     def _count(self, rows: Iterable[_Row], now: int) -> None:
         self._spent.add(self._amounts(rows), now)
@@ -258,12 +266,14 @@ class _Gaps:
             self._since = {number: at for number, at in self._since.items() if 0 <= now - at < GAP_SECONDS}
         return list(self._since)
 
-    def note(self, numbers: Sequence[int], last: int, now: int) -> None:
-        """``numbers`` were seen, in their order; ``last`` was the newest before."""
+    def close(self, numbers: Iterable[int]) -> None:
+        """``numbers`` were committed and seen."""
         for number in numbers:
-            if number <= last:
-                self._since.pop(number, None)
-                continue
+            del self._since[number]
+
+    def note(self, numbers: Iterable[int], last: int, now: int) -> None:
+        """``numbers`` were seen, in their order, after ``last``: what lies between them is missing."""
+        for number in numbers:
             self._since.update(dict.fromkeys(range(max(last + 1, number - TAIL), number), now))
             last = number
         for number in list(self._since)[:-TAIL]:

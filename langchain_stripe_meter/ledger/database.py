@@ -20,14 +20,13 @@ from typing import Any, NamedTuple
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
-from sqlalchemy.engine import URL
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
 
-from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, NewerLedgerError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.address import parse_url, prepare_file
+from langchain_stripe_meter.ledger.address import parse_url, postgres_engine, prepare_file
 from langchain_stripe_meter.ledger.schema import HEAD
 
 BUSY_SECONDS = 5
@@ -35,8 +34,6 @@ BUSY_SECONDS = 5
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
 VERSION_TABLE = "stripe_meter_version"
-_POSTGRES_PATIENCE = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": "10000"}
-"""A server that is gone must not hold a run up for the minutes that TCP would wait; the address may say otherwise."""
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -192,6 +189,7 @@ class Database:
 
     def __init__(self, url: str, *, synchronous: str = "FULL") -> None:
         self.url = parse_url(url)
+        self._path = Path(str(self.url.database))
         self._synchronous = synchronous
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
@@ -282,8 +280,8 @@ class Database:
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
-            return _postgres_engine(self.url)
-        prepare_file(Path(str(self.url.database)))
+            return postgres_engine(self.url, BUSY_SECONDS, **_DISCREET)
+        prepare_file(self._path)
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
         engine = create_engine(
             self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET
@@ -304,21 +302,6 @@ class Database:
                 for lane in opened.lanes.values():
                     lane.close()
                 opened.engine.dispose()
-
-
-def _postgres_engine(url: URL) -> Engine:
-    if url.drivername == "postgresql":
-        url = url.set(drivername="postgresql+psycopg")
-    try:
-        return create_engine(
-            url.update_query_dict({name: value for name, value in _POSTGRES_PATIENCE.items() if name not in url.query}),
-            pool_pre_ping=True,
-            **_DISCREET,
-        )
-    except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
-        ) from error
 
 
 @contextmanager

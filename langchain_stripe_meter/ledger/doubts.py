@@ -8,14 +8,14 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, insert, or_, select, update
+from sqlalchemy import Connection, and_, or_, select, update
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger.schema import acts, events, pruned
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.schema import events, pruned
+from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
 DAY = 86_400
@@ -96,7 +96,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
                 )
             _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
             said = "Stripe has it" if delivered else "Stripe does not have it"
-            connection.execute(insert(acts).values(at=now, act="doubt settled", subject=identifier, detail=said))
+            write_act(connection, "doubt settled", identifier, said, now)
             moved += 1
     return moved
 

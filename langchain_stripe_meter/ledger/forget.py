@@ -19,7 +19,7 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.secret import digest_of, secret_of
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
 
 FORGOTTEN = "forgotten: whoever it was asked to be erased; assign it or write it off"
@@ -68,17 +68,18 @@ def forget(
     """
     named: dict[By, str | None] = {"email": email, "name": name, "phone": phone}
     person = _Person({Reference(by, normalise(by, value, region)) for by, value in named.items() if value is not None})
-    if session is not None:
-        person.sessions.add(("", session))
     if customer is not None:
         person.customer = check_customer_id(customer)
-    if not (person.references or person.sessions or person.customer):
+    if not (person.references or session or person.customer):
         raise ConfigurationError("forget() takes at least one of email=, phone=, name=, session= and customer=.")
     secret = secret_of(ledger)
     with ledger.deliver_lane().transaction() as connection:
+        if session is not None:
+            person.sessions = {(account, session) for account in _accounts(connection)}
         found = _gather(connection, person)
         renamed = _unname(connection, person)
         traces = _erase_traces(connection, person, secret)
+        write_act(connection, "forgotten", f"{renamed} readings", "a person was erased", ledger.now())
     advice = _scrub(ledger, person)
     return Forgotten(found, renamed, traces, not advice, advice)
 
@@ -125,11 +126,14 @@ def _unname(connection: Connection, person: _Person) -> int:
     return count + connection.execute(skipped.values(session=None)).rowcount
 
 
+def _accounts(connection: Connection) -> set[str]:
+    return {"", *connection.execute(select(readings.c.account).distinct()).scalars()}
+
+
 def _erase_traces(connection: Connection, person: _Person, secret: bytes) -> int:
     """To whom the person led, and what acts say of them."""
     everything = person.references | person.names
-    accounts = connection.execute(select(readings.c.account).distinct()).scalars().all()
-    digests = [digest_of(secret, account, one) for account in {"", *accounts} for one in everything]
+    digests = [digest_of(secret, account, one) for account in _accounts(connection) for one in everything]
     mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)

@@ -14,7 +14,7 @@ from langchain_stripe_meter.core.customers import By, Reference, check_region, n
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.schema import leads, readings
-from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert
+from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
@@ -27,8 +27,9 @@ _CLAIMED_WITHOUT_AMOUNT = next_reading_state(_CLAIMED, Move.HOLD)
 class Leads:
     """What the application learned about the person behind a session: durable, shared by all processes.
 
-    ``by`` are the fields that say who pays, in the order in which they are tried; ``region`` is where phone numbers
-    without a leading ``+`` are dialled; ``claimed`` is called when skipped readings shall be billed after all.
+    ``by`` are the fields that say who pays, in the order in which they are tried; ``account`` is the connected account
+    where none is given; ``region`` is where phone numbers without a leading ``+`` are dialled; ``claimed`` is called
+    when skipped readings shall be billed after all.
     """
 
     def __init__(
@@ -36,11 +37,13 @@ class Leads:
         ledger: Ledger,
         by: Sequence[By] = LEAD_FIELDS,
         *,
+        account: str = "",
         region: str | None = None,
         claimed: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger = ledger
         self._by = tuple(by)
+        self._account = account
         self._region = region
         self._claimed = claimed
 
@@ -52,7 +55,7 @@ class Leads:
         name: str | None = None,
         phone: str | None = None,
         region: str | None = None,
-        account: str = "",
+        account: str | None = None,
         bill_from: BillFrom = "now",
     ) -> int:
         """Remember a lead's fields for ``session`` (the run's ``session_id``, ``thread_id`` or ``conversation_id``;
@@ -67,7 +70,8 @@ class Leads:
             name: A person's or a company's name.
             phone: A phone number; without a leading ``+`` it needs ``region``.
             region: Where ``phone`` is dialled, such as ``"DE"``.
-            account: The connected account (``acct_…``) that the session belongs to; by default the key's own.
+            account: The connected account (``acct_…``) that the session belongs to; by default the handler's
+                ``stripe_account``. With ``tenant=``, say whose session it is.
             bill_from: ``"now"`` leaves the runs before this skipped. ``"first_message"`` bills those of this session
                 that were skipped for want of a lead, once, if this lead has what ``customer=`` reads of it.
 
@@ -78,6 +82,7 @@ class Leads:
             ConfigurationError: A field cannot be used. The message does not repeat it.
             LedgerError: The lead could not be stored.
         """
+        account = self._account if account is None else account
         session, fields = _session(session), _fields(region or self._region, email=email, name=name, phone=phone)
         if bill_from not in ("now", "first_message"):
             raise ConfigurationError(f"bill_from={bill_from!r}: use 'now' or 'first_message'.")
@@ -95,22 +100,23 @@ class Leads:
         """As ``capture``, without blocking the event loop."""
         return await asyncio.to_thread(self.capture, session, **fields)
 
-    def find(self, session: str, account: str = "") -> dict[str, str] | None:
+    def find(self, session: str, account: str | None = None) -> dict[str, str] | None:
         """The lead of ``session``, or None."""
         if not _is_session(session):
             return None
         with self._ledger.read() as connection:
-            return _find(connection, account, session)
+            return _find(connection, self._account if account is None else account, session)
 
-    def forget(self, session: str, account: str = "") -> bool:
+    def forget(self, session: str, account: str | None = None) -> bool:
         """Erase what was captured for ``session``; True if there was anything.
 
         The handler's ``forget`` erases a person wherever the ledger names them.
         """
         if not _is_session(session):
             return False
+        mine = _of(self._account if account is None else account, session)
         with self._ledger.database.lane("record").transaction() as connection:
-            return connection.execute(sql_delete(leads).where(_of(account, session))).rowcount > 0
+            return connection.execute(sql_delete(leads).where(mine)).rowcount > 0
 
     def record(self, entries: Sequence[Entry]) -> Sequence[Entry]:
         """Store entries as the ledger does; of those that wait for a lead, look once more whether it is there.
@@ -149,6 +155,8 @@ class Leads:
             claim = update(readings).where(skipped, readings.c.state == ReadingState.SKIPPED.value, has_amount)
             values = {"state": state.value, "reference": f"{who.by}:{who.value}", "reason": reason, "session": None}
             count += connection.execute(claim.values(**values)).rowcount
+        if count:
+            write_act(connection, "claimed", f"{count} skipped readings", "their lead was captured", self._ledger.now())
         return count
 
     def _payer(self, lead: Mapping[str, str] | None) -> Reference | None:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -24,7 +24,7 @@ from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError,
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.pin import pin, refuse_early
-from langchain_stripe_meter.ledger.schema import notes, readings
+from langchain_stripe_meter.ledger.schema import acts, notes, readings
 
 COLUMNS = (
     "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason",
@@ -176,6 +176,14 @@ def set_note(connection: Connection, name: str, value: str, now: int) -> None:
     values = {"value": value, "at": now}
     insert = dialect_insert(connection, notes).values(name=name, **values)
     connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
+
+
+def write_act(connection: Connection, act: str, subject: str, detail: str, now: int) -> None:
+    """Record what a person, a lead or a webhook decided, in the transaction that does it.
+
+    Whoever changes readings that are recorded already leaves an act, so that spend limits count anew.
+    """
+    connection.execute(insert(acts).values(at=now, act=act, subject=subject, detail=detail))
 
 
 def _insert_statement(*, sqlite: bool) -> str:

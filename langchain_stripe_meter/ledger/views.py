@@ -18,7 +18,7 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
 from langchain_stripe_meter.ledger.schema import events, leads, notes, pruned, readings
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 _EXACT = Context(prec=250)
 """Python rounds sums of decimals to 28 digits unless told."""
@@ -228,7 +228,10 @@ def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: obje
     amount = None if value is None else number_text(check_value(value))
     with ledger.deliver_lane().transaction() as connection:
         parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
-        return sum(_assign(connection, part, changes, amount) for part in parts)
+        moved = sum(_assign(connection, part, changes, amount) for part in parts)
+        said = ", ".join(str(one) for one in (customer, amount) if one is not None)
+        write_act(connection, "assigned", f"{len(ids)} held readings", said, ledger.now())
+        return moved
 
 
 def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:

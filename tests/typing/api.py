@@ -49,14 +49,16 @@ def use(chain: Runnable[dict[str, str], str]) -> None:
     config: RunnableConfig = {"callbacks": [handler], "metadata": {"stripe_customer_id": "cus_123"}}
     chain.invoke({"question": "..."}, config)
     with stripe_meter(handler) as same:
-        same.leads.capture("session", email="ann@example.com")
+        claimed: int = same.leads.capture("session", email="ann@example.com", bill_from="first_message")
     delivered: int = handler.flush(timeout=10).delivered
     paused: str | None = handler.status().paused
     for held in handler.held():
         handler.assign(held, "cus_123")
     moved: int = handler.retry()
     handler.record_usage({"input_tokens": 812}, model="text-embedding-3-small", customer="cus_123", id="job-7")
-    print(delivered, paused, moved)
+    unbilled: list[Decimal] = [skipped.value for skipped in handler.skips()]
+    gone: bool = handler.forget(email="ann@example.com").complete
+    print(delivered, paused, moved, claimed, unbilled, gone)
 
 
 out: dict[str, Any] = StripeMeterEvent().invoke({"event_name": "e", "customer_id": "cus_1", "value": 1})

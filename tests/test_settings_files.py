@@ -1,0 +1,123 @@
+"""Settings in files: what is read is what was written, and what is wrong is named with what to do."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from langchain_stripe_meter import MeteringSettings, first_of, from_lead, static
+from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.errors import ConfigurationError
+
+TOML = """
+ledger = "sqlite:///usage.db"
+create_missing = true
+concurrency = 4
+roll_up = 60
+
+[[meters]]
+kind = "tokens"
+event_name = "ai_tokens"
+
+[customer]
+source = "lead"
+by = "phone"
+region = "DE"
+
+[on_unidentified]
+source = "static"
+phone = "030 901820"
+region = "DE"
+"""
+
+
+def write(folder: Path, text: str, name: str = "metering.toml") -> Path:
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+def test_every_choice_survives_toml_and_json(tmp_path: Path) -> None:
+    settings = MeteringSettings.from_file(write(tmp_path, TOML))
+    assert settings == MeteringSettings.model_validate(tomllib.loads(TOML))
+    again = MeteringSettings.from_file(write(tmp_path, settings.model_dump_json(), "metering.json"))
+    assert again == settings
+    assert (again.create_missing, again.concurrency, again.roll_up) == (True, 4, 60)
+
+
+def test_the_handler_is_made_as_the_file_says(tmp_path: Path) -> None:
+    settings = MeteringSettings.from_file(write(tmp_path, TOML))
+    settings = settings.model_copy(update={"ledger": f"sqlite:///{tmp_path}/l.db"})
+    with settings.handler(stripe="sk_test_1") as handler:
+        phone = static(phone="030 901820", region="DE")
+        assert handler.customer == first_of(from_lead("phone", region="DE"), phone)
+        handler.leads.capture("s", phone="030 901820")
+        assert handler.leads.find("s") == {"phone": "+4930901820"}
+
+
+@pytest.mark.parametrize("policy", ["skip", "raise"])
+def test_a_policy_can_be_a_word(tmp_path: Path, policy: str) -> None:
+    text = TOML.partition("[on_unidentified]")[0].replace("create", f'on_unidentified = "{policy}"\ncreate')
+    settings = MeteringSettings.from_file(write(tmp_path, text))
+    assert settings.in_words()["if_nobody_is_named"] == policy
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("concurrency = 4", "concurrency = 0", "concurrency = 0: .*greater than or equal to 1"),
+        ("concurrency = 4", 'colour = "red"', "colour = 'red': there is no such setting"),
+        ('event_name = "ai_tokens"', "", r"meters\.0\.event_name: it is missing; add it"),
+        ('kind = "tokens"', 'kind = "token"', r"meters\.0\.kind = 'token': .*'tokens', 'messages'"),
+        ('by = "phone"\nregion = "DE"', 'by = "phone"\nregion = "Germany"', "region='Germany'.*two letters"),
+        ('source = "static"', 'source = "statics"', r"on_unidentified.*'statics': .*'static', 'metadata'"),
+        (
+            '[on_unidentified]\nsource = "static"',
+            '[on_unidentified]\nkind = "static"',
+            r"toml: on_unidentified\.source: it is",
+        ),
+        (
+            "create_missing",
+            'on_unidentified = "refuse"\n[other]\ncreate_missing',
+            "on_unidentified = 'refuse': .*'skip'",
+        ),
+        ("roll_up = 60", "roll_up = 99999", "roll_up = 99999: .*3600"),
+        ("create_missing = true", "create_missing = {", "metering.toml is no TOML"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_value_and_what_to_do(tmp_path: Path, old: str, new: str, says: str) -> None:
+    assert old in TOML
+    text = TOML.partition("[on_unidentified]")[0] if "refuse" in new else TOML
+    file = write(tmp_path, text.replace(old, new))
+    with pytest.raises(ConfigurationError, match=says):
+        MeteringSettings.from_file(file)
+
+
+def test_no_person_is_named_by_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError) as refused:
+        MeteringSettings.from_file(write(tmp_path, TOML.replace("030 901820", "030 canary")))
+    assert "canary" not in str(refused.value)
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        MeteringSettings.from_file(tmp_path / "absent.toml")
+    with pytest.raises(ConfigurationError, match="no JSON"):
+        MeteringSettings.from_file(write(tmp_path, "{", "bad.json"))
+
+
+def test_the_command_says_what_a_file_means(tmp_path: Path) -> None:
+    def call(code: int, *arguments: str) -> Any:
+        result = CliRunner().invoke(app, ["settings", *arguments], env={"COLUMNS": "200"})
+        assert result.exit_code == code, result.output
+        return result
+
+    file = write(tmp_path, TOML)
+    shown = call(0, str(file)).stdout
+    for words in ("tokens on 'ai_tokens'", "the lead, by phone", "one fixed customer, known by phone", "60 seconds"):
+        assert words in shown
+    assert "901820" not in shown
+    assert json.loads(call(0, str(file), "--json").stdout)["concurrency"] == 4
+    assert "there is no such setting" in call(2, str(write(tmp_path, f"colour = 1\n{TOML}"))).stderr
