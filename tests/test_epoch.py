@@ -276,7 +276,7 @@ def test_a_deleted_ledger_is_told_and_a_new_one_goes_on(shop: Shop) -> None:
     assert "an earlier one was here" in told
     assert shop.billed() == ["first", "second"]
     assert "an earlier one was here" in str(views.status(shop.ledger).restored)
-    tally("the ledger is deleted, or replaced while it is in use")
+    tally("the ledger is deleted or replaced, and a courier finds out")
 
 
 def test_a_copy_from_before_the_first_epoch_is_no_new_ledger(shop: Shop) -> None:
@@ -325,7 +325,7 @@ def test_a_courier_that_runs_notices_a_file_that_is_replaced(shop: Shop) -> None
     assert shop.billed() == ["first"]
     courier.close(5)
     gateway.close()
-    tally("the ledger is deleted, or replaced while it is in use")
+    tally("the ledger is deleted or replaced, and a courier finds out")
 
 
 # -- the two places
