@@ -28,7 +28,7 @@ readings = Table(
     Column("due", BigInteger),  # when a held reading is looked at again
     Column("tries", Integer, nullable=False, server_default=text("0")),
     Column("event_id", BigInteger),  # the meter event that it is part of
-    Column("account", String(255), nullable=False, server_default=""),  # "acct_…", or "" for the key's own account
+    Column("account", String(255), nullable=False, server_default=text("''")),  # "acct_…", or "" for the key's own account
     Column("session", String(64)),  # digest of the session of a skipped run, in case its lead shall pay later
     Index(
         "readings_open",
@@ -71,7 +71,7 @@ events = Table(
     Column("settled_at", BigInteger),
     Column("error", Text),
     Column("request_id", Text),
-    Column("account", String(255), nullable=False, server_default=""),
+    Column("account", String(255), nullable=False, server_default=text("''")),
     Column("seen_value", Text),  # of a doubtful event: what Stripe's sum was when it was last looked at, and when
     Column("seen_at", BigInteger),
     Column("resent", Integer, nullable=False, server_default=text("0")),  # how often it got a new identifier
@@ -95,7 +95,7 @@ events = Table(
 leads = Table(
     "leads",
     metadata,
-    Column("account", String(255), primary_key=True, server_default=""),
+    Column("account", String(255), primary_key=True, server_default=text("''")),
     Column("session", String(255), primary_key=True),
     Column("email", Text),
     Column("name", Text),
@@ -107,7 +107,7 @@ payers = Table(  # to whom a lead's e-mail, name or phone led, for the spend lim
     "payers",
     metadata,
     Column("digest", String(64), primary_key=True),  # keyed with this ledger's own secret, see ledger/payers.py
-    Column("account", String(255), nullable=False, server_default=""),
+    Column("account", String(255), nullable=False, server_default=text("''")),
     Column("customer", String(255), nullable=False),
     Column("at", BigInteger, nullable=False),
 )
@@ -133,7 +133,7 @@ webhook_events = Table(  # Stripe's notifications that were taken in, each once
 pruned = Table(  # sums of what was pruned: amounts outlive their rows
     "pruned",
     metadata,
-    Column("account", String(255), primary_key=True, server_default=""),
+    Column("account", String(255), primary_key=True, server_default=text("''")),
     Column("event_name", String(100), primary_key=True),
     Column("customer", String(255), primary_key=True),  # "" for what nobody was to pay
     Column("day", BigInteger, primary_key=True),  # Unix seconds of its midnight, UTC

@@ -14,7 +14,7 @@ def _partial(name: str, table: str, columns: list[str], where: str) -> None:
 
 
 def _account(*, primary_key: bool = False) -> sa.Column[str]:
-    return sa.Column("account", sa.String(255), nullable=False, server_default="", primary_key=primary_key)
+    return sa.Column("account", sa.String(255), nullable=False, server_default=sa.text("''"), primary_key=primary_key)
 
 
 def upgrade() -> None:
