@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from langchain_stripe_meter.core.doubts import (
     Facts,
     Look,
     Trace,
+    Verdict,
     decide,
     is_ready,
 )
@@ -455,8 +457,23 @@ def test_a_clock_that_ran_back_makes_us_wait(back: int) -> None:
 
 def test_a_look_from_before_the_sums_had_settled_does_not_count() -> None:
     facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
-    early = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG)
-    assert decide(Facts((*facts.events, early)), Look(Decimal(7)), NOW).move is None
+    late = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG)
+    early = Facts((*facts.events, late))
+    assert is_ready(early, NOW)
+    assert decide(early, Look(Decimal(7)), NOW) == Verdict()
+
+
+def test_activity_in_the_minute_puts_the_next_look_off() -> None:
+    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
+    late = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG + 1)
+    assert not is_ready(Facts((*facts.events, late)), NOW)
+
+
+def test_once_a_person_was_told_looks_are_an_hour_apart() -> None:
+    told = replace(doubts_of([Decimal(5)], Decimal(7), Decimal(9)).events[1], error=PERSON + "why")
+    assert told.seen_at is not None
+    assert not is_ready(Facts((told,)), told.seen_at + ASK_AGAIN - 1)
+    assert is_ready(Facts((told,)), told.seen_at + ASK_AGAIN)
 
 
 # -- on both engines, in the handler, and on the command line
