@@ -20,6 +20,7 @@ from langchain_stripe_meter.agents.budget import (
     SpendLimit,
     SpendLimitCallback,
 )
+from langchain_stripe_meter.agents.credit import StripeCredit
 from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError
 
 try:
@@ -38,6 +39,7 @@ __all__ = [
     "SpendLimitError",
     "SpendLimitMiddleware",
     "Spender",
+    "StripeCredit",
 ]
 
 Message = str | Callable[[SpendLimitError], str]

@@ -28,7 +28,7 @@ readings = Table(
     Column("due", BigInteger),  # when a held reading is looked at again
     Column("tries", Integer, nullable=False, server_default=text("0")),
     Column("event_id", BigInteger),  # the meter event that it is part of
-    Column("account", String(255), nullable=False, server_default=text("''")),  # "acct_…", or "" for the key's own account
+    Column("account", String(255), nullable=False, server_default=text("''")),  # "acct_…"; "" is the key's own
     Column("session", String(64)),  # digest of the session of a skipped run, in case its lead shall pay later
     Index(
         "readings_open",

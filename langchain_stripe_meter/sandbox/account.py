@@ -195,6 +195,7 @@ class Account:
         self.settings = settings
         self.events: list[AcceptedEvent] = []
         self.rejections: list[Rejection] = []
+        self.credits: dict[str, dict[str, int]] = {}
         self.meters = Meters(self.make_id, livemode=livemode)
         self.customers = Customers(self.make_id, livemode=livemode)
         self._count = itertools.count(1)

@@ -17,7 +17,7 @@ from langchain_stripe_meter.sandbox.wire import EXPAND, INTEGER, LISTING, Field,
 SESSION_SECONDS = 15 * 60
 PERMISSIONS = frozenset(
     f"{what}:{how}"
-    for what in ("meter_events", "meters", "customers", "account", "events")
+    for what in ("meter_events", "meters", "customers", "account", "events", "credits")
     for how in ("read", "write")
 )
 EVENT_V2 = {
@@ -43,6 +43,22 @@ SUMMARIES = {
     "value_grouping_window": Field(wire.choice, choices=("hour", "day")),
 }
 CUSTOMERS = {**LISTING, "email": Field(limit=512), "created": Field(wire.period), "test_clock": Field()}
+CREDITS = {
+    "customer": Field(required=True),
+    "filter": Field(
+        wire.fields,
+        required=True,
+        fields={
+            "type": Field(wire.choice, required=True, choices=("applicability_scope",)),
+            "applicability_scope": Field(
+                wire.fields,
+                required=True,
+                fields={"price_type": Field(wire.choice, required=True, choices=("metered",))},
+            ),
+        },
+    ),
+    **EXPAND,
+}
 SEARCH = {"query": Field(required=True), "limit": INTEGER, "page": Field(), **EXPAND}
 
 
@@ -314,6 +330,25 @@ def _deleted(customer_id: str) -> Json:
     return {"id": customer_id, "object": "customer", "deleted": True}
 
 
+def get_credits(visit: Visit) -> Json:
+    account = visit.account
+    customer = account.customers.get(visit.params["customer"])
+    balances = [
+        {
+            name: {"monetary": {"currency": currency, "value": value}, "type": "monetary"}
+            for name in ("available_balance", "ledger_balance")
+        }
+        for currency, value in account.credits.get(customer.id, {}).items()
+    ]
+    return {
+        "object": "billing.credit_balance_summary",
+        "balances": balances,
+        "customer": customer.id,
+        "customer_account": None,
+        "livemode": account.livemode,
+    }
+
+
 def get_account(visit: Visit) -> Json:
     return {
         "id": visit.account.id,
@@ -349,6 +384,7 @@ ROUTES = [
     Route("GET", "/v1/customers/search", "customers:read", search_customers, SEARCH),
     Route("GET", "/v1/customers/{id}", "customers:read", get_customer, EXPAND),
     Route("DELETE", "/v1/customers/{id}", "customers:write", delete_customer, {}),
+    Route("GET", "/v1/billing/credit_balance_summary", "credits:read", get_credits, CREDITS),
     Route("GET", "/v1/account", "account:read", get_account, EXPAND),
     Route("POST", "/v2/billing/meter_events", "meter_events:write", create_event, EVENT_V2, serial=True),
     Route("POST", "/v2/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT_V2),

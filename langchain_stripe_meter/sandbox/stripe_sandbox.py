@@ -111,6 +111,12 @@ class AccountHandle:
         with self._lock:
             self._account.customers.delete(customer_id, self._clock())
 
+    def set_credit(self, customer_id: str, amount: int, currency: str = "usd") -> None:
+        """What the customer's billing credits still pay for, in the currency's minor unit (cents)."""
+        with self._lock:
+            customer = self._account.customers.get(customer_id)
+            self._account.credits.setdefault(customer.id, {})[currency] = amount
+
     @overload
     def billed(self, event_name: str, customer: str) -> Decimal: ...
 

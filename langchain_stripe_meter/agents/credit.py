@@ -1,0 +1,113 @@
+"""A limit that is what a customer's billing credits at Stripe still pay for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from decimal import Decimal
+from queue import SimpleQueue
+
+from cachetools import LRUCache
+
+from langchain_stripe_meter.agents.budget import Spender
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError
+from langchain_stripe_meter.forks import renew_after_fork
+from langchain_stripe_meter.gateway.credit import credit_of
+from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+
+REMEMBERED = 100_000
+"""Customers whose credit is kept in memory."""
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+_Key = tuple[str, Reference]
+
+
+class StripeCredit:
+    """An amount for ``SpendLimit``: the units of a meter that a customer's billing credits still pay for.
+
+    Args:
+        meter: The handler, whose key may read credit balances.
+        unit_price: What one unit of the limited meter costs, in the currency's minor unit (cents): ``Decimal("0.002")``
+            for 2 dollars per 100,000 tokens; 1 for a ``Cost`` meter in cents.
+        currency: The credits' currency.
+        max_age: Seconds after which what Stripe said is asked for again.
+        until_known: What somebody may use as long as Stripe has not said anything; None for no limit.
+
+    Stripe is never asked while a run waits: a thread of its own asks, and the last answer counts until the next one.
+    Stripe takes usage off credits when it finalises the invoice of a period; until then, the limit's own count of that
+    period stands against them. So ``per`` of the limit must be the billing period.
+    """
+
+    def __init__(
+        self,
+        meter: StripeMeterCallbackHandler,
+        *,
+        unit_price: int | Decimal,
+        currency: str = "usd",
+        max_age: float = 60.0,
+        until_known: int | Decimal | None = None,
+    ) -> None:
+        price = Decimal(unit_price)
+        if not price.is_finite() or price <= 0:
+            raise ConfigurationError(f"unit_price={unit_price!r}: an int or a Decimal above 0, in {currency} cents.")
+        self._gateway = meter._gateway("StripeCredit")
+        self._price = price
+        self._currency = currency
+        self._max_age = max_age
+        self._until_known = until_known
+        self.after_fork()
+        renew_after_fork(self)
+
+    def after_fork(self) -> None:
+        """The thread, and what it was asked, belong to the parent."""
+        self._lock = threading.Lock()
+        self._known: LRUCache[_Key, tuple[Decimal, float]] = LRUCache(REMEMBERED)
+        self._asked: set[_Key] = set()
+        self._questions: SimpleQueue[_Key] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def __call__(self, spender: Spender) -> int | Decimal | None:
+        """How many units ``spender`` may use, from memory; what is unknown or old is asked for meanwhile."""
+        key = (spender.account, spender.reference)
+        with self._lock:
+            known = self._known.get(key)
+            if (known is None or time.monotonic() - known[1] > self._max_age) and key not in self._asked:
+                self._asked.add(key)
+                self._ask_later(key)
+        return self._until_known if known is None else known[0]
+
+    def refresh(self, customer: str, account: str = "") -> Decimal:
+        """Ask Stripe now, such as when a customer logs in; returns the units. Raises ``StripeError``."""
+        return self._ask((account, Reference("id", customer)))
+
+    def _ask_later(self, key: _Key) -> None:
+        self._questions.put(key)
+        if self._thread is None or not self._thread.is_alive():
+            self._thread = threading.Thread(target=self._serve, name="stripe-meter-credit", daemon=True)
+            self._thread.start()
+
+    def _serve(self) -> None:
+        questions = self._questions
+        while True:
+            key = questions.get()
+            try:
+                self._ask(key)
+            except MeteringError as error:
+                logger.warning("stripe-meter: a credit balance could not be read; the last one counts: %s", error)
+            except Exception as error:  # noqa: BLE001 - a bug here must not end the thread
+                logger.error("stripe-meter: a credit balance could not be read: %s", type(error).__name__)  # noqa: TRY400
+            finally:
+                with self._lock:
+                    self._asked.discard(key)
+
+    def _ask(self, key: _Key) -> Decimal:
+        account, reference = key
+        found = self._gateway.find_customers(reference, account)
+        cents = credit_of(self._gateway, found[0], self._currency, account) if len(found) == 1 else Decimal(0)
+        units = cents / self._price
+        with self._lock:
+            self._known[key] = units, time.monotonic()
+        return units

@@ -1,0 +1,121 @@
+"""A limit that is Stripe's remaining credit: known without asking Stripe while a run waits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from conftest import wait_until
+
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.agents.budget import Spender
+from langchain_stripe_meter.agents.limits import Budget, SpendLimit, StripeCredit
+from langchain_stripe_meter.core.customers import Facts, Reference
+from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError, StripeError
+from langchain_stripe_meter.gateway.credit import credit_of
+from langchain_stripe_meter.sandbox import StripeSandbox
+
+SUMMARY = "/v1/billing/credit_balance_summary"
+
+
+@pytest.fixture
+def sandbox(monkeypatch: pytest.MonkeyPatch) -> Iterator[StripeSandbox]:
+    with StripeSandbox() as sandbox:
+        for name, value in sandbox.environment().items():
+            monkeypatch.setenv(name, value)
+        sandbox.create_meter("ai_tokens")
+        sandbox.create_customer(id="cus_1", email="ann@example.com")
+        yield sandbox
+
+
+@pytest.fixture
+def meter(sandbox: StripeSandbox, tmp_path: Path) -> Iterator[StripeMeterCallbackHandler]:
+    ledger = f"sqlite:///{tmp_path}/ledger.db"
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_1", ledger=ledger) as meter:
+        yield meter
+
+
+def asked(sandbox: StripeSandbox) -> int:
+    return sum(request.path == SUMMARY for request in sandbox.requests)
+
+
+def use(meter: StripeMeterCallbackHandler, tokens: int, job: str) -> None:
+    meter.record_usage({"input_tokens": tokens}, id=job)
+
+
+def test_a_customer_may_use_what_the_credits_pay_for(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:
+    sandbox.set_credit("cus_1", 200)
+    credit = StripeCredit(meter, unit_price=Decimal("0.002"))
+    assert credit.refresh("cus_1") == 100_000
+    budget = Budget(meter, SpendLimit("ai_tokens", credit))
+    use(meter, 60_000, "job-1")
+    assert budget.remaining("cus_1") == 40_000
+    use(meter, 40_000, "job-2")
+    with pytest.raises(SpendLimitError):
+        budget.check("cus_1")
+
+
+def test_a_check_never_waits_for_stripe_which_is_asked_once_meanwhile(
+    sandbox: StripeSandbox, meter: StripeMeterCallbackHandler
+) -> None:
+    sandbox.set_credit("cus_1", 3)
+    credit = StripeCredit(meter, unit_price=1, until_known=7)
+    ann = Spender(Reference("email", "ann@example.com"), Facts())
+    assert [credit(ann) for _ in range(100)].count(7) > 0
+    wait_until(lambda: credit(ann) == 3)
+    assert asked(sandbox) == 1
+
+
+def test_what_stripe_said_last_counts_while_it_says_nothing(
+    sandbox: StripeSandbox, meter: StripeMeterCallbackHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    sandbox.set_credit("cus_1", 5)
+    credit = StripeCredit(meter, unit_price=1, max_age=0)
+    assert credit.refresh("cus_1") == 5
+    spender = Spender(Reference("id", "cus_1"), Facts())
+    with sandbox.outage():
+        assert credit(spender) == 5
+        wait_until(lambda: "credit balance could not be read" in caplog.text)
+        assert credit(spender) == 5
+    sandbox.set_credit("cus_1", 9)
+    wait_until(lambda: credit(spender) == 9)
+
+
+def test_who_has_no_credit_or_is_unknown_may_use_nothing(
+    sandbox: StripeSandbox, meter: StripeMeterCallbackHandler
+) -> None:
+    credit = StripeCredit(meter, unit_price=1)
+    assert credit.refresh("cus_1") == 0
+    sandbox.set_credit("cus_1", 5, "eur")
+    assert credit.refresh("cus_1") == 0
+    nobody = Spender(Reference("email", "nobody@example.com"), Facts())
+    wait_until(lambda: credit(nobody) == 0)
+
+
+def test_credits_belong_to_an_account(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:
+    there = sandbox.connect("acct_there")
+    there.create_customer(id="cus_1")
+    there.set_credit("cus_1", 11)
+    assert StripeCredit(meter, unit_price=1).refresh("cus_1", "acct_there") == 11
+    assert StripeCredit(meter, unit_price=1).refresh("cus_1") == 0
+
+
+def test_a_key_that_may_not_read_credits_is_told(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:
+    assert meter._courier is not None
+    sandbox.allow(sandbox.api_key, {"meter_events:write"})
+    with pytest.raises(StripeError, match="read the customer's credit balance"):
+        credit_of(meter._courier.gateway, "cus_1", "usd")
+
+
+@pytest.mark.parametrize("price", [0, -1, Decimal("NaN")])
+def test_a_price_that_is_none_is_refused(meter: StripeMeterCallbackHandler, price: Decimal) -> None:
+    with pytest.raises(ConfigurationError, match="unit_price"):
+        StripeCredit(meter, unit_price=price)
+
+
+def test_a_handler_that_only_records_cannot_ask(tmp_path: Path) -> None:
+    meter = StripeMeterCallbackHandler(Tokens("t"), ledger=f"sqlite:///{tmp_path}/l.db", deliver=False)
+    with pytest.raises(ConfigurationError, match="deliver=False"):
+        StripeCredit(meter, unit_price=1)
