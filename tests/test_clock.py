@@ -11,6 +11,7 @@ from courier_shop import Shop
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.delivery.clocks import Clocks
 from langchain_stripe_meter.ledger import outbox, sealing, views
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -60,3 +61,32 @@ def test_a_courier_that_slept_on_its_claim_for_a_day_does_not_send_it_again(shop
     assert isinstance(outcome, Outcome)
     assert outcome.move is Move.REFUSED_FOR_NOW
     assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 3)
+
+
+@pytest.mark.parametrize(("skew", "word"), [(4000, "ahead of"), (-4000, "behind")])
+def test_a_wrong_clock_is_revealed_by_the_date_of_stripes_answers_and_told_once(
+    shop: SkewedShop, skew: int, word: str
+) -> None:
+    shop.skew = skew
+    for number in range(3):
+        shop.record(f"run-{number}", at=min(shop.sandbox.now(), shop.ledger.now()))
+    shop.drive()
+    said = [str(error) for error in shop.errors if "clock" in str(error)]
+    assert len(said) == 1
+    assert f"seconds {word} Stripe's" in said[0]
+    assert f"seconds {word} Stripe's" in str(shop.status.clock)
+    shop.skew = 0
+    shop.record("later")
+    shop.drive()
+    assert shop.status.clock is None
+
+
+def test_a_clock_that_is_nearly_right_or_an_answer_that_was_long_on_its_way_is_no_alarm(shop: SkewedShop) -> None:
+    shop.skew = 200
+    shop.record("run", at=shop.sandbox.now())
+    shop.drive()
+    clocks = Clocks(shop.ledger, shop.errors.append)
+    now = shop.ledger.now()
+    clocks.compare(now - 3000, now - 3600, now)  # asked an hour ago, and answered soon after
+    assert shop.errors == []
+    assert shop.status.clock is None

@@ -137,12 +137,14 @@ def next_event_state(state: EventState, move: Move) -> EventState:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What one attempt to send came to. ``retry_after`` is Stripe's own wish, in seconds."""
+    """What one attempt to send came to. ``retry_after`` is Stripe's own wish, in seconds; ``date`` is when it answered,
+    by its own clock, in Unix seconds."""
 
     move: Move
     message: str = ""
     request_id: str | None = None
     retry_after: int | None = None
+    date: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
+from langchain_stripe_meter.delivery.clocks import Clocks
 from langchain_stripe_meter.delivery.guard import Guard
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
 from langchain_stripe_meter.delivery.pace import QUIET_SECONDS, Pace
@@ -99,6 +100,7 @@ class Courier:
         self._chores_after = 0
         self._watches_after = 0
         self._pause_noted: bool | None = None
+        self._clocks = Clocks(self.ledger, self._report)
 
     @property
     def in_flight(self) -> int:
@@ -279,6 +281,8 @@ class Courier:
             self._pace.slower(claimed.line, outcome.retry_after, now)
         if outcome.move is Move.UNSEAL:
             self._forget(claimed, outcome.message)
+        if outcome.date is not None:
+            self._clocks.compare(outcome.date, claimed.attempt.sent_at, now)
         if state in (EventState.REJECTED, EventState.DOUBTFUL):
             self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
 

@@ -147,7 +147,8 @@ class Gateway:
 
     def _try(self, event: MeterEvent, options: Any) -> tuple[Outcome, dict[str, Any]]:
         try:
-            return Outcome(Move.ACCEPTED), self._create(event, options).to_dict()
+            made = self._create(event, options)
+            return Outcome(Move.ACCEPTED, date=_date(made)), made.to_dict()
         except StripeError as error:  # the meter could not be read, so nothing was sent
             outcome = self.outcome_of(error)
             unsent = replace(outcome, move=Move.REFUSED_FOR_NOW) if outcome.move is Move.UNKNOWN else outcome
@@ -301,6 +302,12 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
         raise ConfigurationError(f"The Stripe API key is {kind}. It must look like 'sk_test_…' or 'rk_live_…'.")
     checked: str | StripeClient = key
     return checked
+
+
+def _date(answer: Any) -> int | None:
+    from langchain_stripe_meter.gateway.replies import date_of
+
+    return date_of(getattr(answer.last_response, "headers", None))
 
 
 def on_account(account: str) -> Any:

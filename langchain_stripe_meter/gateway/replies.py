@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
 
 import stripe
 
@@ -32,7 +33,7 @@ def classify(error: Exception) -> Outcome:
         return Outcome(move, message, request_id)
     if not isinstance(error, stripe.StripeError):
         return Outcome(Move.UNKNOWN, message)
-    return Outcome(_move(error), message, request_id, _retry_after(error))
+    return Outcome(_move(error), message, request_id, _retry_after(error), date_of(error.headers))
 
 
 def _move(error: stripe.StripeError) -> Move:
@@ -75,6 +76,15 @@ def _is_ahead(error: stripe.StripeError) -> bool:
 def _retry_after(error: stripe.StripeError) -> int | None:
     text = (error.headers or {}).get("Retry-After") or (error.headers or {}).get("retry-after")
     return min(int(text), 3600) if text and text.isdigit() else None
+
+
+def date_of(headers: Mapping[str, str] | None) -> int | None:
+    """When an answer was given, by Stripe's clock, in Unix seconds; None where it does not say."""
+    text = next((value for name, value in (headers or {}).items() if name.lower() == "date"), None)
+    try:
+        return None if text is None else int(parsedate_to_datetime(text).timestamp())
+    except ValueError:
+        return None
 
 
 def _nothing_was_sent(error: BaseException) -> bool:

@@ -22,6 +22,8 @@ from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 _EXACT = Context(prec=250)
 """Python rounds sums of decimals to 28 digits unless told."""
+_SHOWN = ("paused", "clock")
+"""The ledger's notes that a status shows."""
 _IDS_AT_ONCE = 10_000
 """Databases take only so many bound values in one statement."""
 
@@ -53,7 +55,8 @@ class Status(NotebookTable):
     ``open_runs``, ``abandoned`` (runs that never said they ended) and ``unrecorded`` (what could not be stored) are
     those of this handler; ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five
     minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old; ``restored`` when and why the
-    ledger was taken for one that came back from a backup. ``pruned`` readings are in none of the counts.
+    ledger was taken for one that came back from a backup; ``clock`` how wrong the clock of a machine that delivers is.
+    ``pruned`` readings are in none of the counts.
     """
 
     delivered: int
@@ -73,6 +76,7 @@ class Status(NotebookTable):
     alarms: tuple[str, ...] = ()
     pruned: int = 0
     restored: str | None = None
+    clock: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +166,7 @@ def status(ledger: Ledger) -> Status:
         ]
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
         estimated = connection.execute(select(func.count()).where(readings.c.estimated == 1)).scalar_one()
-        paused = connection.execute(select(notes.c.value).where(notes.c.name == "paused")).scalar()
+        said = dict(iter(connection.execute(select(notes.c.name, notes.c.value).where(notes.c.name.in_(_SHOWN)))))
         waits = (OPEN_READINGS, readings.c.state == "resolved", readings.c.at > ledger.now() + FUTURE_LIMIT)
         ahead = connection.execute(select(func.count()).select_from(readings).where(*waits)).scalar_one()
         gone = connection.execute(select(func.sum(pruned.c.readings))).scalar()
@@ -177,7 +181,8 @@ def status(ledger: Ledger) -> Status:
         written_off=count.get("written_off", 0),
         estimated=int(estimated),
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
-        paused=paused,
+        paused=said.get("paused"),
+        clock=said.get("clock"),
         ahead=int(ahead),
         pruned=int(gone or 0),
         restored=restored,
