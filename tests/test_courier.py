@@ -463,3 +463,21 @@ def test_an_on_error_that_raises_does_not_stop_delivery(shop: Shop, caplog: pyte
     assert "on_error itself failed" in caplog.text
     courier.close(1)
     courier.gateway.close()
+
+
+def test_a_customer_who_is_gone_is_told_once_and_billed_when_a_person_says_who_pays(shop: Shop) -> None:
+    shop.record("run", customer="cus_1", value=4)
+    shop.sandbox.delete_customer("cus_1")
+    for _ in range(5):
+        shop.courier.turn()  # releases what is due
+        shop.drive()
+        assert shop.states() == {"run": "held"}
+        shop.sandbox.advance(hours=2)
+    assert len([error for error in shop.errors if "cus_1" in str(error)]) == 1
+    assert len(shop.sent("cus_1")) == 5
+    assert len({request.idempotency_key for request in shop.sent("cus_1")}) == 5
+    (held,) = views.held(shop.ledger)
+    views.assign(shop.ledger, held.ids, "cus_2")
+    shop.drive()
+    assert shop.billed("cus_2") == 4
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)

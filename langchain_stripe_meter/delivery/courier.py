@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 
+from cachetools import LRUCache
+
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.clocks import Clocks
 from langchain_stripe_meter.delivery.guard import Guard
@@ -21,7 +23,7 @@ from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, Str
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
-from langchain_stripe_meter.ledger.outbox import Claimed
+from langchain_stripe_meter.ledger.outbox import Claimed, Line
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -33,6 +35,8 @@ BLOCKED_SECONDS = 0.2
 """How often it looks at what is due but may not be sent yet, such as while another process sends for the customer."""
 PAUSE_SECONDS = 30
 """How long everything rests after Stripe refused the key, before one event tries it again."""
+GONE_REMEMBERED = 1000
+"""Customers and meters of which it was told that Stripe does not have them."""
 CHORES_SECONDS = 60
 """How often what is seldom needed is looked at: doubtful events, ages."""
 LAST_SECONDS = 1.0
@@ -101,6 +105,7 @@ class Courier:
         self._watches_after = 0
         self._pause_noted: bool | None = None
         self._clocks = Clocks(self.ledger, self._report)
+        self._gone: LRUCache[Line, bool] = LRUCache(GONE_REMEMBERED)
 
     @property
     def in_flight(self) -> int:
@@ -290,7 +295,10 @@ class Courier:
         """A customer or a meter is gone: what was known of it is asked anew."""
         self._lookups.forget(claimed.event.customer)
         self.gateway.forget_meters(claimed.event.account)
-        self._report(StripeError(f"Usage of {claimed.event.customer} on {claimed.event.event_name} is held: {message}"))
+        if claimed.line not in self._gone:  # it is tried again every hour
+            self._gone[claimed.line] = True
+            what = f"Usage of {claimed.event.customer} on {claimed.event.event_name}"
+            self._report(StripeError(f"{what} is held: {message}"))
 
     def _resume(self) -> None:
         self._pace.faster()
