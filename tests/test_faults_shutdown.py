@@ -100,7 +100,7 @@ def pythons() -> dict[str, str]:
     """The interpreters that can be tried, by version."""
     found = {}
     for python in [*os.environ.get("STRIPE_METER_PYTHONS", "").split(":"), sys.executable]:
-        if python:
+        if python and Path(python).exists():
             ask = [python, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
             found[subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip()] = python
     return found
