@@ -12,7 +12,6 @@ import secrets
 from typing import Any
 
 from sqlalchemy import Connection, select
-from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
 from langchain_stripe_meter.ledger.schema import notes, payers
@@ -46,12 +45,6 @@ def remember(connection: Connection, account: str, reference: str, customer: str
     values = {"account": account, "customer": customer, "at": now}
     statement = _insert(connection, payers).values(digest=known, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_=values))
-
-
-def forget(connection: Connection, account: str, reference: str, now: int) -> bool:
-    """Forget to whom ``reference`` led; True if it was known."""
-    known = digest(secret(connection, now), account, reference)
-    return connection.execute(sql_delete(payers).where(payers.c.digest == known)).rowcount > 0
 
 
 def _insert(connection: Connection, table: Any) -> Any:
