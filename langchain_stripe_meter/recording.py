@@ -205,8 +205,7 @@ class Recorder:
         tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(use.facts)
         if isinstance(tenant, Skip):
             return [make_entry(use, tenant, reading) for reading in self._readings(self.meters, use)]
-        meters = self.meters if tenant.meters is None else checked_meters(tenant.meters)
-        readings = self._readings(meters, use)
+        readings = self._readings(self.meters if tenant.meters is None else tenant.meters, use)
         if not readings:
             return []
         payer, facts, session = source or tenant.customer or self.customer, use.facts, None
@@ -224,11 +223,16 @@ class Recorder:
         """Whose business a run is, by the application's own function; what it fails over is billed to nobody."""
         assert not isinstance(self.tenant, Tenant)  # noqa: S101 - the caller has looked
         try:
-            tenant = self.tenant(facts.trusted())
+            tenant: object = self.tenant(facts.trusted())
+            if isinstance(tenant, Tenant):
+                return tenant if tenant.meters is None else replace(tenant, meters=checked_meters(tenant.meters))
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            self._tell(ConfigurationError(f"tenant= failed with {type(error).__name__}; the run is billed to nobody."))
-            return Skip(f"tenant= failed: {type(error).__name__}")
-        return Skip("no tenant") if tenant is None else tenant
+            return self._no_tenant(f"tenant= failed: {type(error).__name__}")
+        return Skip("no tenant") if tenant is None else self._no_tenant("tenant= gave no Tenant")
+
+    def _no_tenant(self, why: str) -> Skip:
+        self._tell(ConfigurationError(f"{why}; the run is billed to nobody. Return a Tenant, or None for nobody."))
+        return Skip(why)
 
     def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:
         """On which account a run is billed, and who pays or why nobody does; it may ask the ledger for a lead."""

@@ -221,3 +221,20 @@ def test_a_limit_is_that_of_a_customer_on_one_account(platform: Platform) -> Non
         assert budget.remaining(Facts({"tenant": "bert"})) == 5
         with platform.handler(customer="cus_1", stripe_account=ANNA) as hers:
             assert budget_of(hers).remaining("cus_1") == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [(ANNA, "tenant= gave no Tenant"), (Tenant(ANNA, meters=()), "tenant= failed: ConfigurationError")],
+)
+def test_a_tenant_that_cannot_be_used_skips_the_run_visibly_instead_of_losing_it(
+    platform: Platform, given: Any, reason: str
+) -> None:
+    told: list[Exception] = []
+    with platform.handler(customer="cus_1", tenant=lambda _: given, on_error=told.append) as handler:
+        answer(handler)
+        assert handler.flush().skipped == 1
+        assert handler.status().unrecorded == 0
+        (row,) = views.tail(handler._ledger)
+    assert (row.state, row.value, row.reason) == ("skipped", 15, reason)
+    assert told
