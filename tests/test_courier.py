@@ -481,3 +481,12 @@ def test_a_customer_who_is_gone_is_told_once_and_billed_when_a_person_says_who_p
     shop.drive()
     assert shop.billed("cus_2") == 4
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+@pytest.mark.parametrize("status", [400, 403, 404])
+def test_a_key_whose_account_stripe_does_not_show_still_delivers(shop: Shop, status: int) -> None:
+    shop.sandbox.fail(refuse(status), path="/v1/account", times=None)
+    shop.record("run")
+    shop.drive()
+    assert shop.states() == {"run": "delivered"}
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)

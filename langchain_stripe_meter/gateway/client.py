@@ -221,14 +221,12 @@ class Gateway:
         return sorted(infos, key=lambda info: (info.status == "active", info.event_name))
 
     def account_id(self) -> str | None:
-        """The account that the key belongs to; None where the key may not read it."""
-        import stripe
-
+        """The account that the key belongs to; None where Stripe does not show it to this key."""
         try:
             with as_stripe_error("read the account"):
                 return str(self.client.v1.accounts.retrieve_current().id)
         except StripeError as error:
-            if isinstance(error.__cause__, stripe.PermissionError):
+            if getattr(error.__cause__, "http_status", None) in (400, 403, 404):
                 return None
             raise
 
