@@ -64,11 +64,12 @@ def migrated(postgres_server: str) -> str:
 
 
 @pytest.fixture
-def postgres_url(postgres_server: str, migrated: str) -> str:
+def postgres_url(postgres_server: str, migrated: str) -> Iterator[str]:
     """A fresh database, up to date."""
     name = f"ledger_{uuid4().hex[:12]}"
     run_sql(postgres_server, f"CREATE DATABASE {name} TEMPLATE {migrated}")
-    return make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    yield make_url(postgres_server).set(database=name).render_as_string(hide_password=False)
+    run_sql(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 def run_sql(url: str, *statements: str) -> None:
