@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import wait_until
 from sqlalchemy import Connection, create_engine, func, select
 from sqlalchemy.engine import make_url
 
+from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import LedgerError
+from langchain_stripe_meter.ledger import database, resolving
+from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import readings
+from langchain_stripe_meter.ledger.secret import secret_of
 from langchain_stripe_meter.ledger.store import Entry, Ledger
+
+NOW = 1_800_000_000
 
 
 @pytest.fixture
@@ -22,7 +31,7 @@ def ledger(postgres_url: str) -> Iterator[Ledger]:
 
 
 def record(ledger: Ledger, *names: str) -> None:
-    ledger.record([Entry(name, "ai_tokens", 1, 1_800_000_000, ReadingState.RESOLVED, "cus_1") for name in names])
+    ledger.record([Entry(name, "ai_tokens", 1, NOW, ReadingState.RESOLVED, "cus_1") for name in names])
 
 
 def insert_and_then(ledger: Ledger, act: Callable[[Connection], object]) -> None:
@@ -101,3 +110,66 @@ def test_a_transaction_that_failed_leaves_the_connection_usable(ledger: Ledger) 
 def test_a_server_that_is_gone_is_a_ledger_error(postgres_server: str) -> None:
     with pytest.raises(LedgerError):
         record(Ledger("postgresql+psycopg://nobody@127.0.0.1:1/nowhere"), "a")
+
+
+# -- many couriers, and acts beside them
+
+PEOPLE = [Unknown("", Reference("email", f"{name}@example.com")) for name in ("ann", "ben")]
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+
+
+def is_somebody_waiting(url: str) -> bool:
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        found = connection.exec_driver_sql(WAITING).scalar_one()
+    engine.dispose()
+    return bool(found)
+
+
+def test_two_couriers_that_learn_of_the_same_people_in_another_order_do_not_stop_each_other(
+    ledger: Ledger, postgres_url: str
+) -> None:
+    ledger.record(
+        [
+            Entry(str(one), "ai_tokens", 1, NOW, ReadingState.RECORDED, reference=who.reference)
+            for one, who in enumerate(PEOPLE)
+        ]
+    )
+    secret_of(ledger)
+    other, first_is_in = Ledger(postgres_url), threading.Event()
+
+    def resolve(of: Ledger, order: Sequence[Unknown], between: Callable[[], object]) -> None:
+        with of.deliver_lane().transaction() as connection:
+            resolving.resolve(connection, order[0], "cus_1", NOW)
+            between()
+            resolving.resolve(connection, order[1], "cus_1", NOW)
+
+    def let_the_other_in() -> None:
+        first_is_in.set()
+        wait_until(lambda: is_somebody_waiting(postgres_url))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(resolve, ledger, PEOPLE, let_the_other_in)
+        first_is_in.wait(60)
+        second = pool.submit(resolve, other, PEOPLE[::-1], lambda: None)
+        first.result(60)
+        second.result(60)
+    with ledger.read() as connection:
+        found = connection.execute(select(readings.c.state, readings.c.customer, readings.c.reference)).all()
+    assert found == [("resolved", "cus_1", None)] * 2
+    other.close()
+
+
+def test_a_process_that_was_stopped_in_the_middle_does_not_keep_the_others_from_going_on(
+    ledger: Ledger, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "STOPPED_SECONDS", 1)
+    stopped = Ledger(postgres_url)
+
+    def others_go_on(_connection: Connection) -> None:
+        ledger.set_note("whole", "x")  # waits until the server has given the stopped one up
+
+    with pytest.raises(LedgerError):
+        insert_and_then(stopped, others_go_on)
+    assert (ledger.note("lost"), ledger.note("whole")) == (None, "x")
+    stopped.close()

@@ -96,7 +96,7 @@ class Windows:
     def _take_waiting(self, name: str) -> None:
         """Named events whose own answer has come in meanwhile."""
         with self._ledger.deliver_lane().transaction() as connection:
-            known = reports.window(connection, name, lock=True)
+            known = reports.window(connection, name)
             if known is None or not known.waiting:
                 return
             now = self._ledger.now()
@@ -148,7 +148,7 @@ class Windows:
     def _store(self, known: Window, after: Window, found: Found) -> Found:
         """All in one transaction, unless another process was faster."""
         with self._ledger.deliver_lane().transaction() as connection:
-            stored = reports.window(connection, known.name, lock=True)
+            stored = reports.window(connection, known.name)
             if stored is None or (stored.after, stored.remaining) != (known.after, known.remaining):
                 return Found()
             now = self._ledger.now()

@@ -161,7 +161,7 @@ class Courier:
     def _rest(self) -> None:
         """Wait until woken, or until something is due, without the ledger being asked in vain."""
         now = self.ledger.now()
-        with self.ledger.deliver_lane().transaction() as connection:
+        with self.ledger.deliver_lane().transaction(shared=True) as connection:
             due = outbox.next_due(connection)
         wait = IDLE_SECONDS if due is None else min(max(due - now, BLOCKED_SECONDS), IDLE_SECONDS)
         if self._pace.is_quiet(now):
@@ -176,7 +176,7 @@ class Courier:
         checked = self._check(now)
         moved += self._look_up(now) if checked else 0
         slots = self._pace.slots(len(self._sending), now)
-        with self.ledger.deliver_lane().transaction() as connection:
+        with self.ledger.deliver_lane().transaction(shared=True) as connection:
             moved += outbox.reap(connection, now)
             moved += sealing.seal(connection, now, self._roll_up) if checked else 0
             claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now)) if slots > 0 else []
@@ -233,7 +233,7 @@ class Courier:
         now, moved = self.ledger.now(), len(self._sent)
         lane = self.ledger.deliver_lane()
         with lane.lock:  # whoever counts what is pending under this lock sees these counts too
-            with lane.transaction() as connection:
+            with lane.transaction(shared=not self._found) as connection:
                 states = outbox.finish(connection, self._sent, now)
                 moved += sum(self._lookups.settle(connection, *answer, now) for answer in self._found)
             sent, self._sent, self._found = self._sent, [], []

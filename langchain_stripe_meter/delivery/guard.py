@@ -35,7 +35,7 @@ class Guard:
         self._epoch.keep(now)
         if not self._is_ours:
             self._check_account()
-        with self._ledger.deliver_lane().transaction() as connection:
+        with self._ledger.deliver_lane().transaction(shared=True) as connection:
             resolving.release_held(connection, now)
             meters = sealing.open_meters(connection)
         for account, event_name in meters:

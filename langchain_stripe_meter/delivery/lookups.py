@@ -51,18 +51,21 @@ class Lookups:
         """How many readings could be settled from memory, and whom to ask Stripe for now."""
         if now < self._rest_until:
             return 0, []
-        if self._secret is None:  # before the transaction: two couriers that make it within one would block each other
+        if self._secret is None:  # in a transaction of its own
             self._secret = secret_of(self._ledger)
-        with self._ledger.deliver_lane().transaction() as connection:
+        with self._ledger.deliver_lane().transaction(shared=True) as connection:
             waiting = resolving.unresolved(connection, now)
-            known = {one: self._found.get(one) for one in waiting if one in self._found or one in self._missing}
-            moved = sum(
-                self.settle(connection, one, Answer([found] if found else []), now) for one, found in known.items()
-            )
+        known = {one: self._found.get(one) for one in waiting if one in self._found or one in self._missing}
+        moved = self._settle_known(known, now) if known else 0
         new = [one for one in waiting if one not in known and one not in self.asking]
         asked = new[: LOOKUPS_AT_ONCE - len(self.asking)]
         self.asking.update(asked)
         return moved, asked
+
+    def _settle_known(self, known: dict[Unknown, str | None], now: int) -> int:
+        with self._ledger.deliver_lane().transaction() as connection:
+            answers = {one: Answer([customer] if customer else []) for one, customer in known.items()}
+            return sum(self.settle(connection, one, answer, now) for one, answer in answers.items())
 
     def ask(self, gateway: Gateway, asked: Unknown) -> Answer:
         """Ask Stripe; any thread may. Raises ``StripeError``, which does not repeat who was asked for."""

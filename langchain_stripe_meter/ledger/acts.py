@@ -71,11 +71,6 @@ def every_act(ledger: Ledger, most: int = 1000) -> ActList:
     return ActList(Act(row.at, row.act, row.subject, row.detail or "") for row in reversed(rows))
 
 
-def _locked(query: Any, connection: Connection) -> Any:
-    """On PostgreSQL, nobody else may change what a decision is about to be made of."""
-    return query.with_for_update() if connection.dialect.name == "postgresql" else query
-
-
 # -- rejected later
 
 
@@ -173,7 +168,7 @@ def _has(connection: Connection, act: str, subject: str) -> bool:
 
 def _event_of(connection: Connection, identifier: str) -> Any:
     """The event with this identifier, or the one that a reading with this identifier became."""
-    row = connection.execute(_locked(select(events).where(events.c.identifier == identifier), connection)).first()
+    row = connection.execute(select(events).where(events.c.identifier == identifier)).first()
     if row is not None:
         return row
     reading = connection.execute(select(readings).where(readings.c.key == identifier)).first()
@@ -183,7 +178,7 @@ def _event_of(connection: Connection, identifier: str) -> Any:
         )
     if reading.event_id is None:
         raise IllegalMoveError(f"The reading {identifier} is {reading.state} and was not sent to Stripe.")
-    row = connection.execute(_locked(select(events).where(events.c.id == reading.event_id), connection)).one()
+    row = connection.execute(select(events).where(events.c.id == reading.event_id)).one()
     parts = select(func.count()).where(readings.c.event_id == reading.event_id)
     if (count := connection.execute(parts).scalar_one()) > 1:
         raise IllegalMoveError(
@@ -313,7 +308,7 @@ def write_off(ledger: Ledger, what: Held | str | Sequence[int | str], *, reason:
 
 def _held_reading(connection: Connection, name: str) -> Any:
     """The reading of this name, unless what it became decides."""
-    row = connection.execute(_locked(select(readings).where(readings.c.key == name), connection)).first()
+    row = connection.execute(select(readings).where(readings.c.key == name)).first()
     return row if row is not None and row.event_id is None else None
 
 
@@ -328,7 +323,7 @@ def _write_off_event(connection: Connection, identifier: str, reason: str, now: 
 def _readings(connection: Connection, ids: Sequence[int]) -> list[Any]:
     """The readings with these ids; a refusal that names one that is not there."""
     parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
-    rows = [row for part in parts for row in connection.execute(_locked(_by_id(part), connection))]
+    rows = [row for part in parts for row in connection.execute(_by_id(part))]
     missing = sorted(set(ids) - {row.id for row in rows})
     if missing:
         raise ConfigurationError(f"The ledger has no reading {missing[0]}. See: stripe-meter held")

@@ -46,9 +46,7 @@ def _together(one: Late | None, other: Late) -> Late:
 
 
 def told(connection: Connection) -> dict[str, dict[str, int]]:
-    """By threshold, when each meter was last told. On PostgreSQL, nobody else may tell until the transaction ends."""
-    if connection.dialect.name == "postgresql":
-        connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7382910547)")
+    """By threshold, when each meter was last told."""
     rows = connection.execute(select(notes.c.name, notes.c.value).where(notes.c.name.startswith(_ALARM)))
     return {row.name.removeprefix(_ALARM): json.loads(row.value) for row in rows}
 

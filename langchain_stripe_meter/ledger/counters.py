@@ -24,6 +24,7 @@ from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger import payers
 from langchain_stripe_meter.ledger.database import explain
+from langchain_stripe_meter.ledger.secret import secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 
 PAGE = 10_000
@@ -226,8 +227,7 @@ class Counters:
 
     def _digest(self, account: str, reference: str) -> str:
         if self._secret is None:
-            with self._ledger.deliver_lane().transaction() as connection:
-                self._secret = payers.secret(connection, self._ledger.now())
+            self._secret = secret_of(self._ledger)
         return payers.digest(self._secret, account, reference)
 
     # -- the database

@@ -3,6 +3,10 @@
 SQLite has one writer, so all of a process's writes share one connection behind one lock and never wait for each other
 by polling. PostgreSQL has many: recording and delivering get a connection each. Counting what limits allow reads on
 one more, on either.
+
+What couriers and people do to many rows would lock them in different orders on PostgreSQL, and stop each other. So
+such a transaction has the deliver lane to itself; what only takes rows that nobody else holds (``shared``) goes on
+beside its like. Recording takes no part in this: a run waits for nobody.
 """
 
 from __future__ import annotations
@@ -31,6 +35,11 @@ from langchain_stripe_meter.ledger.upgrading import bring_up_to_date
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
 
+STOPPED_SECONDS = 60
+"""How long a transaction on PostgreSQL may do nothing: a process that was stopped within one would block the others."""
+_TURN = 7382910545
+"""PostgreSQL's advisory lock that transactions on the deliver lane take, for themselves or together."""
+
 logger = logging.getLogger("langchain_stripe_meter")
 
 
@@ -47,10 +56,14 @@ logging.getLogger("sqlalchemy.engine.Engine.stripe_meter").addFilter(_is_no_row)
 
 
 class Lane:
-    """One connection for writing, one writer at a time. A connection that died is replaced by the next use."""
+    """One connection for writing, one writer at a time. A connection that died is replaced by the next use.
 
-    def __init__(self, engine: Engine) -> None:
+    ``in_turn``: its transactions wait for those of other processes' lanes, on PostgreSQL.
+    """
+
+    def __init__(self, engine: Engine, *, in_turn: bool = False) -> None:
         self.lock = threading.RLock()
+        self._in_turn = in_turn
         self._engine = engine
         self._connection: Connection | None = None
         self._driver: Any = None
@@ -86,10 +99,13 @@ class Lane:
         return self._driver
 
     @contextmanager
-    def transaction(self) -> Iterator[Connection]:
-        """All or nothing; on SQLite the write lock is taken at once, so that what is read stays true."""
+    def transaction(self, *, shared: bool = False) -> Iterator[Connection]:
+        """All or nothing; on SQLite the write lock is taken at once, so that what is read stays true.
+
+        On PostgreSQL, ``shared`` transactions run beside each other: each must pass over rows that another holds.
+        """
         with self.lock, clear_errors():
-            connection = self._begin()
+            connection = self._begin(shared=shared)
             try:
                 yield connection
                 connection.exec_driver_sql("COMMIT")
@@ -97,9 +113,9 @@ class Lane:
                 self._roll_back(connection)
                 raise
 
-    def _begin(self) -> Connection:
+    def _begin(self, *, shared: bool) -> Connection:
         connection = self.connection
-        begin = "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else "BEGIN ISOLATION LEVEL READ COMMITTED"
+        begin = "BEGIN IMMEDIATE" if connection.dialect.name == "sqlite" else self._begin_on_postgres(shared=shared)
         try:
             connection.exec_driver_sql(begin)
         except DBAPIError as error:
@@ -109,6 +125,14 @@ class Lane:
             connection = self.connection
             connection.exec_driver_sql(begin)
         return connection
+
+    def _begin_on_postgres(self, *, shared: bool) -> str:
+        """Statements for one round trip."""
+        begin = ["BEGIN ISOLATION LEVEL READ COMMITTED"]
+        begin.append(f"SET LOCAL idle_in_transaction_session_timeout = '{STOPPED_SECONDS}s'")
+        if self._in_turn:
+            begin.append(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}({_TURN})")
+        return "; ".join(begin)
 
     def _roll_back(self, connection: Connection) -> None:
         try:
@@ -251,7 +275,7 @@ class Database:
                 lane.drop()
                 engine.dispose()
                 raise
-            deliver = lane if self.is_sqlite else Lane(engine)
+            deliver = lane if self.is_sqlite else Lane(engine, in_turn=True)
             self._opened = _Opened(engine, {"record": lane, "deliver": deliver, "count": Lane(engine)}, self._file())
             self.openings += 1
             return self._opened

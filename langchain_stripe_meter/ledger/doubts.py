@@ -88,7 +88,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     with ledger.deliver_lane().transaction() as connection:
         for identifier in dict.fromkeys(identifiers):
             query = select(events.c.id, events.c.at).where(_IS_DOUBTFUL, events.c.identifier == identifier)
-            row = connection.execute(query.with_for_update()).first()
+            row = connection.execute(query).first()
             if row is None:
                 continue
             if not delivered and now - row.at > STALE_AFTER:
@@ -156,7 +156,7 @@ def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdic
     """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
     with ledger.deliver_lane().transaction() as connection:
         query = select(events.c.id, events.c.seen_at).where(_IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
-        known = {row.id: row.seen_at for row in connection.execute(query.with_for_update())}
+        known = {row.id: row.seen_at for row in connection.execute(query)}
         if known != {one.id: one.seen_at for one in doubts}:
             return False
         for one in doubts:

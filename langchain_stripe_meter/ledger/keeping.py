@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from decimal import Context, Decimal
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, select, text, tuple_, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, select, tuple_, update
 
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, ReadingState
@@ -33,8 +33,6 @@ CHORE_EVERY = 3600
 _EXACT = Context(prec=250)
 _FINAL_EVENTS = events.c.state.in_([EventState.DELIVERED.value, EventState.WRITTEN_OFF.value])
 _FINAL_READINGS = readings.c.state.in_([ReadingState.SKIPPED.value, ReadingState.WRITTEN_OFF.value])
-_PRUNING_LOCK = text("SELECT pg_advisory_xact_lock(7382910547)")
-"""Sums are read and written again, so on PostgreSQL one prunes at a time, as on SQLite."""
 
 Progress = Callable[[int, int], None]
 Sums = dict[tuple[str, str, str, int, str], tuple[Decimal, int]]
@@ -151,8 +149,6 @@ def _in_one_go(ledger: Ledger, work: Callable[..., Pruned], *arguments: Any) -> 
     """One transaction; then a rest as long as it took, in which others get their turn."""
     began = time.monotonic()
     with ledger.deliver_lane().transaction() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(_PRUNING_LOCK)
         done = work(connection, *arguments)
     time.sleep(min(time.monotonic() - began, 1))
     return done
@@ -199,8 +195,6 @@ def _portions(sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
 
 def _prune_events(connection: Connection, ids: Sequence[int], final: Any) -> Pruned:
     query = select(events.c.id).where(events.c.id.in_(ids), final)  # again: a webhook may have rejected one meanwhile
-    if connection.dialect.name == "postgresql":
-        query = query.with_for_update()
     sure = list(connection.execute(query).scalars())
     mine = readings.c.event_id.in_(sure)
     joined = readings.join(events, events.c.id == readings.c.event_id)

@@ -1,4 +1,5 @@
-"""What couriers do to events: claim, settle, reap. Each function works inside its caller's transaction."""
+"""What couriers do to events: claim, settle, reap. Each function works inside its caller's transaction, which may be a
+shared one."""
 
 from __future__ import annotations
 
@@ -184,6 +185,8 @@ def _finish(
 def reap(connection: Connection, now: int) -> int:
     """Events that somebody began to send and never settled: their outcome is unknown."""
     query = select(events).where(events.c.state == EventState.SENDING.value)
+    if connection.dialect.name == "postgresql":
+        query = query.with_for_update(skip_locked=True)
     dead = [row for row in connection.execute(query).mappings() if _is_dead(row["lease"], row["lease_until"], now)]
     outcome = Outcome(Move.UNKNOWN, "the courier that was sending it died")
     orphans = [

@@ -104,8 +104,6 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
 
 def _named(connection: Connection, identifier: str, account: str) -> Any:
     query = select(events).where(events.c.identifier == identifier, events.c.account == account)
-    if connection.dialect.name == "postgresql":
-        query = query.with_for_update()
     return connection.execute(query).first()
 
 
@@ -147,12 +145,9 @@ def windows(connection: Connection) -> list[str]:
     return list(connection.execute(query).scalars())
 
 
-def window(connection: Connection, name: str, *, lock: bool = False) -> Window | None:
-    """What is open, as it stands; with ``lock`` nobody else may change it in this transaction."""
-    query = select(notes.c.value).where(notes.c.name == name)
-    if lock and connection.dialect.name == "postgresql":
-        query = query.with_for_update()
-    text = connection.execute(query).scalar()
+def window(connection: Connection, name: str) -> Window | None:
+    """What is open, as it stands."""
+    text = connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
     if text is None:
         return None
     known = Window(**json.loads(text))

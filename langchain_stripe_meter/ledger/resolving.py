@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
@@ -53,8 +53,7 @@ def _reference(connection: Connection, told: str) -> Reference | None:
         return Reference(by, value)  # type: ignore[arg-type]
     except MeteringError:
         held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
-        waiting = or_(RECORDED, HELD)
-        statement = update(readings).where(readings.c.reference == told, waiting)
+        statement = update(readings).where(free(connection, and_(readings.c.reference == told, or_(RECORDED, HELD))))
         connection.execute(statement.values(state=held, reason="the customer's name is malformed", due=None))
         return None
 
@@ -119,13 +118,17 @@ def hold_meter(connection: Connection, account: str, event_name: str, reason: st
 
 def release_held(connection: Connection, now: int) -> int:
     """Readings that were held for their meter's sake are tried again when they are due."""
-    statement = (
-        update(readings)
-        .where(readings.c.state == ReadingState.HELD.value, readings.c.due <= now, readings.c.customer.is_not(None))
-        .where(readings.c.value.is_not(None))
-        .values(state=next_reading_state(ReadingState.HELD, Move.ASSIGN).value, reason=None, due=None)
-    )
-    return connection.execute(statement).rowcount
+    due = and_(HELD, readings.c.due <= now, readings.c.customer.is_not(None), readings.c.value.is_not(None))
+    statement = update(readings).where(free(connection, due))
+    changes = {"state": next_reading_state(ReadingState.HELD, Move.ASSIGN).value, "reason": None, "due": None}
+    return connection.execute(statement.values(**changes)).rowcount
+
+
+def free(connection: Connection, condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """``condition``, without the readings that another transaction holds: a shared one must not wait for them."""
+    if connection.dialect.name != "postgresql":
+        return condition
+    return readings.c.id.in_(select(readings.c.id).where(condition).with_for_update(skip_locked=True))
 
 
 def _text(reference: Reference) -> str:

@@ -10,12 +10,12 @@ from decimal import Context, Decimal
 from functools import reduce
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, insert, select, update
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, MAX_DIGITS, MeterEvent, number_text, significant_digits
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
-from langchain_stripe_meter.ledger.resolving import RESOLVED, held_delay
+from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
 from langchain_stripe_meter.ledger.schema import events, notes, readings
 
 SEAL_AT_MOST = 1000
@@ -169,13 +169,11 @@ def unseal(connection: Connection, event_id: int, reason: str, now: int) -> None
 
 
 def _hold_stale(connection: Connection, now: int) -> None:
-    statement = (
-        update(readings)
-        .where(RESOLVED, readings.c.at < now - STALE_AFTER)
-        .values(
+    statement = update(readings).where(free(connection, and_(RESOLVED, readings.c.at < now - STALE_AFTER)))
+    connection.execute(
+        statement.values(
             state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value,
             reason="older than 34 days: Stripe would refuse it; re-time it or write it off",
             due=None,
         )
     )
-    connection.execute(statement)

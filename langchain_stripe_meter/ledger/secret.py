@@ -8,8 +8,11 @@ from langchain_stripe_meter.ledger.store import Ledger
 
 
 def secret_of(ledger: Ledger) -> bytes:
-    """The secret, made when first asked for, in a transaction of its own; the same for every process on this ledger."""
-    with ledger.deliver_lane().transaction() as connection:
+    """The secret, made when first asked for, in a transaction of its own; the same for every process on this ledger.
+
+    A run may ask, so it does not wait for couriers.
+    """
+    with ledger.database.lane("record").transaction() as connection:
         return payers.secret(connection, ledger.now())
 
 
