@@ -14,6 +14,7 @@ from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
 
+import hypothesis
 import pytest
 from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
@@ -22,6 +23,13 @@ from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.ledger.upgrading import migrate
 from langchain_stripe_meter.sandbox import StripeSandbox
+
+# An example is judged by what it shows, never by how long a busy machine takes for it. Examples stay random in CI too,
+# where most of them are tried; what fails is printed with the @reproduce_failure line that brings it back.
+hypothesis.settings.register_profile(
+    "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True, derandomize=False
+)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True, scope="session")
