@@ -53,7 +53,7 @@ class Shop:
         """What the customer owes on each meter, once everything is delivered; meters that nothing came to are left
         out."""
         for handler in self._handlers:
-            assert handler.flush(10).pending == 0
+            assert handler.flush(60).pending == 0
         bills: Mapping[str, Decimal] = {
             meter.event_name: self.sandbox.billed(meter.event_name, customer) for meter in self.meters
         }

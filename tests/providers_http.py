@@ -20,7 +20,7 @@ Json = dict[str, Any]
 CREATED = 1_760_000_000
 """When every answer was made, in Unix seconds."""
 
-PATIENCE = 10.0
+PATIENCE = 60.0
 """Seconds after which a stand-in stops waiting, so that a mistaken test fails and does not hang."""
 
 USUAL: Mapping[str, Any] = MappingProxyType({})

@@ -321,13 +321,13 @@ def test_the_handler_does_all_of_it(shop: Books, tmp_path: Path) -> None:
     ) as handler:
         handler.record_usage({"input_tokens": 5}, id="job-1")
         shop.record("old-1", "old-2", at=shop.ledger.now() - 40 * DAY)
-        assert handler.flush(10).held == 2
+        assert handler.flush(60).held == 2
         handler.cancel(shop.sandbox.events[0].identifier)
         assert handler.correct("cus_1", "ai_tokens", 8, reason="forgotten", id="c")
         (held,) = handler.held()
         assert handler.write_off([held.ids[0]], reason="goodwill") == 1
         assert handler.retime(held.ids[1:]) == 1
-        assert handler.flush(10).pending == 0
+        assert handler.flush(60).pending == 0
         assert [act.act for act in handler.acts()] == [
             "cancel asked", "cancelled", "corrected", "written off", "re-timed",
         ]  # fmt: skip

@@ -76,7 +76,7 @@ def test_only_a_signed_token_is_believed_and_sigterm_delivers_what_it_pays(
 
     chat(server, None, talk)
     assert views.status(ledger).skipped == 4 * 2 + 2
-    assert arrived.wait(30)
+    assert arrived.wait(60)
     server.process.terminate()
     wait_until(lambda: "the server is stopping" in server.said())
     assert not sandbox.billed("everything")

@@ -223,7 +223,7 @@ def test_the_handler_its_settings_and_the_command_show_and_tell(
             stripe=books.gateway.client, on_error=books.errors.append, clock=books.sandbox.now
         ) as handler:
             handler.record_usage({"input_tokens": 5}, id="job-1")
-            assert handler.flush(10).pending == 0
+            assert handler.flush(60).pending == 0
             assert [one.partition(":")[0] for one in handler.status().alarms] == [
                 "Undelivered usage is older than 7 days",
                 "A billing period closed at 2027-03-15 00",

@@ -164,7 +164,7 @@ def test_a_customer_that_is_made_is_named_to_stripe_alone(
 ) -> None:
     with make(url, sandbox, create_missing=True) as handler:
         chat(handler, lead={"email": MAIL})
-        assert handler.flush(10).pending == 0
+        assert handler.flush(60).pending == 0
     assert [customer.email for customer in sandbox._account.customers.all()] == [MAIL]
     assert seen(log.getvalue(), *ALWAYS, *PEOPLE, SESSION) == []
     if url.startswith("sqlite"):
@@ -254,12 +254,12 @@ def test_injections_bill_nobody_and_are_not_logged(url: str, sandbox: StripeSand
             with suppress(ConfigurationError):
                 handler.leads.capture(f"s{number}", **{by: value}, bill_from="first_message")
             handler.record_usage({"input_tokens": 1}, id=f"captured-{number}", metadata={"session_id": f"s{number}"})
-        report = handler.flush(30)
+        report = handler.flush(60)
         assert report.pending == 0
         assert sandbox.billed("tokens") == {}
         assert report.held + handler.status().skipped == 2 * len(INJECTIONS)
         handler.record_usage({"input_tokens": 1}, id="honest", metadata={"lead": {by: victims[by]}})
-        assert handler.flush(30).pending == 0
+        assert handler.flush(60).pending == 0
         assert sandbox.billed("tokens") == {victim: 1}
     assert seen(log.getvalue(), "canary", "airotciV", "\u0130\u0130") == []
     headers = [value for one in sandbox.requests for name, value in one.headers.items() if name != "authorization"]
@@ -281,7 +281,7 @@ def crowd() -> Iterator[tuple[StripeSandbox, Gateway]]:
         gateway.close()
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(st.one_of(_NASTY, st.lists(st.one_of(_NASTY, _OPERATOR), max_size=4).map("".join)))
 def test_a_name_finds_exactly_its_own_customers_whatever_is_in_it(
     crowd: tuple[StripeSandbox, Gateway], text: str

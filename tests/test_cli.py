@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from typer.testing import CliRunner, Result
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, static
 from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.schema import HEAD
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, refuse
 
 COMMAND = str(Path(sys.executable).with_name("stripe-meter"))
@@ -101,9 +105,19 @@ def test_deliver_says_with_its_exit_code_that_something_is_still_pending(
     assert "Not everything could be sent" in result.stderr
 
 
-def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, recorded: None) -> None:
+def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
     sandbox.revoke(sandbox.api_key)
-    assert "401" in call("deliver", "--once", "--timeout", "4", code=1).stderr
+
+    def stop_once_it_is_noticed() -> None:
+        ledger = Ledger(f"sqlite:///{tmp_path}/l.db")
+        wait_until(lambda: views.status(ledger).paused)
+        ledger.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        stopped = pool.submit(stop_once_it_is_noticed)
+        assert "401" in call("deliver", "--once", "--timeout", "100", code=1).stderr
+        stopped.result()
 
 
 def test_deliver_fails_when_stripe_refused_an_event_for_good(sandbox: StripeSandbox, recorded: None) -> None:
@@ -126,7 +140,7 @@ def test_deliver_goes_on_until_sigterm_and_ends_well(sandbox: StripeSandbox, rec
     process = subprocess.Popen([COMMAND, "deliver"], stdout=subprocess.PIPE, text=True)
     wait_until(lambda: sandbox.billed("ai_tokens", "cus_1") == 100)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out == "1 delivered, 0 rejected, 0 pending, 1 held, 0 doubtful.\n"
 
@@ -269,7 +283,7 @@ def test_the_sandbox_command_prints_what_to_set_and_stops_at_sigterm() -> None:
     assert process.stdout is not None
     said = [process.stdout.readline() for _ in range(3)]
     process.send_signal(signal.SIGTERM)
-    assert process.wait(10) == 0
+    assert process.wait(60) == 0
     process.stdout.close()
     assert said[0] == "# meter m\n"
     assert {line.split("=")[0] for line in said[1:]} == {"export STRIPE_API_KEY", "export STRIPE_METER_API_BASE"}

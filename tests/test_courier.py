@@ -64,7 +64,7 @@ def test_the_thread_delivers_what_it_is_woken_for_and_starts_only_then(shop: Sho
         shop.record(f"run-{number}", customer=f"cus_{number % 4 + 1}")
         shop.courier.wake()
     wait_until(lambda: shop.status.delivered == 30)
-    shop.courier.close(5)
+    shop.courier.close(60)
     assert not shop.courier.is_running
     shop.courier.wake()
     assert not shop.courier.is_running
@@ -265,7 +265,7 @@ def test_a_key_without_the_permission_pauses_too_and_a_new_courier_clears_the_pa
     reader = shop.another_courier(key="rk_test_reader")
     shop.drive(reader, seconds=60)
     assert "403" in str(shop.status.paused)
-    reader.close(1)
+    reader.close(60)
     shop.drive(shop.courier)
     assert (shop.status.delivered, shop.status.paused) == (1, None)
     settled(shop.ledger, shop.sandbox, fault="the key lacks a permission")
@@ -386,9 +386,9 @@ def test_close_keeps_its_deadline_while_stripe_hangs_and_the_next_courier_bills_
     shop.sandbox.fail(hang(answer), where=lambda _: arrived.set() or True)  # type: ignore[func-returns-value]
     shop.record("run", value=9)
     shop.courier.wake()
-    assert arrived.wait(30)
+    assert arrived.wait(60)
     shop.courier.close(0.1)
-    assert not shop.courier.is_running
+    wait_until(lambda: not shop.courier.is_running, 20)  # less than the client waits for an answer
     assert shop.states() == {"run": "pending"}
     answer.set()
     wait_until(lambda: shop.billed() == 9)
@@ -404,11 +404,11 @@ def test_close_waits_for_the_answer_where_there_is_time(shop: Shop) -> None:
     shop.sandbox.fail(hang(answer), where=lambda _: arrived.set() or True)  # type: ignore[func-returns-value]
     shop.record("run")
     shop.courier.wake()
-    assert arrived.wait(30)
-    closing = threading.Thread(target=shop.courier.close, args=(30,))
+    assert arrived.wait(60)
+    closing = threading.Thread(target=shop.courier.close, args=(60,))
     closing.start()
     answer.set()
-    closing.join(30)
+    closing.join(60)
     assert shop.states() == {"run": "delivered"}
 
 
@@ -461,7 +461,7 @@ def test_an_on_error_that_raises_does_not_stop_delivery(shop: Shop, caplog: pyte
     shop.drive(courier)
     assert shop.states() == {"bad": "held", "good": "delivered"}
     assert "on_error itself failed" in caplog.text
-    courier.close(1)
+    courier.close(60)
     courier.gateway.close()
 
 

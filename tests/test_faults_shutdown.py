@@ -25,7 +25,7 @@ VERSIONS = ["3.11", "3.12", "3.13"]
 ROOT = Path(__file__).parent.parent
 
 START = """
-import asyncio, atexit, os, sys, threading
+import asyncio, atexit, os, signal, sys, threading
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
@@ -33,6 +33,9 @@ from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 class Model(GenericFakeChatModel):
     async def _agenerate(self, *args, **kwargs):
         return self._generate(*args, **kwargs)  # the base class would use a thread
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore these
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 def model():
     usage = {"input_tokens": 1, "output_tokens": 0, "total_tokens": 1}

@@ -283,11 +283,11 @@ def test_while_the_ledger_is_busy_the_event_loop_goes_on(
     def hold() -> None:
         with lane.lock:
             held.set()
-            release.wait(30)
+            release.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
-    held.wait(30)
+    held.wait(60)
 
     async def main() -> None:
         run = asyncio.create_task(server.chat().ainvoke("Hi", {"callbacks": [recorder]}))

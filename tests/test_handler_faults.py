@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_until
 from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
@@ -143,7 +144,7 @@ def test_a_block_around_a_chain_ends_as_the_chain_did_though_its_ledger_is_broke
         with pytest.raises(ValueError, match="of the block"):
             fail_inside(recorder(where))
     assert "closing failed" in caplog.text
-    assert threading.active_count() <= before
+    wait_until(lambda: threading.active_count() <= before)
 
 
 def fail_inside(handler: StripeMeterCallbackHandler) -> None:
@@ -289,10 +290,9 @@ def test_close_leaves_no_thread_and_what_was_not_sent_is_sent_by_the_next_handle
             assert shop.handler.close(timeout=0).pending == 3
         shop.another_handler().retry()
         shop.sandbox.clear_faults()
-        assert shop.another_handler().flush(30).pending == 0
+        assert shop.another_handler().flush(60).pending == 0
         assert {name: shop.sandbox.billed(name, "cus_1") for name in ONE_ANSWER} == ONE_ANSWER
-    left = {thread.name for thread in set(threading.enumerate()) - before}
-    assert not {name for name in left if "courier" in name}
+    wait_until(lambda: not [one for one in set(threading.enumerate()) - before if "courier" in one.name])
 
 
 def test_the_context_manager_delivers_on_its_way_out(shop: Shop, server: OpenAIServer) -> None:

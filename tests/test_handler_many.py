@@ -130,7 +130,7 @@ def test_a_task_cancelled_while_its_end_is_recorded_loses_nothing(
 
     def get(name: str) -> Any:
         estimating.set()
-        gate.wait(30)
+        gate.wait(60)
         return real(name)
 
     monkeypatch.setattr(tiktoken, "get_encoding", get)
@@ -139,7 +139,7 @@ def test_a_task_cancelled_while_its_end_is_recorded_loses_nothing(
 
     async def main() -> None:
         task = asyncio.create_task(server.chat().ainvoke("Hi", paid_by("cus_1", handler)))
-        await asyncio.to_thread(estimating.wait, 30)
+        await asyncio.to_thread(estimating.wait, 60)
         for _ in range(1 + again):
             task.cancel()
             await asyncio.sleep(0)

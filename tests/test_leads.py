@@ -63,7 +63,7 @@ class Desk:
 
     def billed(self) -> dict[str, Decimal]:
         for handler in self.handlers:
-            assert handler.flush(20).pending == 0
+            assert handler.flush(60).pending == 0
         return self.sandbox.billed("tokens")
 
     def states(self) -> dict[str, int]:

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import wait_until
@@ -196,12 +197,19 @@ def test_a_lock_of_another_process_is_waited_for_and_then_an_error_for_all_at_on
                 record(ledger, f"run-{number}")
             return str(caught.value)
 
-        tries: list[object] = []
-        write = ledger._group._write
-        ledger._group._write = lambda entries: (tries.append(entries), write(entries))[1]
+        group, tries = ledger._group, list[int]()
+        write = group._write
+
+        def try_once(entries: Any) -> Any:
+            tries.append(len(entries))
+            wait_until(lambda: sum(tries) + len(group._jobs) == 40)  # the others have come while the first one waits
+            return write(entries)
+
+        group._write = try_once
         with ThreadPoolExecutor(40) as pool:
             assert len(list(pool.map(attempt, range(40)))) == 40
-        assert len(tries) < 10  # they waited together, not one after the other
+        group._write = write
+        assert len(tries) == 2  # they waited together, not one after the other
         holder.communicate(b"\n")
     record(ledger, "after")
     ledger.close()
@@ -459,7 +467,7 @@ def test_a_child_that_was_forked_while_its_parent_records_does_not_wait_for_the_
     def hold() -> None:
         with ledger._group._leader:
             entered.set()
-            leave.wait(30)
+            leave.wait(60)
 
     holder = threading.Thread(target=hold)
     holder.start()
@@ -487,7 +495,7 @@ def test_an_interrupt_while_writing_for_others_loses_nothing_of_theirs(ledger: L
         lane.lock.release()
         try:
             for each in theirs:
-                each.result(30)
+                each.result(60)
         finally:
             lane.lock.acquire()
     ledger.close()

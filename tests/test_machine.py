@@ -249,8 +249,6 @@ class Metering(RuleBasedStateMachine):
 
 
 def test_whatever_happens_in_whatever_order_nothing_is_lost_or_billed_twice() -> None:
-    usual = settings(
-        max_examples=EXAMPLES, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    usual = settings(max_examples=EXAMPLES, stateful_step_count=40, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Metering, settings=usual)
     tally("anything, in any order: 40 events of 22 kinds", tried=EXAMPLES)

@@ -157,7 +157,7 @@ def cancelled(case: Case) -> None:
 
     async def cancel() -> None:
         task = asyncio.create_task(chain.ainvoke("Hi", config))
-        await asyncio.wait_for(arrived.wait(), 10)
+        await asyncio.wait_for(arrived.wait(), 60)
         task.cancel()
         with suppress(asyncio.CancelledError):
             await task

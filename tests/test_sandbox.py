@@ -253,7 +253,7 @@ def test_stripe_takes_one_call_at_a_time_per_customer_and_meter(
     sandbox.fail(hang(go), where=setting(arrived))
     first = threading.Thread(target=send, args=(client, ann, 1))
     first.start()
-    assert arrived.wait(10)
+    assert arrived.wait(60)
     error = refusal(send, client, ann, 2)
     send(client, bob, 4)
     go.set()

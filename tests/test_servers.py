@@ -96,7 +96,7 @@ async def careless(request: Request):
 
 @app.get("/report")
 async def report():
-    return dataclasses.asdict(await meter.aflush(30))
+    return dataclasses.asdict(await meter.aflush(60))
 """
 FORGED: dict[str, Any] = {
     "metadata": {

@@ -67,7 +67,7 @@ def use(handler: StripeMeterCallbackHandler) -> None:
     for number in range(3):
         usage = {"input_tokens": 100 + number, "output_tokens": 20}
         handler.record_usage(usage, id=f"job-{number}", metadata={"id": f"cus_{number}"})
-    assert handler.flush(10).pending == 0
+    assert handler.flush(60).pending == 0
 
 
 def test_what_was_delivered_agrees_with_stripe(handler: StripeMeterCallbackHandler) -> None:

@@ -182,7 +182,7 @@ def test_eight_threads_with_one_notification_have_one_effect(books: Books) -> No
     barrier = threading.Barrier(8)
 
     def at_once(_: int) -> Any:
-        barrier.wait(30)
+        barrier.wait(60)
         return books.webhooks.handle(*request)
 
     with ThreadPoolExecutor(8) as pool:
@@ -379,14 +379,14 @@ def test_the_handler_takes_webhooks_in(tmp_path: Path, small: Books, monkeypatch
         webhook_secret="whsec_sandbox",
     ) as handler:  # fmt: skip
         handler.record_usage({"input_tokens": 5}, id="job-1")
-        assert handler.flush(10).pending == 0
+        assert handler.flush(60).pending == 0
         (rejection,) = small.sandbox.reject(small.sandbox.events[-1].identifier)
         assert len(handler.webhooks.handle(*small.sandbox.thin_event(rejection)).rejected) == 1
         assert handler.status().rejected == 1
         assert [act.act for act in handler.acts()] == ["rejected later"]
         assert "rejected later" in handler.acts()._repr_html_()
         assert handler.retry() == 1
-        assert handler.flush(10).pending == 0
+        assert handler.flush(60).pending == 0
     assert small.billed() == 5
     with StripeMeterCallbackHandler(Tokens("t"), stripe=client, ledger=f"sqlite:///{tmp_path}/n.db") as handler:
         with pytest.raises(ConfigurationError, match="STRIPE_WEBHOOK_SECRET"):

@@ -184,7 +184,7 @@ def test_over_http_the_route_answers_as_stripe_expects(books: Books, genuine: tu
     with serve(Starlette(routes=[books.webhooks.route("/stripe/webhooks")])) as url:
 
         def post(data: Any, headers: dict[str, str]) -> int:
-            return requests.post(f"{url}/stripe/webhooks", data=data, headers=headers, timeout=30).status_code
+            return requests.post(f"{url}/stripe/webhooks", data=data, headers=headers, timeout=60).status_code
 
         signed = {"Stripe-Signature": header}
         assert post(body, {}) == 400
@@ -192,7 +192,7 @@ def test_over_http_the_route_answers_as_stripe_expects(books: Books, genuine: tu
         assert post(b"a" * (4 * MAX_BODY), signed) == 400
         assert post(iter([b"a" * 1024] * 1024), signed) == 400
         assert post(body, {"Stripe-Signature": f"{header},{header}"}) == 400
-        assert requests.get(f"{url}/stripe/webhooks", timeout=30).status_code == 405
+        assert requests.get(f"{url}/stripe/webhooks", timeout=60).status_code == 405
         assert books.snapshot() == before
         assert post(body, signed) == 200
         assert set(books.states().values()) == {"rejected"}
@@ -219,4 +219,4 @@ class serve:  # noqa: N801 - reads as a function where it is used
 
     def __exit__(self, *_: object) -> None:
         self._server.should_exit = True
-        self._thread.join(30)
+        self._thread.join(60)
