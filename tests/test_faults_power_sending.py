@@ -1,4 +1,4 @@
-"""Power loss while usage is sent and settled: whatever the disk made of it, nothing is lost and nothing billed twice."""
+"""Power loss while usage is sent and settled: whatever the disk made of it, all is billed, and billed once."""
 
 from __future__ import annotations
 
