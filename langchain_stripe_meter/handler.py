@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 MAX_ROLL_UP = 3600
 """Seconds; invoices are finalised an hour after their period, so usage must not wait longer."""
+START_SECONDS = 10
+"""How long the start of a server waits for Stripe to say whether its meters are right."""
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
@@ -120,6 +122,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._webhook_secret, self._on_error = webhook_secret, on_error
         self._stripe_account = check_account(stripe_account or "")
+        self._has_tenants = tenant is not None
         self._ages = Ages(self._ledger, on_error, billing_day)
         self._courier: Courier | None = None
         if deliver or stripe is not None:
@@ -251,13 +254,18 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             return self._report()
 
     @asynccontextmanager
-    async def lifespan(self, app: object = None, *, timeout: float = 10.0) -> AsyncIterator[None]:
+    async def lifespan(self, app: object = None, *, timeout: float = 10.0, check: bool = True) -> AsyncIterator[None]:
         """The ``lifespan=`` of a Starlette or FastAPI application, and of an agent server's ``"http": {"app": …}``.
 
         SIGTERM ends a server without the interpreter's exit hooks: this delivers what is pending when it shuts down,
         at most ``timeout`` seconds, without blocking the loop; and what an earlier process left, when it starts. An
         application with a lifespan of its own writes ``async with meter.lifespan(app):`` around its ``yield``.
+
+        It refuses to start (``ConfigurationError``) on meters that cannot bill what they are sent, as ``check`` says,
+        unless ``check=False``. Where Stripe does not say so within seconds, that is logged, and the application starts.
         """
+        if check and self._courier is not None and not self._has_tenants:
+            await self._check_at_start()
         if self._courier is not None:
             self._courier.reopen()
         try:
@@ -267,6 +275,16 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
                 await asyncio.to_thread(self.close, timeout)
             except MeteringError as error:  # the others must shut down too, and the ledger keeps what is pending
                 logger.error("stripe-meter: closing failed: %s", error)
+
+    async def _check_at_start(self) -> None:
+        try:
+            async with asyncio.timeout(START_SECONDS):
+                await asyncio.to_thread(self.check)
+        except ConfigurationError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Stripe must not keep an application from starting
+            why = error if isinstance(error, MeteringError) else type(error).__name__
+            logger.warning("stripe-meter: the meters could not be checked at the start: %s", why)
 
     def __enter__(self) -> StripeMeterCallbackHandler:
         return self

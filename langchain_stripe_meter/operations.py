@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.ledger import acts as decisions
@@ -26,11 +28,13 @@ if TYPE_CHECKING:
 class Operations:
     """The handler's acts on what is recorded already. ``_courier`` is None where the handler only records."""
 
+    meters: tuple[Meter, ...]
     _ledger: Ledger
     _courier: Courier | None
     _webhook_secret: str | None
     _on_error: OnError | None
     _stripe_account: str
+    _has_tenants: bool
 
     def held(self) -> views.HeldList:
         """What waits for Stripe to know a customer, or for a person, grouped by what it waits for."""
@@ -75,6 +79,21 @@ class Operations:
     def retry(self) -> int:
         """Try held and rejected things again, now. Returns how many."""
         return self._moved(views.retry(self._ledger))
+
+    def check(self, stripe_account: str | None = None) -> None:
+        """Ask Stripe whether the handler's meters can bill what they are sent; silent if so. ``lifespan`` does it too.
+
+        ``stripe_account`` is the connected account to look at, by default the handler's; with ``tenant=``, name one.
+        Raises ``ConfigurationError``, which names each meter that is not there, inactive, or does not sum up, and what
+        to do, and ``StripeError`` where Stripe does not say.
+        """
+        gateway = self._gateway("check()")
+        if stripe_account is None and self._has_tenants:
+            raise ConfigurationError("check() needs stripe_account=: with tenant=, each account has its own meters.")
+        from langchain_stripe_meter.gateway.checking import check_meters
+
+        account = self._stripe_account if stripe_account is None else check_account(stripe_account)
+        check_meters(gateway, {meter.event_name: dimensions_of(meter) for meter in self.meters}, account)
 
     def verify(self, since: datetime | int = 0) -> Verification:
         """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 SECTOR = 512
-CALLS = "openat,pwrite64,write,fsync,fdatasync,ftruncate,unlink,close"
+CALLS = "openat,pwrite64,write,fsync,fdatasync,ftruncate,unlink,rename,close,sendto"
 CALL = re.compile(r"^(?:\d+ +)?(\w+)\((.*)\) += (-?\d+)")
 HEX = re.compile(r'"((?:\\x[0-9a-f]{2})*)"(\.\.\.)?')
+IDENTIFIER = re.compile(rb"(?:^|&)identifier=([^&]+)")
 
 Choose = Callable[[], bool]
 """Whether something that nobody had waited for reached the disk all the same."""
@@ -42,11 +43,12 @@ class File:
 
 @dataclass
 class Naming:
-    """A name that was given to a file, or taken from it (None)."""
+    """A name that was given to a file, or taken from it (None); ``instead_of`` is the name that it gave up for it."""
 
     name: str
     file: File | None
     safe: bool = False
+    instead_of: str | None = None
 
 
 @dataclass
@@ -57,11 +59,16 @@ class Disk:
     namings: list[Naming] = field(default_factory=list)
     said: list[str] = field(default_factory=list)
     """Lines that the process had printed."""
+    posted: list[str] = field(default_factory=list)
+    """The identifiers of meter events that it had sent: Stripe has them."""
     _open: dict[int, File | str] = field(default_factory=dict)
 
     def file(self, name: str) -> File | None:
         """The file that has ``name`` now."""
-        return next((one.file for one in reversed(self.namings) if one.name == name), None)
+        for one in reversed(self.namings):
+            if name in (one.name, one.instead_of):
+                return one.file if name == one.name else None
+        return None
 
     def take(self, call: str, arguments: str, result: int) -> bool:
         """Follow one system call; True if the folder, or what is known of it, changed."""
@@ -71,6 +78,13 @@ class Disk:
             return self._opened(arguments, result)
         if call == "unlink":
             return self._name(Path(_bytes(arguments).decode()), None)
+        if call == "rename":
+            old, new = (Path(bytes.fromhex(name.replace("\\x", "")).decode()) for name, _ in HEX.findall(arguments))
+            return self._name(new, self.file(old.name), old)
+        if call == "sendto":
+            sent = IDENTIFIER.findall(_bytes(arguments))
+            self.posted += [identifier.decode() for identifier in sent]
+            return bool(sent)
         descriptor = int(arguments.partition(",")[0])
         if call == "write" and descriptor == 1:
             self.said += _bytes(arguments).decode().split()
@@ -98,10 +112,10 @@ class Disk:
         self._open[descriptor] = file
         return made and self._name(path, file)
 
-    def _name(self, path: Path, file: File | None) -> bool:
+    def _name(self, path: Path, file: File | None, instead_of: Path | None = None) -> bool:
         if path.parent != self.folder or path.name.endswith("-shm"):
             return False
-        self.namings.append(Naming(path.name, file))
+        self.namings.append(Naming(path.name, file, instead_of=instead_of.name if instead_of else None))
         return True
 
     def _changed(self, file: File, call: str, arguments: str) -> None:
@@ -111,6 +125,8 @@ class Disk:
             file.changes.append(Change(int(arguments.split(",")[1]), None))
         elif call == "pwrite64":
             file.changes.append(Change(int(arguments.rsplit(",", 1)[1]), _bytes(arguments)))
+        elif call == "write":  # our own small files are written from their beginning to their end
+            file.changes.append(Change(sum(len(one.data or b"") for one in file.changes), _bytes(arguments)))
         else:
             raise AssertionError(f"{call} on a file is not followed")
 
@@ -126,6 +142,7 @@ class Disk:
             if not naming.safe and not choose():
                 continue
             found.pop(naming.name, None)
+            found.pop(naming.instead_of or "", None)
             if naming.file is not None:
                 found[naming.name] = naming.file
         return {name: _content(file, choose) for name, file in found.items()}

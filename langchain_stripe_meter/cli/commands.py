@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import threading
 
     from langchain_stripe_meter.delivery.courier import Courier
+    from langchain_stripe_meter.gateway.client import Gateway
     from langchain_stripe_meter.sandbox import StripeSandbox
 
 app = typer.Typer(
@@ -190,6 +191,9 @@ def deliver(
     create_missing: Annotated[
         bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
     ] = False,
+    meter: Annotated[
+        list[str] | None, typer.Option(help="A meter that you bill on: do not start if Stripe's is wrong.")
+    ] = None,
     billing_day: BillingDayOption = 1,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
@@ -202,6 +206,8 @@ def deliver(
         from langchain_stripe_meter.ledger import views
 
         opened.pin(is_test=gateway.is_test)
+        if meter:
+            _check(gateway, meter)
         courier = Courier(
             opened, gateway, roll_up=roll_up, create_missing=create_missing,
             chores=chores(opened, gateway), watches=[Ages(opened, billing_day=billing_day).chore],
@@ -219,6 +225,17 @@ def deliver(
         fail("Stripe refused events for good: see 'stripe-meter tail' for why, then 'stripe-meter retry'.", 1)
     if once and now.pending:
         fail(f"Not everything could be sent. {now.paused or 'It is kept; run this again later.'}", 1)
+
+
+def _check(gateway: Gateway, names: list[str]) -> None:
+    """Refuse meters that are wrong; what Stripe does not say now is no reason to stop, the courier asks again."""
+    from langchain_stripe_meter.errors import StripeError
+    from langchain_stripe_meter.gateway.checking import check_meters
+
+    try:
+        check_meters(gateway, dict.fromkeys(names, ()))
+    except StripeError as error:
+        errors.print(f"stripe-meter: the meters could not be checked: {error}", soft_wrap=True)
 
 
 def _deliver(courier: Courier, stopping: threading.Event, *, once: bool, deadline: float | None) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.gateway.checking import problem_with
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
 
 if TYPE_CHECKING:
@@ -64,10 +65,9 @@ def _unanswered(error: MeteringError, names: list[str]) -> Finding:
 
 
 def _meter(name: str, meter: MeterInfo | None, *, wanted: bool) -> Finding:
-    if meter is None:
-        return Finding(f"meter {name}", "fail", f"not there. Run: stripe-meter meters create {shlex.quote(name)}")
-    if meter.problem:
-        return Finding(f"meter {name}", "fail" if wanted else "warn", meter.problem)
+    problem = problem_with(name, meter)
+    if problem is not None:
+        return Finding(f"meter {name}", "fail" if wanted else "warn", problem)
     return Finding(f"meter {name}", "ok", "active, sums up, no window")
 
 

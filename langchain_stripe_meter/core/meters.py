@@ -240,6 +240,11 @@ class Cost:
 Meter = Tokens | Messages | Credits | Cost
 
 
+def dimensions_of(meter: Meter) -> tuple[str, ...]:
+    """The payload keys that a meter's readings bring along."""
+    return ("model", "token_type") if isinstance(meter, Tokens) and meter.split else ()
+
+
 _ALWAYS_FITS = 10**15
 """Whole numbers below it have at most 15 digits, so the common case needs no closer look."""
 

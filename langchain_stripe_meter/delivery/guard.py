@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
+from langchain_stripe_meter.gateway.checking import problem_with
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
@@ -57,9 +58,9 @@ class Guard:
 
     def _check_meter(self, account: str, event_name: str, now: int) -> None:
         info = self._gateway.meter(event_name, account)
-        problem = info.problem if info else None
-        if info is None and self._gateway.can_read_meters(account):
-            problem = f"Stripe has no meter with the event name {event_name!r}; create it, or correct the name"
+        if info is None and not self._gateway.can_read_meters(account):
+            return
+        problem = problem_with(event_name, info)
         if problem is None:
             return
         with self._ledger.deliver_lane().transaction() as connection:

@@ -53,6 +53,8 @@ class MeterInfo:
             return f"the meter {self.event_name!r} aggregates by {self.formula!r}; make one that aggregates by 'sum'"
         if self.window:
             return f"the meter {self.event_name!r} has an event_time_window ({self.window}); make one without"
+        if self.customer_key == self.value_key:
+            return f"the meter {self.event_name!r} takes customer and value from one key; make one with two"
         return None
 
 
