@@ -101,11 +101,12 @@ def quick_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
-    """Look again and again until it holds; fail when the time is up."""
-    deadline, pause = time.monotonic() + seconds, threading.Event()
+    """Look again and again, ever less often, until it holds; fail when the time is up."""
+    deadline, never, pause = time.monotonic() + seconds, threading.Event(), 0.005
     while not holds():
         assert time.monotonic() < deadline, f"this did not come true within {seconds} s: {holds}"
-        pause.wait(0.01)
+        never.wait(pause)
+        pause = min(2 * pause, 0.1)
 
 
 def assert_invariant(ledger: Ledger, sandbox: StripeSandbox, *, settled: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -12,7 +13,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,20 @@ def uvicorn(folder: Path, app: str, environment: Mapping[str, str]) -> Iterator[
         yield server
 
 
+def _free_port() -> int:
+    """A port on which nobody listens, below those that the system gives to whoever asks for any: none of those can
+    take it before the server does."""
+    while True:
+        port = random.randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
 @contextmanager
 def agent_server(folder: Path, environment: Mapping[str, str]) -> Iterator[Server]:
     """``langgraph dev`` in ``folder``, which holds a langgraph.json, on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     command = [str(LANGGRAPH), "dev", "--host", "127.0.0.1", "--port", str(port), "--no-browser", "--no-reload"]
     quiet = {"LANGGRAPH_CLI_NO_ANALYTICS": "1", "LANGGRAPH_NO_VERSION_CHECK": "true", "LANGSMITH_TRACING": "false"}
     with running(command, folder, {**environment, **quiet}, f"http://127.0.0.1:{port}") as server:

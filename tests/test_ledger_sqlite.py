@@ -39,7 +39,7 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ledger(path: Path) -> Iterator[Ledger]:
-    ledger = open_ledger(path)
+    ledger = open_ledger(path, "?timeout=60")
     yield ledger
     ledger.close()
 

@@ -183,13 +183,15 @@ def test_a_handler_that_only_records_has_a_lifespan_too(tmp_path: Path, shop: Sh
 def test_a_ledger_that_cannot_be_read_at_the_end_does_not_keep_the_server_from_stopping(
     shop: Shop, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = Path(str(shop.handler._ledger.database.url.database))
+    ledger = shop.handler._ledger
+    path = Path(str(ledger.database.url.database))
 
     async def serve() -> None:
         async with shop.handler.lifespan(timeout=1):
-            for file in path.parent.glob("ledger.db*"):
-                file.unlink()
-            path.mkdir()
+            with ledger.deliver_lane().lock, ledger.read():  # else the courier might just be making the file anew
+                for file in path.parent.glob("ledger.db*"):
+                    file.unlink()
+                path.mkdir()
 
     with caplog.at_level(logging.ERROR):
         asyncio.run(serve())

@@ -62,7 +62,7 @@ meter.close()
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "postgresql":
         return str(request.getfixturevalue("postgres_url"))
-    return f"sqlite:///{tmp_path}/ledger.db"
+    return f"sqlite:///{tmp_path}/ledger.db?timeout=60"  # a busy machine may let one wait longer than the usual 5 s
 
 
 @pytest.fixture
