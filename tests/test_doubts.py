@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from decimal import Decimal
+from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
 from conftest import assert_invariant
 from courier_shop import Shop
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from sqlalchemy import insert, select, update
 from typer.testing import CliRunner
@@ -162,7 +163,8 @@ def test_when_stripe_has_a_part_of_them_a_person_is_asked_once_and_settles_it(sh
 
 
 def test_a_person_is_no_longer_needed_once_the_sum_is_plain(shop: DoubtShop) -> None:
-    shop.doubt("a", "b", taken=("a",), value=5)
+    shop.doubt("a", taken=("a",), value=5)
+    shop.doubt("b", value=7)
     shop.rest()
     shop.look(1)
     with pytest.raises(StripeError):
@@ -171,7 +173,39 @@ def test_a_person_is_no_longer_needed_once_the_sum_is_plain(shop: DoubtShop) -> 
     shop.rest()
     shop.look(2, apart=ASK_AGAIN)
     shop.drive()
-    assert (shop.states(), shop.billed()) == ({"a": "delivered", "b": "delivered"}, 10)
+    assert (shop.states(), shop.billed()) == ({"a": "delivered", "b": "delivered"}, 12)
+
+
+# -- what Stripe refused after it took it, unheard of
+
+
+def test_a_doubt_that_stripe_has_instead_of_as_much_that_it_refused_later_is_not_sent_again(shop: DoubtShop) -> None:
+    shop.record("before", at=shop.minute, value=5)
+    shop.drive()
+    shop.sandbox.reject("before")  # and no webhook tells
+    shop.doubt("run", taken=("run",), value=5)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="either what is delivered, or as much of what is in doubt"):
+        shop.look(1)
+    sent = len(shop.sent())
+    shop.drive()
+    assert (shop.states()["run"], len(shop.sent()), shop.billed()) == ("doubtful", sent, 5)
+
+
+def test_a_doubt_that_stripe_lacks_beside_a_correction_that_it_refused_later_is_not_called_delivered(
+    shop: DoubtShop,
+) -> None:
+    shop.record("before", at=shop.minute, value=100)
+    shop.record("correction", at=shop.minute, value=-5)
+    shop.drive()
+    shop.sandbox.reject("correction")
+    shop.doubt("run", value=5)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="either"):
+        shop.look(1)
+    assert (shop.states()["run"], shop.billed()) == ("doubtful", 100)
 
 
 # -- when a look says nothing
@@ -399,30 +433,62 @@ def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop
 amounts = st.decimals("0.001", "1e9", places=3)
 
 
-def doubts_of(values: list[Decimal], delivered: Decimal, seen: Decimal | None) -> Facts:
+def doubts_of(values: list[Decimal], delivered: Decimal | list[Decimal], seen: Decimal | None) -> Facts:
     settled = NOW - SUMS_LAG - LOOK_AGAIN
     in_doubt = [
         Trace(number, f"run-{number}", value, EventState.DOUBTFUL, NOW - DAY, settled, settled, settled - DAY,
               seen, NOW - LOOK_AGAIN)
         for number, value in enumerate(values)
     ]  # fmt: skip
-    known = Trace(99, "known", delivered, EventState.DELIVERED, NOW - DAY, settled - DAY, settled - DAY)
-    return Facts((known, *in_doubt))
+    known = [
+        Trace(99 + number, f"known-{number}", value, EventState.DELIVERED, NOW - DAY, settled - DAY, settled - DAY)
+        for number, value in enumerate(delivered if isinstance(delivered, list) else [delivered])
+    ]
+    return Facts((*known, *in_doubt))
+
+
+def parts_of(values: list[Decimal]) -> Iterator[tuple[Decimal, ...]]:
+    return chain.from_iterable(combinations(values, many) for many in range(1, len(values) + 1))
+
+
+def as_stripe(values: list[Decimal]) -> Decimal:
+    """A sum in the digits that Stripe answers with."""
+    return Decimal(f"{float(sum(values)):.15g}")
 
 
 @given(st.lists(amounts, min_size=1, max_size=6), st.sets(st.integers(0, 5)), amounts, st.sampled_from([1, -1]))
 def test_the_verdict_is_the_truth_or_a_persons(
     values: list[Decimal], taken: set[int], delivered: Decimal, sign: int
 ) -> None:
-    values = [value * sign for value in values]
     has = [value for number, value in enumerate(values) if number in taken]
-    at_stripe = Decimal(f"{float(delivered + sum(has)):.15g}")
-    facts = doubts_of(values, delivered, at_stripe)
+    assume(not any(sum(some) == delivered for some in parts_of(values)))
+    at_stripe = as_stripe([delivered, *(value * sign for value in has)])
+    facts = doubts_of([value * sign for value in values], delivered, at_stripe)
     assert is_ready(facts, NOW)
     verdict = decide(facts, Look(at_stripe), NOW)
     expected = {0: Move.ABSENT_AT_STRIPE, len(values): Move.SEEN_AT_STRIPE}.get(len(has))
     assert verdict.move is expected
     assert (verdict.reason is None) == (expected is not None)
+
+
+small = st.integers(-3, 9).filter(bool).map(Decimal)
+
+
+@given(st.lists(small, min_size=1, max_size=4), st.sets(st.integers(0, 3)), st.lists(small, max_size=4), st.data())
+def test_nor_is_it_wrong_where_stripe_has_refused_one_event_or_all_unheard_of(
+    values: list[Decimal], taken: set[int], delivered: list[Decimal], data: st.DataObject
+) -> None:
+    refused = data.draw(st.sampled_from([[], delivered, *([value] for value in delivered)]))
+    there = [value for number, value in enumerate(values) if number in taken]
+    at_stripe = as_stripe([*there, *delivered, *(-value for value in refused)])
+    move = decide(doubts_of(values, delivered, at_stripe), Look(at_stripe), NOW).move
+    assert move in (None, {0: Move.ABSENT_AT_STRIPE, len(values): Move.SEEN_AT_STRIPE}.get(len(there)))
+
+
+def test_so_many_doubts_that_chance_explains_any_sum_are_a_persons() -> None:
+    values = [Decimal(2**number) + Decimal("0.5") for number in range(12)]
+    assert "either" in str(decide(doubts_of(values, Decimal(9999), Decimal(9999)), Look(Decimal(9999)), NOW).reason)
+    assert decide(doubts_of(values, [], Decimal(0)), Look(Decimal(0)), NOW).move is Move.ABSENT_AT_STRIPE
 
 
 @pytest.mark.parametrize("at_stripe", ["123456789012345", "123456789012346"])

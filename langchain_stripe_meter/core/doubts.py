@@ -21,6 +21,8 @@ ASK_AGAIN = 3600
 """Seconds between looks once a person has been told."""
 PERSON = "A person must decide: "
 """How the reason begins with which an event stays doubtful."""
+MANY_SUMS = 2000
+"""Beyond so many different sums of the doubts of a minute, chance explains anything, and nothing is told from them."""
 
 _EXACT = Context(prec=250)
 
@@ -116,6 +118,12 @@ def decide(facts: Facts, look: Look, now: int) -> Verdict:
 
     Nothing follows from one look alone: the sum must have been the same before, and have been looked at when it could
     be trusted. The doubts of a minute share their fate, since a sum does not say who is in it.
+
+    Stripe may also have refused, after it took it, what the ledger calls delivered, without our hearing of it. Where
+    one delivered event, or all of them, amounts to as much as some of the doubts, it could have those instead: they
+    would be sent again, and billed twice as soon as the refusal is heard of and made good. A person is asked, then.
+    Several refusals unheard of, which add up to some of the doubts by chance, are taken for impossible; the customer's
+    total would be right even so.
     """
     if not all(_saw_the_same(doubt, look, facts) for doubt in facts.doubts):
         return Verdict()
@@ -160,15 +168,47 @@ def _can_be_told_apart(delivered: Decimal, values: Sequence[Decimal]) -> bool:
 def _compare(facts: Facts, at_stripe: Decimal, now: int) -> Verdict:
     in_doubt = _sum([doubt.value for doubt in facts.doubts])
     unexplained = _EXACT.subtract(at_stripe, facts.delivered)
-    if unexplained == in_doubt:
-        return Verdict(Move.SEEN_AT_STRIPE)
-    if unexplained:
+    if unexplained and unexplained != in_doubt:
         return _ask(
             f"Stripe has {at_stripe:f} in that minute; {facts.delivered:f} is delivered, {in_doubt:f} in doubt."
         )
+    if _could_have_been_swapped(facts, seen=unexplained == in_doubt):
+        return _ask(
+            f"Stripe has {at_stripe:f} in that minute: either what is delivered, or as much of what is in doubt, if it "
+            "refused the other later."
+        )
+    if unexplained == in_doubt:
+        return Verdict(Move.SEEN_AT_STRIPE)
     if any(now - doubt.at > STALE_AFTER for doubt in facts.doubts):
         return _ask("Stripe does not have it, but it is older than 34 days, and Stripe would refuse it.")
     return Verdict(Move.ABSENT_AT_STRIPE)
+
+
+def _could_have_been_swapped(facts: Facts, *, seen: bool) -> bool:
+    """Whether delivered events that Stripe does not have could hide that the doubts are not as they seem.
+
+    Doubts that seem to be absent could be there in the place of as much that was delivered; where they seem to be
+    there (``seen``), some could be missing along with as much of corrections that were delivered.
+    """
+    doubts = [doubt.value for doubt in facts.doubts]
+    delivered = [event.value for event in facts.events if event.state is EventState.DELIVERED]
+    missing = {-value if seen else value for value in (*delivered, facts.delivered)}
+    hidden = {value for value in missing if value and (value < 0) == (_sum(doubts) < 0)}
+    if not hidden:
+        return False
+    sums = _sums(doubts, max(map(abs, hidden)))
+    return sums is None or bool(hidden & sums)
+
+
+def _sums(values: Sequence[Decimal], most: Decimal) -> set[Decimal] | None:
+    """Every sum of some of ``values``, which have one sign, up to the amount ``most``; None where they are too many."""
+    sums = {Decimal(0)}
+    for value in values:
+        more = (_EXACT.add(known, value) for known in sums)
+        sums |= {one for one in more if abs(one) <= most}
+        if len(sums) > MANY_SUMS:
+            return None
+    return sums
 
 
 def _ask(why: str) -> Verdict:

@@ -28,6 +28,8 @@ def upgrade() -> None:
     op.add_column("events", sa.Column("resent", sa.Integer, nullable=False, server_default=sa.text("0")))
     op.drop_index("events_sending", "events")
     _partial("events_sending", "events", ["account", "customer", "event_name"], "state = 'sending'")
+    _partial("events_delivered", "events", ["account", "event_name", "settled_at"], "state = 'delivered'")
+    op.create_index("events_minute", "events", ["account", "customer", "event_name", "at"])
     op.execute(
         "UPDATE readings SET event_id = (SELECT id FROM events WHERE identifier = readings.key) WHERE state = 'sealed'"
     )

@@ -1,0 +1,75 @@
+"""What Stripe's error reports and doubts are held against is found by indexes, not by reading every event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Connection, event, insert
+
+from langchain_stripe_meter.ledger import doubts, reports
+from langchain_stripe_meter.ledger.reports import Window
+from langchain_stripe_meter.ledger.schema import events
+from langchain_stripe_meter.ledger.store import Ledger
+
+NOW = 1_780_000_000
+REPORT = Window("window:1", "acct_1", ("ai_tokens",), NOW - 3600, NOW, 5, customer_missing=False)
+DELIVERED, MINUTE = "events_delivered", "events_minute"
+
+QUESTIONS: dict[str, tuple[Callable[[Connection], object], list[str]]] = {
+    "when its sums can be read": (lambda known: reports.readable_from(known, REPORT), [DELIVERED]),
+    "whose usage it is about": (lambda known: reports.customers(known, REPORT, 20), [DELIVERED]),
+    "a customer's minutes": (
+        lambda known: reports.minutes(known, REPORT, "ai_tokens", "cus_1", NOW), [DELIVERED, MINUTE],
+    ),
+    "the minutes of doubts": (doubts.facts, [MINUTE]),
+}  # fmt: skip
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def ledger(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Ledger]:
+    url = request.getfixturevalue("postgres_url") if request.param == "postgresql" else f"sqlite:///{tmp_path}/l.db"
+    ledger = Ledger(url)
+    ledger.deliver_lane()
+    yield ledger
+    ledger.close()
+
+
+def deliver(connection: Connection) -> None:
+    """A month of events of many customers; one of the last hour, and one in doubt."""
+    old = [("delivered", f"cus_{number % 100}", NOW - 60 * number) for number in range(61, 4000)]
+    rows = [*old, ("delivered", "cus_1", NOW), ("doubtful", "cus_1", NOW)]
+    usual = {"event_name": "ai_tokens", "value": "1", "due": 0, "account": "acct_1"}
+    made = [
+        {**usual, "identifier": f"run-{number}", "state": state, "customer": customer, "at": at, "sent_at": at,
+         "settled_at": at}
+        for number, (state, customer, at) in enumerate(rows)
+    ]  # fmt: skip
+    connection.execute(insert(events), made)
+    if connection.dialect.name == "postgresql":  # it does so by itself; SQLite never does
+        connection.exec_driver_sql("ANALYZE")
+
+
+def plan_of(connection: Connection, statement: str, parameters: object) -> str:
+    """How the database goes about it, with its parameters bound as they really are."""
+    is_sqlite = connection.dialect.name == "sqlite"
+    asked = f"{'EXPLAIN QUERY PLAN' if is_sqlite else 'EXPLAIN'} {statement}"
+    return "\n".join(str(row[-1]) for row in connection.exec_driver_sql(asked, parameters))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_no_question_of_the_audit_reads_every_event(ledger: Ledger, question: str) -> None:
+    ask, indexes = QUESTIONS[question]
+    asked: list[tuple[str, object]] = []
+    with ledger.deliver_lane().transaction() as connection:
+        deliver(connection)
+        event.listen(connection, "before_cursor_execute", lambda *told: asked.append((told[2], told[3])))
+        ask(connection)
+        of_events = [(statement, bound) for statement, bound in asked if "FROM events" in statement]
+        plans = [plan_of(connection, statement, bound) for statement, bound in of_events]
+    assert len(plans) == len(indexes)
+    for plan, index in zip(plans, indexes, strict=True):
+        assert index in plan
+        assert "Seq Scan on events" not in plan
+        assert "SCAN events\n" not in f"{plan}\n"
