@@ -100,6 +100,16 @@ def quick_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture
+def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine's own clock stands far from UTC, where another day and month have begun already."""
+    with monkeypatch.context() as patch:
+        patch.setenv("TZ", "FAR-13")  # POSIX: 13 hours ahead of UTC
+        time.tzset()
+        yield
+    time.tzset()
+
+
 def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
     """Look again and again, ever less often, until it holds; fail when the time is up."""
     deadline, never, pause = time.monotonic() + seconds, threading.Event(), 0.005

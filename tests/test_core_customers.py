@@ -261,6 +261,21 @@ def test_the_captured_lead_is_believed_on_a_server_and_comes_before_the_metadata
         assert who(from_lead(), **facts, on_server=on_server) == Reference("email", "captured@example.com")
 
 
+def test_a_captured_number_is_read_in_the_region_too() -> None:
+    facts: dict[str, Any] = {"metadata": {"thread_id": "t"}, "lead": lambda _: {"phone": "030 901820"}}
+    assert who(from_lead("phone", region="DE"), **facts) == Reference("phone", "+4930901820")
+    assert who(from_lead("phone"), **facts) == Skip("the customer's phone is malformed")
+
+
+def test_without_a_session_or_a_store_of_leads_only_the_metadata_can_name_one() -> None:
+    def nobody_asks(session: str) -> None:
+        raise AssertionError(session)
+
+    lead = {"lead": {"email": "ann@example.com"}}
+    assert who(from_lead(), metadata=lead, lead=nobody_asks) == Reference("email", "ann@example.com")
+    assert who(from_lead(), metadata={**lead, "thread_id": "t"}) == Reference("email", "ann@example.com")
+
+
 @pytest.mark.parametrize("by", ["email", "name", "phone"])
 def test_before_its_identifier_is_known_a_lead_is_not_metered(by: By) -> None:
     source = from_lead(by=by)

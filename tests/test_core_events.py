@@ -185,6 +185,26 @@ def test_a_plain_run_cannot_pass_for_the_digest_of_another() -> None:
     assert derive_identifier(f"x{digest}", "m") != derive_identifier("job 1", "m")
 
 
+@pytest.mark.parametrize(
+    ("facts", "identifier"),
+    [
+        (("run-1", "ai_tokens"), "run-1-6ccdf44ade58c6efcd1cf2ee"),
+        (("run-1", "ai_tokens", {"model": "openai/gpt-4o", "token_type": "input"}), "run-1-0ae2a3cdde519e24015315e0"),
+        (("run-1", "ai_tokens", None, "acct_1"), "run-1-15a07edfcacbacb73c46bf6e"),
+        (("run-1", "ai_tokens", {"model": "m"}, "acct_1"), "run-1-eaa73fc9d7b8a9604fef1b13"),
+        (("job 1", "ai_tokens"), "x9f0d6fa023e18530857e522d-6ccdf44ade58c6efcd1cf2ee"),
+        (("\ud800", "ai_tokens"), "xc30f346af72a93ac2ab4bc9e-6ccdf44ade58c6efcd1cf2ee"),
+    ],
+)
+def test_an_upgrade_does_not_change_identifiers_for_stripe_would_bill_again(facts: Any, identifier: str) -> None:
+    assert derive_identifier(*facts) == identifier
+
+
+def test_one_run_has_an_identifier_of_its_own_on_each_account() -> None:
+    for dims in ({}, {"model": "m"}):
+        assert len({derive_identifier("run-1", "m", dims, account) for account in ("", "acct_1", "acct_2")}) == 3
+
+
 def test_identifiers_of_later_runs_sort_later() -> None:
     runs = [UUID(int=(0x0190 << 112) + n * 7919).hex for n in range(50)]
     assert sorted(derive_identifier(run, "m") for run in runs) == [derive_identifier(run, "m") for run in runs]
@@ -229,6 +249,12 @@ def test_dimensions_are_short_printable_texts(bad: Any) -> None:
         check_dimensions(bad)
 
 
+def test_dimensions_may_have_one_to_a_hundred_characters() -> None:
+    for length in (1, 100):
+        dims = {"k" * length: "v" * length}
+        assert check_dimensions(dims) == dims
+
+
 # -- timestamps
 
 
@@ -245,6 +271,8 @@ def test_a_timestamp_outside_stripes_window_is_refused(offset: int) -> None:
 
 def test_the_window_is_thirty_five_days_back_and_five_minutes_ahead() -> None:
     assert (PAST_LIMIT, FUTURE_LIMIT) == (35 * 24 * 60 * 60, 5 * 60)
+    for edge in (NOW - PAST_LIMIT, NOW + FUTURE_LIMIT):
+        assert check_timestamp(edge, NOW) == edge
 
 
 @pytest.mark.parametrize("timestamp", [True, None, "1780000000", 1.5, float(NOW), Decimal(NOW)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from decimal import Context, Decimal, localcontext
+from decimal import ROUND_UP, Context, Decimal, localcontext
 from typing import Any
 
 import pytest
@@ -45,6 +45,7 @@ def value_of(meter: Meter, call: Call) -> Decimal:
     if not readings:
         return Decimal(0)
     (reading,) = readings
+    assert reading.event_name == meter.event_name
     assert reading.value is not None
     return reading.value
 
@@ -52,6 +53,7 @@ def value_of(meter: Meter, call: Call) -> Decimal:
 def doubt_of(meter: Meter, call: Call) -> str:
     """Why ``call`` must be held."""
     (reading,) = meter.readings(call)
+    assert reading.event_name == meter.event_name
     assert reading.value is None
     assert reading.doubt is not None
     return reading.doubt
@@ -114,6 +116,7 @@ def test_split_readings_add_up_to_the_total_and_name_model_and_kind(usage: Usage
     kinds = [reading.dimensions["token_type"] for reading in readings]
     assert len(set(kinds)) == len(kinds)
     assert set(kinds) <= {"input", "cached_input", "cached_write", "output"}
+    assert {reading.event_name for reading in readings} <= {"t"}
     assert {reading.dimensions["model"] for reading in readings} <= {"openai/gpt-4o"}
     assert {reading.estimated for reading in readings} <= {usage.estimated}
 
@@ -160,9 +163,13 @@ def test_one_known_sum_is_enough_where_only_that_is_billed() -> None:
     assert doubt_of(Tokens("t", count="output"), Call(Usage(5, None)))
 
 
-def test_an_estimate_is_marked_on_the_reading() -> None:
-    (reading,) = Tokens("t").readings(Call(Usage(1, 1, estimated=True)))
-    assert reading == Reading("t", Decimal(2), estimated=True)
+@pytest.mark.parametrize("estimated", [True, False])
+def test_an_estimate_is_marked_on_the_reading(estimated: bool) -> None:
+    call = Call(Usage(1, 1, estimated=estimated), "m")
+    assert Tokens("t").readings(call) == [Reading("t", Decimal(2), estimated=estimated)]
+    prices = {"m": {"input": 1, "output": 1}}
+    assert Cost("c", prices=prices).readings(call) == [Reading("c", Decimal(2), estimated=estimated)]
+    assert Credits("c", {"m": 3}).readings(call) == [Reading("c", Decimal(3), estimated=False)]
 
 
 def test_a_call_that_consumed_nothing_gives_no_reading() -> None:
@@ -215,6 +222,11 @@ def test_a_message_is_one_whatever_it_consumed(usage: Usage | None) -> None:
 def test_a_message_costs_the_credits_of_the_model_that_answered(model: str | None, credits: int) -> None:
     table = {"gpt-4o": 10, "gpt-4o-mini": 1, "gpt-4": 30, "claude-3-5-sonnet": 5, "gpt-4o-2024-05-13": 12}
     assert value_of(Credits("c", table, default=2), Call(None, model)) == credits
+
+
+def test_credits_may_be_billed_for_every_call() -> None:
+    meter = Credits("c", {"m": 3}, per="call")
+    assert (meter.per, value_of(meter, Call(None, "m"))) == ("call", 3)
 
 
 def test_without_a_default_an_unknown_model_is_held_by_name() -> None:
@@ -279,13 +291,19 @@ def test_own_prices_come_before_the_price_list() -> None:
     asked = []
 
     def pricer(usage: Usage, model: str, provider: str | None) -> Decimal:
-        asked.append((model, provider))
+        asked.append((usage, model, provider))
         return Decimal("0.25")
 
     meter = Cost("c", prices=PRICES, pricer=pricer, unit="usd")
     assert value_of(meter, Call(Usage(2, 0), "m", "p")) == Decimal("0.000001")
     assert value_of(meter, Call(Usage(2, 0), "n", "p")) == Decimal("0.25")
-    assert asked == [("n", "p")]
+    assert asked == [(Usage(2, 0), "n", "p")]
+
+
+def test_the_price_of_a_dated_model_comes_before_that_of_its_plain_name() -> None:
+    meter = Cost("c", prices={"m": {"input": 1}, "m-2025-01-01": {"input": 7}})
+    assert value_of(meter, Call(Usage(1, 0), "m-2025-01-01")) == 7
+    assert value_of(meter, Call(Usage(1, 0), "m-2025-02-02")) == 1
 
 
 def test_a_model_without_a_price_is_held_by_name() -> None:
@@ -330,3 +348,8 @@ def test_rounding_is_half_to_even_and_keeps_whole_numbers_whole() -> None:
     assert round_digits(Decimal("0.1234567890123445")) == Decimal("0.123456789012344")
     assert round_digits(Decimal("0.1234567890123455")) == Decimal("0.123456789012346")
     assert round_digits(Decimal("1234567890123456.7")) == 1234567890123457
+
+
+def test_rounding_is_half_to_even_whatever_the_applications_decimal_context() -> None:
+    with localcontext(Context(prec=3, rounding=ROUND_UP)):
+        assert round_digits(Decimal("0.1234567890123445")) == Decimal("0.123456789012344")

@@ -131,3 +131,27 @@ def test_what_agrees_costs_one_question() -> None:
 def test_where_stripe_cannot_be_asked_every_minute_is_for_a_person() -> None:
     minutes = [Minute(NOW + MINUTE * number, {str(number): Decimal(1)}) for number in range(3)]
     assert [verdict for _, verdict, _ in disagreeing(minutes, lambda _start, _end: None)] == [Verdict.PARTIAL] * 3
+
+
+@pytest.mark.parametrize(
+    ("delivered", "uncertain", "at_stripe", "verdict"),
+    [
+        (["2"], ["0.5"], "2", Verdict.AGREES),
+        (["2"], ["0.5"], "2.5", Verdict.AGREES),
+        (["2"], ["0.5"], "3", Verdict.PARTIAL),
+        (["2"], ["-0.5"], "1.5", Verdict.AGREES),
+        (["2"], ["-0.5"], "2.5", Verdict.PARTIAL),
+        (["0.5"], [], "0", Verdict.ABSENT),
+        (["0", "5"], [], "0", Verdict.ABSENT),
+        (["0", "-5"], [], "0", Verdict.ABSENT),
+        (["-5", "0.5"], [], "0", Verdict.PARTIAL),
+        (["5", "-0.5"], [], "0", Verdict.PARTIAL),
+        ([], [], "0", Verdict.AGREES),
+        ([], [], "1", Verdict.PARTIAL),
+    ],
+)
+def test_fractions_zeros_and_corrections_are_judged_exactly(
+    delivered: list[str], uncertain: list[str], at_stripe: str, verdict: Verdict
+) -> None:
+    values = [Decimal(value) for value in delivered], [Decimal(value) for value in uncertain]
+    assert judge(*values, Decimal(at_stripe)) is verdict

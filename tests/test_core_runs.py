@@ -272,6 +272,46 @@ def test_whatever_happens_each_message_counts_at_most_once(steps: list[tuple[str
     assert len(runs) == sum(run.ended is None for run in seen.values())
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_run_that_never_said_so_ended_when_it_was_let_go(runs: OpenRuns, cut: bool) -> None:
+    call = start(runs, "call", call=True)
+    runs.receive("call", "Hel")
+    if cut:
+        runs.cut(call, NOW + 7)
+    else:
+        runs.sweep(NOW + ABANDONED_AFTER)
+    (lost,) = runs.take_lost()
+    assert lost.ended == NOW + (7 if cut else ABANDONED_AFTER)
+
+
+def test_every_so_many_starts_the_abandoned_are_looked_for(runs: OpenRuns) -> None:
+    start(runs, "silent")
+    for n in range(SWEEP_EVERY - 2):
+        start(runs, f"call {n}", at=NOW + ABANDONED_AFTER)
+    assert "silent" in runs
+    start(runs, "the last of so many", at=NOW + ABANDONED_AFTER)
+    assert "silent" not in runs
+
+
+# -- who was authenticated
+
+
+def test_a_call_that_lost_its_user_has_that_of_the_nearest_step_around_it(runs: OpenRuns) -> None:
+    outer, inner = start(runs, "outer"), start(runs, "inner", "outer")
+    step, call = start(runs, "step", "inner"), start(runs, "call", "step", call=True)
+    outer.user, inner.user = "ann", "bob"
+    call.inherit_user()
+    assert call.facts == Facts({"who": "call"}, auth_user="bob", on_server=True)
+    assert step.facts == Facts({"who": "step"})
+
+
+def test_where_nobody_was_authenticated_a_call_stays_as_it_was(runs: OpenRuns) -> None:
+    start(runs, "root")
+    call = start(runs, "call", "root", call=True)
+    call.inherit_user()
+    assert call.facts == Facts({"who": "call"})
+
+
 # -- metadata
 
 

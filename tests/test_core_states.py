@@ -211,6 +211,12 @@ def test_waits_grow_until_they_reach_ten_minutes(identifier: str) -> None:
 
 def test_two_events_do_not_march_in_step() -> None:
     assert len({backoff(10, f"run-{n}") for n in range(100)}) > 50
+    assert len({settle(Attempt(f"run-{n}", 9, NOW), Outcome(Move.UNKNOWN), NOW).due for n in range(100)}) > 50
+
+
+@pytest.mark.parametrize("tries", range(1, 30))
+def test_a_wait_is_whole_seconds(tries: int) -> None:
+    assert type(backoff(tries, "run-1")) is int
 
 
 # -- an event's life, with Stripe remembering identifiers for 24 hours only

@@ -101,6 +101,34 @@ def test_each_fault_has_its_reason_and_nothing_personal(source: FromSignedToken,
     assert who(source, sent) == Skip(reason)
 
 
+@pytest.mark.parametrize(
+    ("more", "made"),
+    [
+        ({}, "smt1.cus_1.1800000000..BelaX6uSQ1Vwu2HXIHz31KEfYYNmEqFl1aNMJBhR9GQ"),
+        ({"account": "acct_1"}, "smt1.cus_1.1800000000.acct_1.Aw_K5xv0JFHQ6As6KXwBTM4bWpEXBjVfm3zJaeHEWD8"),
+    ],
+)
+def test_an_upgrade_does_not_make_tokens_worthless_that_front_ends_hold(more: dict[str, Any], made: str) -> None:
+    secret = "a secret of at least thirty-two bytes"
+    assert token(secret=secret, expires_at=1_800_000_000, **more) == made
+    assert who(from_signed_token(secret=secret, **more), made, now=NOW - 1) == Reference("id", "cus_1")
+
+
+@pytest.mark.parametrize("expiry", ["", "soon", "-5", "1.5", "١٢", "9" * 13])
+def test_our_own_signature_under_an_expiry_that_is_none_is_not_believed(source: FromSignedToken, expiry: str) -> None:
+    text = f"smt1.cus_1.{expiry}."
+    assert who(source, f"{text}.{source.secrets.sign(text)}") == Skip("the signed token is malformed")
+
+
+def test_a_token_expires_between_the_epoch_and_the_last_second_of_twelve_digits() -> None:
+    assert [token(expires_at=at).split(".")[2] for at in (0, 10**12 - 1)] == ["0", "999999999999"]
+
+
+def test_what_is_just_as_long_as_a_token_may_be_is_read(source: FromSignedToken) -> None:
+    assert who(source, "x" * MAX_TOKEN) == Skip("the signed token is malformed")
+    assert who(source, "x" * (MAX_TOKEN + 1)) == Skip("the signed token is too long")
+
+
 def test_a_token_counts_for_its_own_stripe_account_only() -> None:
     of_ours = from_signed_token(secret=SECRET, account=ACCOUNT)
     assert who(of_ours, token(account=ACCOUNT)) == Reference("id", "cus_1")

@@ -49,3 +49,9 @@ def test_what_was_on_its_way_stays_possible_though_less_is_later() -> None:
 def test_a_correction_on_its_way_may_lower_stripes_sum() -> None:
     assert held_against(6, delivered=10, sending=-4)[0] == 0
     assert held_against(5, delivered=10, sending=-4)[0] == -1
+
+
+def test_a_comparison_names_whose_usage_of_what_on_which_account_it_is() -> None:
+    found = compare("ai_tokens", "cus_1", {}, None, "acct_1")
+    assert (found.event_name, found.customer, found.account) == ("ai_tokens", "cus_1", "acct_1")
+    assert str(found.recorded) == str(found.delivered) == str(found.uncertain) == "0"

@@ -92,6 +92,15 @@ def test_no_report_is_no_usage_rather_than_zero(report: Any) -> None:
     assert usage_from_token_usage(report) is None
 
 
+def test_a_report_may_have_details_of_either_side_of_both_or_of_none() -> None:
+    report = {"input_tokens": 9, "output_tokens": 8}
+    inputs, outputs = {"input_token_details": {"cache_read": 3}}, {"output_token_details": {"reasoning": 2}}
+    assert usage_from_metadata(report) == Usage(9, 8)
+    assert usage_from_metadata(report | inputs) == Usage(9, 8, cache_read=3)
+    assert usage_from_metadata(report | outputs) == Usage(9, 8, reasoning=2)
+    assert usage_from_metadata(report | inputs | outputs) == Usage(9, 8, cache_read=3, reasoning=2)
+
+
 def test_a_sum_that_nobody_knows_stays_unknown() -> None:
     usage = usage_from_metadata({"input_tokens": 7})
     assert usage == Usage(7, None)
@@ -149,6 +158,11 @@ def test_a_legacy_llms_report_is_read_by_openais_names() -> None:
     assert usage_from_token_usage(report) == expected
 
 
+def test_a_legacy_report_of_one_sum_leaves_the_other_unknown() -> None:
+    assert usage_from_token_usage({"prompt_tokens": 5}) == Usage(5, None)
+    assert usage_from_token_usage({"completion_tokens": 6}) == Usage(None, 6)
+
+
 @pytest.mark.parametrize("report", [{"total_tokens": 7}, [], "7", 7, object()])
 def test_a_legacy_report_without_openais_names_says_nothing(report: Any) -> None:
     assert usage_from_token_usage(report) is None
@@ -170,3 +184,8 @@ def test_an_estimate_stands_alone_where_nothing_was_reported() -> None:
     estimate = Usage(5, 6, estimated=True)
     assert completed(None, estimate) is estimate
     assert completed(Usage(None, 4), estimate) == Usage(5, 6, estimated=True)
+
+
+def test_where_nothing_came_the_estimate_adds_nothing() -> None:
+    assert completed(Usage(5, 0), Usage(9, 0, estimated=True)) == Usage(5, 0)
+    assert completed(Usage(5, None), Usage(9, 0, estimated=True)) == Usage(5, 0, estimated=True)

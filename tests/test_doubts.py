@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import replace
 from decimal import Decimal
-from itertools import chain, combinations
 from pathlib import Path
 
 import pytest
 from conftest import assert_invariant
 from courier_shop import Shop
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from sqlalchemy import insert, select, update
 from typer.testing import CliRunner
 
@@ -25,14 +21,8 @@ from langchain_stripe_meter.core.doubts import (
     LOOK_AGAIN,
     PERSON,
     SUMS_LAG,
-    Facts,
-    Look,
-    Trace,
-    Verdict,
-    decide,
-    is_ready,
 )
-from langchain_stripe_meter.core.states import EventState, Move
+from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
@@ -426,120 +416,6 @@ def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop
     shop.sandbox.advance(seconds=ASK_AGAIN)
     with pytest.raises(StripeError, match="pruned"):
         shop.look(1)
-
-
-# -- the pure decision
-
-amounts = st.decimals("0.001", "1e9", places=3)
-
-
-def doubts_of(values: list[Decimal], delivered: Decimal | list[Decimal], seen: Decimal | None) -> Facts:
-    settled = NOW - SUMS_LAG - LOOK_AGAIN
-    in_doubt = [
-        Trace(number, f"run-{number}", value, EventState.DOUBTFUL, NOW - DAY, settled, settled, settled - DAY,
-              seen, NOW - LOOK_AGAIN)
-        for number, value in enumerate(values)
-    ]  # fmt: skip
-    known = [
-        Trace(99 + number, f"known-{number}", value, EventState.DELIVERED, NOW - DAY, settled - DAY, settled - DAY)
-        for number, value in enumerate(delivered if isinstance(delivered, list) else [delivered])
-    ]
-    return Facts((*known, *in_doubt))
-
-
-def parts_of(values: list[Decimal]) -> Iterator[tuple[Decimal, ...]]:
-    return chain.from_iterable(combinations(values, many) for many in range(1, len(values) + 1))
-
-
-def as_stripe(values: list[Decimal]) -> Decimal:
-    """A sum in the digits that Stripe answers with."""
-    return Decimal(f"{float(sum(values)):.15g}")
-
-
-@given(st.lists(amounts, min_size=1, max_size=6), st.sets(st.integers(0, 5)), amounts, st.sampled_from([1, -1]))
-def test_the_verdict_is_the_truth_or_a_persons(
-    values: list[Decimal], taken: set[int], delivered: Decimal, sign: int
-) -> None:
-    has = [value for number, value in enumerate(values) if number in taken]
-    assume(not any(sum(some) == delivered for some in parts_of(values)))
-    at_stripe = as_stripe([delivered, *(value * sign for value in has)])
-    facts = doubts_of([value * sign for value in values], delivered, at_stripe)
-    assert is_ready(facts, NOW)
-    verdict = decide(facts, Look(at_stripe), NOW)
-    expected = {0: Move.ABSENT_AT_STRIPE, len(values): Move.SEEN_AT_STRIPE}.get(len(has))
-    assert verdict.move is expected
-    assert (verdict.reason is None) == (expected is not None)
-
-
-small = st.integers(-3, 9).filter(bool).map(Decimal)
-
-
-@given(st.lists(small, min_size=1, max_size=4), st.sets(st.integers(0, 3)), st.lists(small, max_size=4), st.data())
-def test_nor_is_it_wrong_where_stripe_has_refused_one_event_or_all_unheard_of(
-    values: list[Decimal], taken: set[int], delivered: list[Decimal], data: st.DataObject
-) -> None:
-    refused = data.draw(st.sampled_from([[], delivered, *([value] for value in delivered)]))
-    there = [value for number, value in enumerate(values) if number in taken]
-    at_stripe = as_stripe([*there, *delivered, *(-value for value in refused)])
-    move = decide(doubts_of(values, delivered, at_stripe), Look(at_stripe), NOW).move
-    assert move in (None, {0: Move.ABSENT_AT_STRIPE, len(values): Move.SEEN_AT_STRIPE}.get(len(there)))
-
-
-def test_so_many_doubts_that_chance_explains_any_sum_are_a_persons() -> None:
-    values = [Decimal(2**number) + Decimal("0.5") for number in range(12)]
-    assert "either" in str(decide(doubts_of(values, Decimal(9999), Decimal(9999)), Look(Decimal(9999)), NOW).reason)
-    assert decide(doubts_of(values, [], Decimal(0)), Look(Decimal(0)), NOW).move is Move.ABSENT_AT_STRIPE
-
-
-@pytest.mark.parametrize("at_stripe", ["123456789012345", "123456789012346"])
-def test_sums_with_more_digits_than_stripe_answers_with_tell_nothing(at_stripe: str) -> None:
-    facts = doubts_of([Decimal("0.5")], Decimal("123456789012345"), Decimal(at_stripe))
-    assert "15 digits" in str(decide(facts, Look(Decimal(at_stripe)), NOW).reason)
-
-
-def test_usage_and_its_correction_in_one_minute_tell_nothing() -> None:
-    facts = doubts_of([Decimal(5), Decimal(-5)], Decimal(1), Decimal(1))
-    assert "corrections" in str(decide(facts, Look(Decimal(1)), NOW).reason)
-
-
-@pytest.mark.parametrize("delivered", [0, 7])
-def test_a_doubt_about_nothing_is_no_doubt(delivered: int) -> None:
-    facts = doubts_of([Decimal(0)], Decimal(delivered), Decimal(delivered))
-    assert decide(facts, Look(Decimal(delivered)), NOW).move is Move.SEEN_AT_STRIPE
-
-
-@pytest.mark.parametrize("value", [5, -5])
-def test_a_doubt_about_nothing_shares_the_fate_of_the_others(value: int) -> None:
-    facts = doubts_of([Decimal(0), Decimal(value)], Decimal(7), Decimal(7))
-    assert decide(facts, Look(Decimal(7)), NOW).move is Move.ABSENT_AT_STRIPE
-
-
-@pytest.mark.parametrize("back", [1, 1800, 10 * DAY])
-def test_a_clock_that_ran_back_makes_us_wait(back: int) -> None:
-    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
-    assert is_ready(facts, NOW)
-    assert not is_ready(facts, NOW - back)
-
-
-def test_a_look_from_before_the_sums_had_settled_does_not_count() -> None:
-    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
-    late = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG)
-    early = Facts((*facts.events, late))
-    assert is_ready(early, NOW)
-    assert decide(early, Look(Decimal(7)), NOW) == Verdict()
-
-
-def test_activity_in_the_minute_puts_the_next_look_off() -> None:
-    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
-    late = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG + 1)
-    assert not is_ready(Facts((*facts.events, late)), NOW)
-
-
-def test_once_a_person_was_told_looks_are_an_hour_apart() -> None:
-    told = replace(doubts_of([Decimal(5)], Decimal(7), Decimal(9)).events[1], error=PERSON + "why")
-    assert told.seen_at is not None
-    assert not is_ready(Facts((told,)), told.seen_at + ASK_AGAIN - 1)
-    assert is_ready(Facts((told,)), told.seen_at + ASK_AGAIN)
 
 
 # -- on both engines, in the handler, and on the command line

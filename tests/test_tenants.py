@@ -21,7 +21,7 @@ from langchain_stripe_meter import (
     from_metadata,
 )
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
-from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.customers import Facts, static
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, SpendLimitError
 from langchain_stripe_meter.ledger import views
@@ -159,12 +159,17 @@ def test_a_meter_that_is_missing_on_one_account_holds_only_that_accounts_usage(p
 
 def test_a_tenant_is_chosen_from_trusted_facts_only() -> None:
     """On an agent server, metadata and context are the client's word: a client must not choose the account."""
-    facts = Facts({"tenant": "anna"}, auth_user={"tenant": "bert"}, context={"tenant": "anna"}, on_server=True)
-    assert facts.trusted().metadata == {}
-    assert facts.trusted().context is None
-    assert facts.trusted().auth_user == {"tenant": "bert"}
+    said = {"tenant": "anna"}
+    facts = Facts(said, {"tenant": "bert"}, said, True, lambda _: said, said, now=7)
+    assert facts.trusted() == Facts(auth_user={"tenant": "bert"}, on_server=True)
+    assert facts.trusted().now == 7
     ours = Facts({"tenant": "anna"}, context={"tenant": "anna"})
     assert ours.trusted() is ours
+
+
+def test_a_tenants_customer_may_be_a_plain_id() -> None:
+    assert Tenant(ANNA, customer="cus_1").customer == static(id="cus_1")  # type: ignore[arg-type]
+    assert Tenant(ANNA).customer is None
 
 
 def test_a_tenant_function_that_fails_bills_nobody_and_is_told(platform: Platform) -> None:

@@ -62,9 +62,9 @@ def period(now: int, billing_day: int = 1) -> tuple[int, int]:
     """The beginning and end (Unix seconds) of the billing period that ``now`` lies in, by UTC."""
     moment = datetime.fromtimestamp(now, UTC)
     month = moment.year * 12 + moment.month - 1
-    starts = [_begins(one, billing_day) for one in range(month - 1, month + 3)]
-    start = max(one for one in starts if one <= now)
-    return start, starts[starts.index(start) + 1]
+    if now < _begins(month, billing_day):
+        month -= 1
+    return _begins(month, billing_day), _begins(month + 1, billing_day)
 
 
 def _begins(month: int, billing_day: int) -> int:

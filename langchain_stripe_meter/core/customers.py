@@ -142,7 +142,7 @@ class Facts:
         trusted = trust_client or not self.on_server
         for key in ("session_id", "thread_id", "conversation_id") if trusted else ("thread_id",):
             value = self.metadata.get(key)
-            if value is not None and value != "":
+            if not _is_absent(value):
                 return str(value)
         return None
 
@@ -212,11 +212,11 @@ class FromLead:
         session = facts.session(trust_client=self.trust_client)
         captured = facts.lead(session) if facts.lead and session else None
         if captured and captured.get(self.by):
-            return _reference(self.by, captured[self.by], "", self.region)
+            return _reference(self.by, captured[self.by], self.region)
         if facts.on_server and not self.trust_client:
             return Skip(f"no lead with {self.by} was captured by the server")
-        lead = facts.metadata.get("lead")
-        return _reference(self.by, _get(lead, self.by), f"the lead has no {self.by}", self.region)
+        told = _get(facts.metadata.get("lead"), self.by)
+        return Skip(f"the lead has no {self.by}") if _is_absent(told) else _reference(self.by, told, self.region)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +231,7 @@ class FromSignedToken:
         reason = f"there is no signed token under {self.key!r}"
         for place in (facts.metadata, facts.configurable):
             token = place.get(self.key)
-            if token is None or token == "":
+            if _is_absent(token):
                 continue
             try:
                 return Reference("id", tokens.read(token, self.secrets, facts.now, self.account))
@@ -266,15 +266,15 @@ def _get(source: Any, key: str) -> Any:
 
 
 def _by_id(value: Any, where: str, key: str) -> Reference | Skip:
-    if value is None or value == "":
-        return Skip(f"{where} has no {key!r}")
-    return _reference("id", value, "")
+    return Skip(f"{where} has no {key!r}") if _is_absent(value) else _reference("id", value)
 
 
-def _reference(by: By, value: Any, missing: str, region: str | None = None) -> Reference | Skip:
-    """An absent value is a skip; a present one that cannot be true is a skip too, for nobody is billed on a guess."""
-    if value is None or value == "":
-        return Skip(missing)
+def _is_absent(value: Any) -> bool:
+    return value is None or value == ""
+
+
+def _reference(by: By, value: Any, region: str | None = None) -> Reference | Skip:
+    """A value that cannot be true is a skip, for nobody is billed on a guess."""
     try:
         return Reference(by, value if region is None else normalise(by, value, region))
     except InvalidValueError:

@@ -178,7 +178,8 @@ class Credits:
 
     def readings(self, call: Call) -> list[Reading]:
         """``call`` is the one that answered (or, with ``per="call"``, each one)."""
-        value = self.credits.get(call.model or "", self.credits.get(plain_model(call.model or ""), self.default))
+        model = call.model or ""
+        value = self.credits.get(model, self.credits.get(plain_model(model), self.default))
         if value is None:
             return [Reading(self.event_name, None, doubt=f"no credits are set for the model {call.model!r}")]
         return _reading(self.event_name, value, estimated=False)
@@ -246,13 +247,13 @@ def dimensions_of(meter: Meter) -> tuple[str, ...]:
 
 
 _ALWAYS_FITS = 10**15
-"""Whole numbers below it have at most 15 digits, so the common case needs no closer look."""
+"""Amounts below it fit into 15 digits: they are whole, or were checked or rounded before."""
 
 
 def _reading(name: str, value: Number, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
     if not value:
         return []
-    if value >= _ALWAYS_FITS or value != int(value):
+    if value >= _ALWAYS_FITS:
         check_value(value)
     return [Reading(name, value, dimensions or {}, estimated)]
 

@@ -49,7 +49,8 @@ class Period:
 
 
 def _month(at: int) -> tuple[int, int]:
-    first = datetime.fromtimestamp(at, UTC).replace(day=1, hour=0, minute=0, second=0, microsecond=0)
+    moment = datetime.fromtimestamp(at, UTC)
+    first = datetime(moment.year, moment.month, 1, tzinfo=UTC)
     following = (first + timedelta(days=31)).replace(day=1)
     return int(first.timestamp()), int(following.timestamp())
 

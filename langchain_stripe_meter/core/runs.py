@@ -109,11 +109,7 @@ class OpenRuns:
         return True
 
     def _first_open(self, ids: tuple[Hashable | None, ...]) -> Run | None:
-        for run_id in ids:
-            run = None if run_id is None else self._runs.get(run_id)
-            if run is not None:
-                return run
-        return None
+        return next((run for run_id in ids if (run := self._runs.get(run_id)) is not None), None)
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""
@@ -143,7 +139,6 @@ class OpenRuns:
         """A step failed; if it stood for the message, the message was not answered."""
         run = self._runs.get(run_id)
         if run is not None and run.top is run:
-            run.answer = None
             run.interrupted = True
 
     def take_message(self, run: Run) -> tuple[Call, Facts] | None:
