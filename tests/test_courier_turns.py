@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from courier_shop import EVENTS, Shop, of
+from courier_shop import StillShop, of
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, Outcome
@@ -22,39 +22,10 @@ from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUP_PAUS
 from langchain_stripe_meter.errors import MeteringError, StripeError
 from langchain_stripe_meter.ledger import outbox, sealing, views
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.sandbox import hang, refuse
+from langchain_stripe_meter.sandbox import refuse
 
 METERS = "/v1/billing/meters"
 ANN = Reference("email", "ann@example.com")
-
-
-class StillShop(Shop):
-    """A shop whose ledger's clock stands still until ``pass_`` moves it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.now = self.sandbox.now()
-        self.ledger = Ledger(f"sqlite:///{path}/still.db", clock=lambda: self.now)
-        self.courier = self.another_courier()
-
-    def pass_(self, seconds: int) -> None:
-        self.now += seconds
-
-    def asked(self, path: str) -> int:
-        """How many requests there were for ``path``."""
-        return len([request for request in self.sandbox.requests if request.path.startswith(path)])
-
-    def hang(self, path: str = EVENTS) -> tuple[threading.Event, list[str]]:
-        """What lets requests for ``path`` be answered, and the paths of those that have arrived."""
-        answer, arrived = threading.Event(), list[str]()
-        self.sandbox.fail(
-            hang(answer), path=path, times=None, where=lambda request: arrived.append(request.path) is None
-        )
-        return answer, arrived
-
-    def answered(self) -> None:
-        """Take turns until nothing is in flight."""
-        wait_until(lambda: self.courier.turn() + 1 and not self.courier.in_flight)
 
 
 @pytest.fixture
@@ -64,7 +35,7 @@ def shop(quick_folder: Path) -> Iterator[StillShop]:
     shop.close()
 
 
-def moves(shop: Shop) -> list[int]:
+def moves(shop: StillShop) -> list[int]:
     """What the turns return, those left out in which nothing moved, until nothing is in flight."""
     seen = [shop.courier.turn()]
     while shop.courier.in_flight:
@@ -125,16 +96,19 @@ def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(shop: Still
     shop.courier = shop.another_courier(chores=[chores.append], watches=[watches.append])
     shop.sandbox.fail(refuse(503, headers={"Retry-After": "50"}), path=METERS, times=None)
     shop.record("run")
+    shop.record("by-email", reference=ANN)
     assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
     assert (chores, watches) == ([], [shop.now])
     shop.pass_(49)
     assert shop.courier.turn() == 0
     assert shop.asked(METERS) == 1
-    assert shop.states() == {"run": "resolved"}
+    assert shop.states() == {"run": "resolved", "by-email": "recorded"}
+    assert shop.asked("/v1/customers") == 0
     shop.sandbox.clear_faults()
     shop.pass_(1)
-    shop.courier.turn()
+    shop.answered()
     assert chores == [shop.now]
+    assert shop.states() == {"run": "delivered", "by-email": "held"}
 
 
 def test_a_chore_that_fails_is_told_and_keeps_no_other_from_being_done(
