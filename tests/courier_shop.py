@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+from conftest import wait_until
 
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
@@ -13,7 +16,7 @@ from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import RecordedRequest, StripeSandbox
+from langchain_stripe_meter.sandbox import RecordedRequest, StripeSandbox, hang
 
 EVENTS = "/v1/billing/meter_events"
 
@@ -81,6 +84,35 @@ class Shop:
             courier.gateway.close()
         self.ledger.close()
         self.sandbox.stop()
+
+
+class StillShop(Shop):
+    """A shop whose ledger's clock stands still until ``pass_`` moves it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.now = self.sandbox.now()
+        self.ledger = Ledger(f"sqlite:///{path}/still.db", clock=lambda: self.now)
+        self.courier = self.another_courier()
+
+    def pass_(self, seconds: int) -> None:
+        self.now += seconds
+
+    def asked(self, path: str) -> int:
+        """How many requests there were for ``path``."""
+        return len([request for request in self.sandbox.requests if request.path.startswith(path)])
+
+    def hang(self, path: str = EVENTS) -> tuple[threading.Event, list[str]]:
+        """What lets requests for ``path`` be answered, and the paths of those that have arrived."""
+        answer, arrived = threading.Event(), list[str]()
+        self.sandbox.fail(
+            hang(answer), path=path, times=None, where=lambda request: arrived.append(request.path) is None
+        )
+        return answer, arrived
+
+    def answered(self) -> None:
+        """Take turns until nothing is in flight."""
+        wait_until(lambda: self.courier.turn() + 1 and not self.courier.in_flight)
 
 
 def payer(request: RecordedRequest) -> str:

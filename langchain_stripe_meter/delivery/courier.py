@@ -344,7 +344,7 @@ class Courier:
         if outcome.move is Move.UNAUTHORISED:
             self._pause(f"Stripe refused the key; {outcome.message}. Check the key.", now)
             return
-        self._pace.rest(now + (outcome.retry_after or QUIET_SECONDS))
+        self._pace.rest(outcome.retry_after or QUIET_SECONDS, now)
         logger.info("stripe-meter: sending waits: %s", error)
 
     def _report(self, error: Exception) -> None:

@@ -8,7 +8,8 @@ QUIET_SECONDS = 2
 """How long everything rests when Stripe did not take even one event at a time."""
 RESTING_AT_MOST = 100
 LONGEST_REST = 3600
-"""Nothing rests for longer, in seconds: what seems to was told by a clock that has been set back since."""
+"""Nothing rests for longer, in seconds: of a longer wish this much is obeyed, and what still seems to rest for longer
+was told by a clock that has been set back since."""
 
 
 class Pace:
@@ -41,14 +42,15 @@ class Pace:
     def slower(self, line: Line, wish: int | None, now: int) -> None:
         """Halve what is in flight; where Stripe says how long to wait (seconds), this customer and meter does."""
         if wish:
-            self._resting[line] = now + wish
+            self._resting[line] = now + min(wish, LONGEST_REST)
         if self._limit == 1:
-            self.rest(now + QUIET_SECONDS)
+            self.rest(QUIET_SECONDS, now)
         self._limit = max(self._limit // 2, 1)
 
-    def rest(self, until: int) -> None:
-        """Nothing is sent before ``until``."""
-        self.quiet_until = max(self.quiet_until, until)
+    def rest(self, seconds: int, now: int) -> None:
+        """Nothing is sent for so long, nor before an earlier rest is over."""
+        until = now + min(seconds, LONGEST_REST)
+        self.quiet_until = max(self.quiet_until, until) if self.is_quiet(now) else until
 
     def probe(self, after: int) -> None:
         """Nothing is sent before ``after``, and then one event at a time."""

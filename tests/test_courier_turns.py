@@ -1,0 +1,420 @@
+"""What one turn of the courier does, how long it rests between them, and the threads that it has."""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import wait_until
+from courier_shop import StillShop, of
+
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS, PAUSE_SECONDS
+from langchain_stripe_meter.delivery.lookups import LOOKUPS_AT_ONCE
+from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUP_PAUSE_SECONDS
+from langchain_stripe_meter.errors import MeteringError, StripeError
+from langchain_stripe_meter.ledger import outbox, sealing, views
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.sandbox import refuse
+
+METERS = "/v1/billing/meters"
+ANN = Reference("email", "ann@example.com")
+
+
+@pytest.fixture
+def shop(quick_folder: Path) -> Iterator[StillShop]:
+    shop = StillShop(quick_folder)
+    yield shop
+    shop.close()
+
+
+def moves(shop: StillShop) -> list[int]:
+    """What the turns return, those left out in which nothing moved, until nothing is in flight."""
+    seen = [shop.courier.turn()]
+    while shop.courier.in_flight:
+        seen.append(shop.courier.turn())
+    return [one for one in [*seen, shop.courier.turn()] if one]
+
+
+# -- turns
+
+
+def test_a_turn_says_how_much_moved(shop: StillShop) -> None:
+    shop.record("run")
+    assert moves(shop) == [1 + 1, 1]  # sealed and claimed; settled
+    shop.record("by-name", reference=ANN)
+    assert moves(shop) == [1]  # held: there is nobody
+    shop.sandbox.create_customer(id="cus_ben", email="ben@example.com")
+    shop.record("asked", reference=Reference("email", "ben@example.com"))
+    assert moves(shop) == [1 + 1 + 1, 1]  # resolved, sealed and claimed; settled
+    shop.record("remembered", reference=Reference("email", "ben@example.com"))
+    assert moves(shop) == [1 + 1 + 1, 1]
+
+
+def test_a_turn_counts_what_it_took_over_from_a_courier_that_died(shop: StillShop) -> None:
+    shop.record("run")
+    with shop.ledger.deliver_lane().transaction() as connection:
+        sealing.seal(connection, shop.now)
+        assert len(outbox.claim(connection, 1, shop.now)) == 1
+    shop.pass_(outbox.LEASE_SECONDS + 1)
+    assert shop.courier.turn() == 1
+
+
+def test_what_was_delivered_and_rejected_is_counted(shop: StillShop) -> None:
+    shop.sandbox.fail(refuse(400, code="meter_event_invalid_value"), where=of("cus_2"), times=None)
+    for key in ("a", "b"):
+        shop.record(f"good-{key}")
+        shop.record(f"bad-{key}", customer="cus_2")
+        shop.answered()
+    assert (shop.courier.delivered, shop.courier.rejected) == (2, 2)
+    assert [str(error) for error in shop.errors] == [
+        f"Meter event bad-{key} is rejected: HTTP 400: The sandbox was told to refuse this." for key in ("a", "b")
+    ]
+
+
+def test_chores_and_watches_are_done_once_a_minute(shop: StillShop) -> None:
+    chores: list[int] = []
+    watches: list[int] = []
+    shop.courier = shop.another_courier(chores=[chores.append], watches=[watches.append])
+    began = shop.now
+    for passed in (0, CHORES_SECONDS - 1, 1, 1):
+        shop.pass_(passed)
+        shop.courier.turn()
+    assert chores == watches == [began, began + CHORES_SECONDS]
+
+
+def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(shop: StillShop) -> None:
+    chores: list[int] = []
+    watches: list[int] = []
+    shop.courier = shop.another_courier(chores=[chores.append], watches=[watches.append])
+    shop.sandbox.fail(refuse(503, headers={"Retry-After": "50"}), path=METERS, times=None)
+    shop.record("run")
+    shop.record("by-email", reference=ANN)
+    assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
+    assert (chores, watches) == ([], [shop.now])
+    shop.pass_(49)
+    assert shop.courier.turn() == 0
+    assert shop.asked(METERS) == 1
+    assert shop.states() == {"run": "resolved", "by-email": "recorded"}
+    assert shop.asked("/v1/customers") == 0
+    shop.sandbox.clear_faults()
+    shop.pass_(1)
+    shop.answered()
+    assert chores == [shop.now]
+    assert shop.states() == {"run": "delivered", "by-email": "held"}
+
+
+def test_a_chore_that_fails_is_told_and_keeps_no_other_from_being_done(
+    shop: StillShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    def known(_now: int) -> None:
+        raise StripeError("It could not be compared.")
+
+    def unknown(_now: int) -> None:
+        raise ValueError("ann@example.com")
+
+    done: list[int] = []
+    shop.courier = shop.another_courier(chores=[unknown, known, done.append])
+    shop.courier.turn()
+    assert done == [shop.now]
+    assert [str(error) for error in shop.errors] == ["It could not be compared."]
+    ours = [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"]
+    assert "stripe-meter: It could not be compared." in ours
+    (own,) = [line for line in ours if "ValueError" in line]
+    assert re.fullmatch(r"stripe-meter: the courier failed: ValueError at .*test_courier_turns\.py:\d+", own)
+    assert "ann@" not in caplog.text
+
+
+def test_an_on_error_that_raises_is_named_in_the_log(shop: StillShop, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(_error: MeteringError) -> None:
+        raise RuntimeError("mine")
+
+    shop.courier._on_error = broken
+    shop.courier._report(StripeError("The card is cold."))
+    assert [record.getMessage() for record in caplog.records] == [
+        "stripe-meter: The card is cold.",
+        "stripe-meter: on_error itself failed: RuntimeError",
+    ]
+
+
+# -- pauses
+
+
+def test_every_pause_is_told_once_with_what_to_do(shop: StillShop) -> None:
+    for key in ("a", "b"):
+        shop.sandbox.fail(refuse(403, code="more_permissions_required", message="It may not."), times=2)
+        shop.record(key)
+        shop.answered()
+        assert str(shop.status.paused).startswith("Stripe refused the key; HTTP 403")
+        assert shop.courier.turn() == 0
+        shop.pass_(PAUSE_SECONDS)
+        shop.answered()
+        shop.pass_(PAUSE_SECONDS - 1)
+        assert shop.courier.turn() == 0
+        shop.pass_(1)
+        shop.answered()
+        assert shop.status.paused is None
+    told = [str(error) for error in shop.errors]
+    assert len(told) == 2
+    assert all(one.startswith("Sending is paused, nothing is lost. Stripe refused the key; HTTP 403") for one in told)
+    assert all(one.endswith(". Check the key.") for one in told)
+
+
+def test_a_key_that_is_refused_when_the_account_is_asked_for_pauses(shop: StillShop) -> None:
+    shop.sandbox.revoke(shop.sandbox.api_key)
+    shop.record("run")
+    assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
+    assert str(shop.status.paused).startswith("Stripe refused the key; HTTP 401")
+    (told,) = shop.errors
+    assert str(told).startswith("Sending is paused, nothing is lost. Stripe refused the key; HTTP 401")
+    assert shop.asked("/v1/") == 1
+    shop.pass_(PAUSE_SECONDS)
+    shop.courier.turn()
+    assert shop.asked("/v1/") == 2
+    assert len(shop.errors) == 1
+
+
+# -- rests
+
+
+class Rests(threading.Event):
+    """A wake-up flag that stores how long was waited for it, and waits no longer than that takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float | None] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.seconds.append(timeout)
+        return True
+
+
+def test_the_courier_rests_until_something_is_due_but_no_longer_than_it_takes_to_look_for_what_others_recorded(
+    shop: StillShop,
+) -> None:
+    rests = shop.courier._wake = Rests()
+    shop.courier._rest()
+    shop.record("held", reference=ANN)
+    shop.answered()
+    with shop.ledger.deliver_lane().transaction() as connection:
+        due = outbox.next_due(connection)
+    assert due is not None
+    for early in (600, 3, 0, -60):
+        shop.now = due - early
+        shop.courier._rest()
+    shop.courier._pace.rest(2, shop.now)
+    shop.courier._rest()
+    shop.courier._pace.rest(600, shop.now)
+    shop.courier._rest()
+    assert rests.seconds == [IDLE_SECONDS, IDLE_SECONDS, 3, BLOCKED_SECONDS, BLOCKED_SECONDS, 2, IDLE_SECONDS]
+
+
+def test_the_courier_never_rests_with_a_request_in_flight_nor_after_a_turn_in_which_something_moved(
+    shop: StillShop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer, _ = shop.hang()
+    courier = shop.courier
+    turns: list[int] = []
+    rested: list[tuple[int, int]] = []
+    turn, rest = courier.turn, courier._rest
+
+    def counted() -> int:
+        turns.append(turn())
+        return turns[-1]
+
+    def noted() -> None:
+        rested.append((turns[-1], courier.in_flight))
+        rest()
+
+    monkeypatch.setattr(courier, "turn", counted)
+    monkeypatch.setattr(courier, "_rest", noted)
+    shop.record("run")
+    courier.wake()
+    wait_until(lambda: 0 in turns)
+    assert rested == []
+    answer.set()
+    wait_until(lambda: rested)
+    assert set(rested) == {(0, 0)}
+    assert shop.states() == {"run": "delivered"}
+
+
+# -- threads
+
+
+def ours() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("stripe-meter-")]
+
+
+def senders() -> list[threading.Thread]:
+    return [thread for thread in ours() if thread.name == "stripe-meter-sender"]
+
+
+@pytest.mark.parametrize("woken", [True, False], ids=["its own thread", "a caller's thread"])
+def test_no_thread_keeps_the_process_and_there_are_no_more_than_requests_at_once(shop: StillShop, woken: bool) -> None:
+    answer, arrived = shop.hang()
+    for number in range(12):
+        shop.record(f"run-{number}", customer=f"cus_{number % 4 + 1}")
+    if woken:
+        shop.courier.wake()
+    else:
+        shop.courier.turn()
+    wait_until(lambda: shop.courier.in_flight == len(arrived) == 4)
+    assert sorted({thread.name for thread in ours()}) == ["stripe-meter-courier"] * woken + ["stripe-meter-sender"]
+    assert len(senders()) == 4
+    assert all(thread.daemon for thread in ours())
+    answer.set()
+    wait_until(lambda: (woken or shop.courier.turn() + 1) and shop.status.delivered == 12)
+    assert len(senders()) == 4
+    shop.courier.close(5)
+    wait_until(lambda: not ours())
+
+
+@pytest.fixture
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The machine lets us have no more threads; the sandbox may."""
+    start = threading.Thread.start
+
+    def refused(thread: threading.Thread) -> None:
+        if thread.name.startswith("stripe-meter-"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    return monkeypatch
+
+
+def test_where_no_thread_can_be_started_nothing_is_lost_and_it_is_told(
+    shop: StillShop, no_threads: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    shop.sandbox.create_customer(id="cus_ann", email=ANN.value)
+    shop.record("run")
+    shop.record("by-email", reference=ANN)
+    shop.courier.wake()
+    assert not shop.courier.is_running
+    assert "no courier can start during shutdown; the ledger keeps what is pending" in caplog.text
+    shop.answered()
+    assert shop.states() == {"run": "pending", "by-email": "recorded"}
+    why = "no thread could be started for the request"
+    assert {row.identifier: row.reason for row in views.tail(shop.ledger)}["run"] == why
+    assert [str(error) for error in shop.errors] == [why]
+    with shop.ledger.read() as connection:
+        assert connection.exec_driver_sql("SELECT first_unknown_at FROM events").all() == [(None,)]
+    no_threads.undo()
+    shop.pass_(60)
+    shop.courier.wake()
+    wait_until(lambda: shop.status.delivered == 2)
+
+
+def test_the_threads_that_there_are_do_the_work_of_those_that_cannot_be_started(
+    shop: StillShop, no_threads: pytest.MonkeyPatch
+) -> None:
+    refused = threading.Thread.start
+    no_threads.undo()
+    shop.record("first")
+    shop.answered()
+    no_threads.setattr(threading.Thread, "start", refused)
+    for number in range(1, 4):
+        shop.record(f"run-{number}", customer=f"cus_{number}")
+    shop.answered()
+    assert shop.status.delivered == 4
+
+
+def test_after_a_close_it_delivers_again_when_it_is_reopened(shop: StillShop) -> None:
+    for number in range(2):
+        shop.record(f"run-{number}")
+        shop.courier.reopen()
+        wait_until(lambda expected=number + 1: shop.status.delivered == expected)
+        shop.courier.close(5)
+        assert not shop.courier.is_running
+    assert shop.courier.delivered == 2
+
+
+# -- faults
+
+
+def test_a_bug_in_a_request_leaves_the_outcome_open_and_stops_no_sender(shop: StillShop) -> None:
+    shop.record("run")
+    with shop.ledger.deliver_lane().transaction() as connection:
+        sealing.seal(connection, shop.now)
+        (claimed,) = outbox.claim(connection, 1, shop.now)
+    broken: Any = replace(claimed, event=None)
+    assert shop.courier._ask_stripe(broken) == (broken, Outcome(Move.UNKNOWN, "AttributeError"))
+
+
+def test_what_a_close_found_unanswered_is_repeated_under_its_identifier_and_a_late_answer_changes_nothing(
+    shop: StillShop,
+) -> None:
+    answer, arrived = shop.hang()
+    shop.record("run")
+    shop.courier.turn()
+    wait_until(lambda: arrived)
+    shop.courier.close(0)
+    assert shop.states() == {"run": "pending"}
+    assert views.tail(shop.ledger)[0].reason == "the courier was closed before Stripe answered"
+    answer.set()
+    wait_until(lambda: shop.courier._results.qsize() > 0)
+    shop.courier._closing.clear()
+    shop.courier.turn()
+    assert shop.states() == {"run": "pending"}
+    shop.pass_(60)
+    shop.answered()
+    assert shop.states() == {"run": "delivered"}
+    assert {request.params["identifier"] for request in shop.sent()} == {"run"}
+    assert shop.billed() == 1
+    assert shop.errors == []
+
+
+def test_an_answer_that_could_not_be_stored_is_stored_at_the_close(quick_folder: Path) -> None:
+    shop = StillShop(quick_folder)
+    shop.ledger = Ledger(f"sqlite:///{quick_folder}/busy.db?timeout=0.05", clock=lambda: shop.now)
+    holder = Ledger(f"sqlite:///{quick_folder}/busy.db")
+    courier = shop.another_courier()
+    shop.record("run")
+    courier.turn()
+    with holder.deliver_lane().transaction():
+        wait_until(lambda: shop.billed() == 1 and courier._results.qsize() > 0)
+        with pytest.raises(MeteringError):
+            courier.turn()
+    courier.close(5)
+    assert shop.states() == {"run": "delivered"}
+    holder.close()
+    shop.close()
+
+
+# -- lookups
+
+
+def test_no_more_than_so_many_are_looked_up_at_once_and_nobody_twice(shop: StillShop) -> None:
+    answer, arrived = shop.hang("/v1/customers*")
+    for number in range(LOOKUPS_AT_ONCE + 3):
+        shop.record(f"run-{number}", reference=Reference("email", f"{number}@example.com"))
+    for _ in range(2):
+        shop.courier.turn()
+    assert shop.courier.in_flight == LOOKUPS_AT_ONCE
+    wait_until(lambda: len(arrived) == LOOKUPS_AT_ONCE)
+    answer.set()
+    shop.answered()
+    assert shop.status.held == LOOKUPS_AT_ONCE + 3
+    assert shop.asked("/v1/customers") == LOOKUPS_AT_ONCE + 3
+
+
+def test_after_a_lookup_that_stripe_did_not_answer_lookups_rest(shop: StillShop) -> None:
+    shop.sandbox.fail(refuse(503), path="/v1/customers*", times=None)
+    shop.record("run", reference=ANN)
+    shop.answered()
+    shop.pass_(LOOKUP_PAUSE_SECONDS - 1)
+    shop.courier.turn()
+    assert not shop.courier.in_flight
+    assert shop.asked("/v1/customers") == 1
+    shop.pass_(1)
+    shop.courier.turn()
+    assert shop.courier.in_flight == 1
+    shop.answered()
