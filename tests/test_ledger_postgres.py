@@ -15,9 +15,9 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.ledger import database, resolving
+from langchain_stripe_meter.ledger.payers import secret_of
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import readings
-from langchain_stripe_meter.ledger.secret import secret_of
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 NOW = 1_800_000_000

@@ -24,7 +24,7 @@ from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger import payers
 from langchain_stripe_meter.ledger.database import explain
-from langchain_stripe_meter.ledger.secret import secret_of
+from langchain_stripe_meter.ledger.payers import secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 
 PAGE = 10_000

@@ -18,8 +18,8 @@ from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
+from langchain_stripe_meter.ledger.payers import digest_of, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
-from langchain_stripe_meter.ledger.secret import digest_of, secret_of
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
 

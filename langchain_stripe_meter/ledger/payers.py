@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hmac
 import secrets
-from typing import Any
 
 from sqlalchemy import Connection, select
-from sqlalchemy.dialects import postgresql, sqlite
 
+from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.ledger.schema import notes, payers
+from langchain_stripe_meter.ledger.store import Ledger, dialect_insert
 
 SECRET = "payers_secret"  # noqa: S105 - the name of a note
 """The note that holds the secret. Without it, nobody's digest can be worked out again."""
@@ -26,9 +26,20 @@ def secret(connection: Connection, now: int) -> bytes:
     found = connection.execute(query).scalar()
     if found is None:
         made = {"name": SECRET, "value": secrets.token_hex(32), "at": now}
-        connection.execute(_insert(connection, notes).values(made).on_conflict_do_nothing())
+        connection.execute(dialect_insert(connection, notes).values(made).on_conflict_do_nothing())
         found = connection.execute(query).scalar_one()  # another process may have been faster
     return bytes.fromhex(found)
+
+
+def secret_of(ledger: Ledger) -> bytes:
+    """The secret, in a transaction of its own: a run may ask, so it does not wait for couriers."""
+    with ledger.database.lane("record").transaction() as connection:
+        return secret(connection, ledger.now())
+
+
+def digest_of(key: bytes, account: str, reference: Reference) -> str:
+    """As ``digest``."""
+    return digest(key, account, f"{reference.by}:{reference.value}")
 
 
 def digest(key: bytes, account: str, reference: str) -> str:
@@ -43,9 +54,5 @@ def remember(connection: Connection, account: str, reference: str, customer: str
     if connection.execute(query).scalar() == customer:
         return
     values = {"account": account, "customer": customer, "at": now}
-    statement = _insert(connection, payers).values(digest=known, **values)
+    statement = dialect_insert(connection, payers).values(digest=known, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_=values))
-
-
-def _insert(connection: Connection, table: Any) -> Any:
-    return sqlite.insert(table) if connection.dialect.name == "sqlite" else postgresql.insert(table)
