@@ -61,7 +61,15 @@ def test_a_value_is_written_in_plain_decimal_notation_that_means_the_same(value:
 
 @given(st.integers(-(10**15) + 1, 10**15 - 1))
 def test_whole_numbers_are_values(value: int) -> None:
-    assert number_text(check_value(value)) == str(value)
+    assert number_text(check_value(value)) == number_text(value) == str(value)
+
+
+def test_a_number_is_written_out_up_to_two_hundred_places_from_its_point() -> None:
+    assert number_text(Decimal("1e200")) == "1" + "0" * 200
+    assert number_text(Decimal("-1e-200")) == "-0." + "0" * 199 + "1"
+    for beyond in ("1e201", "-1e-201"):
+        with pytest.raises(InvalidValueError, match="far beyond"):
+            number_text(Decimal(beyond))
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
