@@ -101,10 +101,10 @@ def quick_folder(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def far_east(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The machine's own clock stands far from UTC, where another day and month have begun already."""
+def far_west(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The machine's own clock stands far from UTC, where the day before, and its month, still last."""
     with monkeypatch.context() as patch:
-        patch.setenv("TZ", "FAR-13")  # POSIX: 13 hours ahead of UTC
+        patch.setenv("TZ", "FAR+11")  # POSIX: 11 hours behind UTC
         time.tzset()
         yield
     time.tzset()

@@ -46,9 +46,10 @@ def test_a_billing_period_begins_on_its_day_or_on_the_last_of_a_shorter_month(
 
 def test_a_billing_period_is_a_calendar_month_unless_told() -> None:
     assert period(NOON) == (MARCH, APRIL)
+    assert spans(APRIL) == spans(APRIL, 1)
 
 
-@pytest.mark.usefixtures("far_east")
+@pytest.mark.usefixtures("far_west")
 def test_billing_periods_are_in_utc_wherever_the_machine_stands() -> None:
     assert period(APRIL - 1, 1) == (MARCH, APRIL)
     assert period(APRIL, 1) == (APRIL, MAY)
@@ -132,7 +133,7 @@ def test_an_alarm_of_age_names_how_much_is_how_old_on_which_meters() -> None:
     )
 
 
-@pytest.mark.usefixtures("far_east")
+@pytest.mark.usefixtures("far_west")
 def test_an_alarm_of_a_period_names_when_it_closes_in_utc() -> None:
     span = Span("closing", MARCH, APRIL, 600, APRIL)
     assert sentence(span, [Late("t", 2, 0, 0)]) == (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 from uuid import UUID
 
@@ -60,7 +61,15 @@ def test_a_value_is_written_in_plain_decimal_notation_that_means_the_same(value:
 
 @given(st.integers(-(10**15) + 1, 10**15 - 1))
 def test_whole_numbers_are_values(value: int) -> None:
-    assert number_text(check_value(value)) == str(value)
+    assert number_text(check_value(value)) == number_text(value) == str(value)
+
+
+def test_a_number_is_written_out_up_to_two_hundred_places_from_its_point() -> None:
+    assert number_text(Decimal("1e200")) == "1" + "0" * 200
+    assert number_text(Decimal("-1e-200")) == "-0." + "0" * 199 + "1"
+    for beyond in ("1e201", "-1e-201"):
+        with pytest.raises(InvalidValueError, match="far beyond"):
+            number_text(Decimal(beyond))
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -84,7 +93,7 @@ def test_a_float_brings_no_binary_tail() -> None:
     "value",
     [
         True, False, None, "", " ", "abc", "1_000", "١٢", "１２", "1,5", "0x10", "--1", "1.2.3", "1\x00",
-        b"1", [1], 1j, float("nan"), float("inf"), float("-inf"), "nan", "-Infinity", "sNaN", "inf",
+        b"1", [1], 1j, Fraction(3), float("nan"), float("inf"), float("-inf"), "nan", "-Infinity", "sNaN", "inf",
         Decimal("NaN"), Decimal("sNaN"), Decimal("-Infinity"), "1e999", Decimal("1e999999"), "1e-999", "-1e999",
         "1e99999999999999999999", 10**15 + 1, 10**16, "1234567890123456", "0.1234567890123456", 10**5000, -(10**5000),
         "9" * 100_000, float("1e300"),

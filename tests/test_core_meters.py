@@ -283,8 +283,10 @@ def test_a_cost_always_fits_into_stripes_digits(usage: Usage, price: Decimal, ot
     check_value(value_of(meter, Call(usage, "m")))
 
 
-def test_a_markup_given_as_a_float_has_no_binary_tail() -> None:
+def test_a_markup_a_price_or_a_weight_given_as_a_float_has_no_binary_tail() -> None:
+    assert Tokens("t", weights={"input": 0.1}).weights == {"input": Decimal("0.1")}  # type: ignore[dict-item]
     assert Cost("c", markup=1.3).markup == Decimal("1.3")  # type: ignore[arg-type]
+    assert Cost("c", prices={"m": {"input": 0.1}}).prices == {"m": {"input": Decimal("0.1")}}  # type: ignore[dict-item]
 
 
 def test_own_prices_come_before_the_price_list() -> None:

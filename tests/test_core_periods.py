@@ -18,7 +18,7 @@ def seconds(text: str) -> int:
     return int(datetime.fromisoformat(text).replace(tzinfo=UTC).timestamp())
 
 
-@pytest.mark.usefixtures("far_east")
+@pytest.mark.usefixtures("far_west")
 def test_a_month_is_one_of_utc_wherever_the_machine_stands() -> None:
     april = seconds("2027-04-01")
     assert Period("month").bounds(april - 1) == (seconds("2027-03-01"), april)

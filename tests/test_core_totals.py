@@ -54,4 +54,4 @@ def test_a_correction_on_its_way_may_lower_stripes_sum() -> None:
 def test_a_comparison_names_whose_usage_of_what_on_which_account_it_is() -> None:
     found = compare("ai_tokens", "cus_1", {}, None, "acct_1")
     assert (found.event_name, found.customer, found.account) == ("ai_tokens", "cus_1", "acct_1")
-    assert str(found.recorded) == str(found.delivered) == str(found.uncertain) == "0"
+    assert {type(amount) for amount in (found.recorded, found.delivered, found.uncertain)} == {Decimal}

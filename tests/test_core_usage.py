@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Any
 
 import pytest
@@ -76,6 +77,15 @@ def test_a_count_is_a_whole_number_from_zero_up(kind: str, count: Any) -> None:
 def test_a_detail_that_is_no_count_is_refused_not_taken_for_zero(count: Any) -> None:
     with pytest.raises(UsageError, match="cache_read"):
         usage_from_metadata({"input_tokens": 9, "output_tokens": 1, "input_token_details": {"cache_read": count}})
+
+
+def test_a_count_may_be_of_any_whole_kind() -> None:
+    class Count(IntEnum):
+        NONE = 0
+        SOME = 3
+
+    report = {"input_tokens": Count.SOME, "output_tokens": Count.NONE, "input_token_details": {"audio": Count.NONE}}
+    assert usage_from_metadata(report) == Usage(3, 0)
 
 
 @pytest.mark.parametrize("details", [[], "x", 7, ["cache_read"]])

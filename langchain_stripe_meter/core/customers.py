@@ -103,10 +103,11 @@ def _e164(text: str, region: str | None = None) -> str | None:
 
 def check_region(region: str | None) -> str | None:
     """A region in which phone numbers are dialled: two capital letters such as ``DE``; None for no region."""
-    import phonenumbers
+    if region is not None:
+        import phonenumbers
 
-    if region is not None and region not in phonenumbers.SUPPORTED_REGIONS:
-        raise ConfigurationError(f"region={region!r} is no region of phone numbers; use two letters such as 'DE'.")
+        if region not in phonenumbers.SUPPORTED_REGIONS:
+            raise ConfigurationError(f"region={region!r} is no region of phone numbers; use two letters such as 'DE'.")
     return region
 
 
@@ -336,7 +337,7 @@ def from_lead(by: By = "email", *, trust_client: bool = False, region: str | Non
 def _phone_region(by: By, region: str | None) -> str | None:
     if region is not None and by != "phone":
         raise ConfigurationError(f"region={region!r} is for phone numbers; a customer known by {by} has none.")
-    return check_region(region) if by == "phone" else None
+    return check_region(region)
 
 
 def from_signed_token(
