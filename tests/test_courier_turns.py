@@ -6,6 +6,8 @@ import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
 from conftest import wait_until
@@ -216,6 +218,36 @@ def test_the_courier_rests_until_something_is_due_but_no_longer_than_it_takes_to
     shop.courier._pace.rest(600, shop.now)
     shop.courier._rest()
     assert rests.seconds == [IDLE_SECONDS, IDLE_SECONDS, 3, BLOCKED_SECONDS, BLOCKED_SECONDS, 2, IDLE_SECONDS]
+
+
+class Answers(SimpleQueue[Any]):
+    """What came back from Stripe, which stores whether and how long was waited for it."""
+
+    def __init__(self) -> None:
+        self.waits: list[float | None] = []
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        self.waits.append(timeout if block else None)
+        return super().get(block, timeout)
+
+
+def test_an_answer_is_waited_for_while_one_is_to_come_and_nothing_else_to_do(shop: StillShop) -> None:
+    answer, _ = shop.hang()
+    courier, answers = shop.courier, Answers()
+    courier._results = answers
+    shop.record("run")
+    courier.turn()
+    courier._collect(0.01)
+    courier._nudge()
+    courier._collect(30)
+    courier._wake.clear()
+    answer.set()
+    courier._collect(30)
+    courier._settle()
+    courier._collect(30)
+    at_first, in_flight, woken, answered, after = [None], [0.01], [None, None], [30, None], [None]
+    assert answers.waits == at_first + in_flight + woken + answered + after
+    assert shop.states() == {"run": "delivered"}
 
 
 def test_the_courier_never_rests_with_a_request_in_flight_nor_after_a_turn_in_which_something_moved(
