@@ -49,6 +49,7 @@ def test_a_refusal_of_more_than_one_at_a_time_lets_the_others_go_on() -> None:
 def test_a_pause_ends_with_one_event_at_a_time_and_no_later_refusal_shortens_it() -> None:
     pace = Pace(8)
     pace.probe(NOW + 30)
+    assert pace.slots(0, NOW + 30) == 1
     pace.slower(line(), None, NOW)
     assert [pace.slots(0, NOW + passed) for passed in (0, 29, 30)] == [0, 0, 1]
 
