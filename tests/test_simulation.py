@@ -5,31 +5,21 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from concurrent.futures import ProcessPoolExecutor
-
+import players
 import pytest
 from faults import tally
-from simulation import Tally, play
+from players import SEEDS, USUAL_SEEDS
+from simulation import play
 
 from langchain_stripe_meter.core import doubts, states
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.ledger import outbox
 
-USUAL_SEEDS = 200
-SEEDS = int(os.environ.get("STRIPE_METER_SIMULATED_SEEDS", USUAL_SEEDS))
-AT_ONCE = 5
-"""Seeds that a worker plays before it reports."""
-
 
 @pytest.mark.timeout(120 + 5 * SEEDS)
 def test_weeks_of_trouble_lose_nothing_and_bill_nothing_twice(capsys: pytest.CaptureFixture[str]) -> None:
-    batches = [range(start, min(start + AT_ONCE, SEEDS)) for start in range(0, SEEDS, AT_ONCE)]
-    total = Tally()
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as workers:
-        for part in workers.map(play, batches):
-            total += part
+    """They are played since the session began, in processes of their own."""
+    total = players.total()
     with capsys.disabled():
         print(f"\n{total}")
     assert total.seeds == SEEDS
