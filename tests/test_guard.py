@@ -70,7 +70,8 @@ def test_a_meter_that_its_account_does_not_have_is_held_told_and_tried_again_whe
     shop.record("there-1", "there-2", account="acct_1Connected")
     shop.answered()
     assert shop.states() == {"here": "delivered", "there-1": "held", "there-2": "held"}
-    why = "Stripe has no meter with the event name 'ai_tokens'; create it (stripe-meter meters create ai_tokens), or correct the name"
+    make = "create it (stripe-meter meters create ai_tokens), or correct the name"
+    why = f"Stripe has no meter with the event name 'ai_tokens'; {make}"
     (held,) = views.held(shop.ledger)
     assert (held.reason, len(held.ids)) == (why, 2)
     assert [str(error) for error in shop.errors] == [f"2 readings are held: {why}."]

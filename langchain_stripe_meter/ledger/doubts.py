@@ -15,14 +15,12 @@ from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.acts import CANCEL_ASKED
-from langchain_stripe_meter.ledger.schema import acts, events, pruned
+from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
 DAY = 86_400
 logger = logging.getLogger("langchain_stripe_meter")
-
-_IS_DOUBTFUL = events.c.state == EventState.DOUBTFUL.value
 
 
 class Place(NamedTuple):
@@ -62,7 +60,7 @@ class DoubtfulList(list[Doubtful]):
 def doubtful(ledger: Ledger) -> DoubtfulList:
     """Every doubtful event, oldest first."""
     with ledger.read() as connection:
-        rows = connection.execute(select(events).where(_IS_DOUBTFUL).order_by(events.c.id)).all()
+        rows = connection.execute(select(events).where(IS_DOUBTFUL).order_by(events.c.id)).all()
     return DoubtfulList(
         Doubtful(
             identifier=row.identifier,
@@ -87,7 +85,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     now, moved = ledger.now(), 0
     with ledger.deliver_lane().transaction() as connection:
         for identifier in dict.fromkeys(identifiers):
-            query = select(events.c.id, events.c.at).where(_IS_DOUBTFUL, events.c.identifier == identifier)
+            query = select(events.c.id, events.c.at).where(IS_DOUBTFUL, events.c.identifier == identifier)
             row = connection.execute(query).first()
             if row is None:
                 continue
@@ -106,18 +104,19 @@ def any_due(connection: Connection, now: int) -> bool:
     """Whether there is a doubtful event that could be looked at; quick, since there hardly ever is."""
     unseen = or_(events.c.seen_at.is_(None), events.c.seen_at <= now - LOOK_AGAIN)
     rested = or_(events.c.settled_at.is_(None), events.c.settled_at <= now - SUMS_LAG)
-    return connection.execute(select(events.c.id).where(_IS_DOUBTFUL, unseen, rested).limit(1)).first() is not None
+    return connection.execute(select(events.c.id).where(IS_DOUBTFUL, unseen, rested).limit(1)).first() is not None
 
 
 def facts(connection: Connection) -> dict[Place, Facts]:
     """What is known of every minute that has a doubtful event."""
     minute = events.c.at - events.c.at % MINUTE
     line = (events.c.account, events.c.customer, events.c.event_name)
-    places = select(*line, minute.label("minute")).where(_IS_DOUBTFUL).distinct().subquery()
+    places = select(*line, minute.label("minute")).where(IS_DOUBTFUL).distinct().subquery()
     same = [column == places.c[column.name] for column in line]
     asked = exists().where(acts.c.subject == events.c.identifier, acts.c.act == CANCEL_ASKED)
     query = select(events, places.c.minute, asked.label("asked_to_cancel"))
-    query = query.join(places, and_(*same, minute == places.c.minute)).order_by(events.c.id)
+    inside = (events.c.at >= places.c.minute, events.c.at < places.c.minute + MINUTE)  # a range, which an index has
+    query = query.join(places, and_(*same, *inside)).order_by(events.c.id)
     found: dict[Place, list[Trace]] = {}
     for row in connection.execute(query):
         found.setdefault(Place(row.account, row.customer, row.event_name, row.minute), []).append(_trace(row))
@@ -155,7 +154,7 @@ def _is_pruned(connection: Connection, place: Place) -> bool:
 def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:
     """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
     with ledger.deliver_lane().transaction() as connection:
-        query = select(events.c.id, events.c.seen_at).where(_IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
+        query = select(events.c.id, events.c.seen_at).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
         known = {row.id: row.seen_at for row in connection.execute(query)}
         if known != {one.id: one.seen_at for one in doubts}:
             return False

@@ -17,7 +17,7 @@ from langchain_stripe_meter.core.states import EventState, Move, ReadingState, n
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
-from langchain_stripe_meter.ledger.schema import events, leads, notes, pruned, readings
+from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, events, leads, notes, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 _EXACT = Context(prec=250)
@@ -151,7 +151,7 @@ def pending(connection: Connection) -> int:
 def attention(connection: Connection) -> tuple[int, int]:
     """How many readings are held, and how many events are in doubt."""
     held = select(func.count()).where(readings.c.state == "held")
-    doubtful = select(func.count()).where(events.c.state == "doubtful")
+    doubtful = select(func.count()).where(IS_DOUBTFUL)
     return int(connection.execute(held).scalar_one()), int(connection.execute(doubtful).scalar_one())
 
 

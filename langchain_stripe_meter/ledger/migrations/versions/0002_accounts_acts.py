@@ -29,7 +29,7 @@ def upgrade() -> None:
     op.drop_index("events_sending", "events")
     _partial("events_sending", "events", ["account", "customer", "event_name"], "state = 'sending'")
     _partial("events_delivered", "events", ["account", "event_name", "settled_at"], "state = 'delivered'")
-    op.create_index("events_minute", "events", ["account", "customer", "event_name", "at"])
+    op.create_index("events_minute", "events", ["customer", "at"])
     op.execute(
         "UPDATE readings SET event_id = (SELECT id FROM events WHERE identifier = readings.key) WHERE state = 'sealed'"
     )
