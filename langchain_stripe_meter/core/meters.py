@@ -247,7 +247,7 @@ _ALWAYS_FITS = 10**15
 def _reading(name: str, value: Number, estimated: bool, dimensions: Mapping[str, str] | None = None) -> list[Reading]:
     if not value:
         return []
-    if value >= _ALWAYS_FITS or value != int(value):
+    if value >= _ALWAYS_FITS or (type(value) is not int and value != int(value)):
         check_value(value)
     return [Reading(name, value, dimensions or {}, estimated)]
 
