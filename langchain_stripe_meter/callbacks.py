@@ -151,7 +151,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         around = surrounding_run() if parent is None else None
         with self._lock:
             started = self._runs.start(run, parent, around)
-            if started and run.is_call and run.facts.auth_user is None:
+            if run.parent is not None and run.is_call and run.facts.auth_user is None:
                 run.inherit_user()
             if started and isinstance(run, _Completion):
                 # One request has one object of parameters; the batch keeps it, so that its id stays its own.
@@ -211,13 +211,15 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _end(self, run_id: UUID, observed: Observed | None, *, answers: bool, cut: bool = False) -> Sequence[Ending]:
         now = self._recorder.ledger.now()
+        answers = answers and self._recorder.counts_messages
         with self._lock:
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
             call = None
             if observed is not None:
-                observed = _as_told(run, observed)
+                if observed.partial or isinstance(run, _Completion):
+                    observed = _as_told(run, observed)
                 empty = observed.is_empty
                 call = call_of(run, observed)
                 if answers and not (empty and observed.partial):
@@ -230,7 +232,7 @@ class MeteringCallbacks(BaseCallbackHandler):
             for lost in endings:
                 if answers and lost.run.top is run and lost.call is not None:
                     self._runs.answered(lost.run, lost.call)
-            message = self._runs.take_message(run)
+            message = self._runs.take_message(run) if self._recorder.counts_messages else None
         if message is not None or call is not None:
             endings.append(Ending(run, observed, call, message))
         return endings

@@ -11,7 +11,7 @@ from dataclasses import field
 from typing import Any, Self
 
 from langchain_core.messages import BaseMessage
-from langchain_core.outputs import ChatGeneration, Generation, LLMResult
+from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langchain_stripe_meter.core.customers import Facts
@@ -22,6 +22,7 @@ from langchain_stripe_meter.errors import UsageError
 
 _AUTH_USER = "langgraph_auth_user"
 _SERVER_KEYS = frozenset(("langgraph_auth_user_id", "langgraph_request_id", _AUTH_USER))
+_SERVER_MARK = "langgraph_api_version"
 _RUNTIME = "__pregel_runtime"
 CLIENT_RUN = "__stripe_meter_client"
 """Where a run's metadata and configurable say that a client sent its config. (LangGraph keeps keys that begin so out of
@@ -56,9 +57,11 @@ def surrounding_run() -> Any:
 
 def facts_of(own: Mapping[str, Any] | None, now: int) -> Facts:
     """Who could pay for the run with metadata ``own`` that starts ``now``, as far as LangChain and LangGraph know."""
-    config = var_child_runnable_config.get() or {}
-    metadata = merged(config.get("metadata"), own)
-    configurable = config.get("configurable") or {}
+    config = var_child_runnable_config.get()
+    metadata = merged(config.get("metadata"), own) if config else own or {}
+    configurable = (config.get("configurable") if config else None) or {}
+    if not configurable and CLIENT_RUN not in metadata and _SERVER_MARK not in metadata:
+        return Facts(metadata, now=now)  # an application's own run, with nothing further to look for
     marks = [place[CLIENT_RUN] for place in (metadata, configurable) if CLIENT_RUN in place]
     said = next((mark for mark in marks if isinstance(mark, ClientRun)), None)
     return Facts(
@@ -80,7 +83,7 @@ def surrounding_user() -> Any:
 
 def _on_server(metadata: Mapping[str, Any], configurable: Mapping[str, Any]) -> bool:
     """Whether an agent server runs this: it marks every run, even one without authentication."""
-    return "langgraph_api_version" in metadata or not _SERVER_KEYS.isdisjoint(configurable)
+    return _SERVER_MARK in metadata or not _SERVER_KEYS.isdisjoint(configurable)
 
 
 def _authenticated(user: Any) -> Any:
@@ -118,7 +121,11 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
 
     With n > 1 every generation repeats the usage of the whole call, so the first one counts.
     """
-    output = [_output(generation) for prompt in (response.generations if response else ()) for generation in prompt]
+    output: list[BaseMessage | str] = [
+        generation.message if isinstance(generation, ChatGeneration) else generation.text
+        for prompt in (response.generations if response else ())
+        for generation in prompt
+    ]
     if response is None or not output:
         return Observed(partial=partial)
     first = None if isinstance(output[0], str) else output[0]
@@ -129,10 +136,6 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
         return Observed(_usage(report, response, first), None, model, cached, partial, output)
     except UsageError as error:
         return Observed(None, str(error), model, cached, partial, output)
-
-
-def _output(generation: Generation) -> BaseMessage | str:
-    return generation.message if isinstance(generation, ChatGeneration) else generation.text
 
 
 def _usage(report: Any, response: LLMResult, message: BaseMessage | None) -> Usage | None:

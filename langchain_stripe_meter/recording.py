@@ -75,8 +75,15 @@ class Recorder:
     unrecorded: int = 0
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
+    _tenant_of_all: Tenant | None = field(init=False)
+    counts_messages: bool = field(init=False)
+    """Whether anything but calls may be counted: each tenant may have meters of its own."""
 
     def __post_init__(self) -> None:
+        only = self.tenant if isinstance(self.tenant, Tenant) else None
+        meters = None if only is None else self.meters if only.meters is None else only.meters
+        self._tenant_of_all = only
+        self.counts_messages = meters is None or any(meter.per == "message" for meter in meters)
         self.needs_lookup = needs_lookup(self.customer) or not isinstance(self.tenant, Tenant)
         self.after_fork()
         renew_after_fork(self)
@@ -91,7 +98,10 @@ class Recorder:
         try:
             entries = self._entries(decide(*args, **kwargs))
             if entries:
-                entries = self.leads.record(entries)
+                if self.needs_lookup:
+                    entries = self.leads.record(entries)
+                else:
+                    self.ledger.record(entries)
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
             self._failed(error, entries)
         else:
@@ -164,7 +174,8 @@ class Recorder:
     def _add(self, ending: Ending, entries: list[Entry]) -> None:
         run, observed, call = ending.run, ending.observed, ending.call
         if observed is not None and call is not None and (self.bill_cache_hits or not observed.cached):
-            call = self._complete(call, run, observed)
+            if not _is_known(observed):
+                call = self._complete(call, run, observed)
             if call is not None:
                 entries += self._of_run(run, run.facts, "call", call)
         if ending.message is not None:
@@ -173,8 +184,6 @@ class Recorder:
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""
-        if _is_known(observed):
-            return call
         if self.on_missing_usage == "ignore":
             return call if observed.usage is not None else None
         if self.on_missing_usage == "hold":
@@ -202,7 +211,7 @@ class Recorder:
 
     def _of_use(self, use: Use, source: CustomerSource | None = None) -> list[Entry]:
         """Entries for what was used; ``source`` says who pays for this one alone."""
-        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(use.facts)
+        tenant = self._tenant_of_all or self._tenant(use.facts)
         if isinstance(tenant, Skip):
             return [make_entry(use, tenant, reading) for reading in self._readings(self.meters, use)]
         readings = self._readings(self.meters if tenant.meters is None else tenant.meters, use)
@@ -214,7 +223,7 @@ class Recorder:
         who = payer.identify(facts)
         if self.needs_lookup and source is None and isinstance(who, Skip):
             session = lead_session(payer, facts)
-        return [make_entry(use, who, reading, session=session, account=tenant.account) for reading in readings]
+        return [make_entry(use, who, reading, tenant.account, session) for reading in readings]
 
     def _with_leads(self, facts: Facts, account: str, payer: CustomerSource) -> Facts:
         return replace(facts, lead=partial(self.leads.find, account=account)) if needs_lookup(payer) else facts
@@ -236,7 +245,7 @@ class Recorder:
 
     def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:
         """On which account a run is billed, and who pays or why nobody does; it may ask the ledger for a lead."""
-        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
+        tenant = self._tenant_of_all or self._tenant(facts)
         if isinstance(tenant, Skip):
             return "", tenant
         payer = tenant.customer or self.customer
@@ -244,7 +253,7 @@ class Recorder:
 
     def place_of_lead(self, facts: Facts) -> tuple[str, str] | None:
         """The account and the session whose lead would pay for a run; None where there is none."""
-        tenant = self.tenant if isinstance(self.tenant, Tenant) else self._tenant(facts)
+        tenant = self._tenant_of_all or self._tenant(facts)
         if isinstance(tenant, Skip):
             return None
         session = lead_session(tenant.customer or self.customer, facts)
@@ -291,7 +300,7 @@ def call_of(run: Run, observed: Observed) -> Call:
 
 
 def make_entry(
-    use: Use, who: Reference | Skip, reading: Reading, *, session: str | None = None, account: str = ""
+    use: Use, who: Reference | Skip, reading: Reading, account: str = "", session: str | None = None
 ) -> Entry:
     """One reading of a run, with what is known of who pays; ``session`` is where a lead may still be captured."""
     customer, reference, reason = None, None, reading.doubt
@@ -303,17 +312,8 @@ def make_entry(
         state, reference = ReadingState.RECORDED, who
     if reading.value is None and state is not ReadingState.SKIPPED:
         state = ReadingState.HELD
+    key = derive_identifier(use.key, reading.event_name, reading.dimensions, account)
     return Entry(
-        key=derive_identifier(use.key, reading.event_name, reading.dimensions, account),
-        event_name=reading.event_name,
-        value=reading.value,
-        at=use.at,
-        state=state,
-        customer=customer,
-        reference=reference,
-        dimensions=reading.dimensions,
-        estimated=reading.estimated,
-        reason=reason,
-        account=account,
-        session=session,
-    )
+        key, reading.event_name, reading.value, use.at, state, customer, reference, reading.dimensions,
+        reading.estimated, reason, account, session,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Literal
 
 from langchain_stripe_meter.core import tokens
@@ -185,7 +186,8 @@ class FromAuthUser:
     key: str
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        return _by_id(_get(facts.auth_user, self.key), "the authenticated user", self.key)
+        user = facts.auth_user
+        return _by_id(None if user is None else _get(user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,13 +250,13 @@ class FirstOf:
     sources: tuple[CustomerSource, ...]
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        reasons = []
+        skips = []
         for source in self.sources:
             who = source.identify(facts)
             if isinstance(who, Reference):
                 return who
-            reasons.append(who.reason)
-        return Skip("; ".join(reasons))
+            skips.append(who)
+        return Skip("; ".join(skip.reason for skip in skips))
 
 
 CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FromSignedToken | FirstOf
@@ -267,7 +269,20 @@ def _get(source: Any, key: str) -> Any:
 
 
 def _by_id(value: Any, where: str, key: str) -> Reference | Skip:
-    return Skip(f"{where} has no {key!r}") if _is_absent(value) else _reference("id", value)
+    if _is_absent(value):
+        return _absent(where, key)
+    return _customer(value) if type(value) is str and len(value) <= MAX_TEXT else _reference("id", value)
+
+
+@lru_cache(maxsize=64)
+def _absent(where: str, key: str) -> Skip:
+    return Skip(f"{where} has no {key!r}")
+
+
+@lru_cache(maxsize=1024)
+def _customer(id: str) -> Reference | Skip:
+    """The same few customers pay for many runs."""
+    return _reference("id", id)
 
 
 def _is_absent(value: Any) -> bool:

@@ -90,13 +90,12 @@ class OpenRuns:
     def __contains__(self, run_id: Hashable) -> bool:
         return run_id in self._runs
 
-    def start(self, run: Run, *parents: Hashable | None) -> bool:
-        """Open ``run`` under the first of ``parents`` that is open; False if it was open already.
+    def start(self, run: Run, parent_id: Hashable = None, around: Hashable = None) -> bool:
+        """Open ``run`` under its parent, if that is open, else under the one ``around`` it; False if it was open.
 
-        The second parent is the surrounding run: LangChain reports some nested runs as roots (top-level
-        fallbacks, explicit callbacks inside a run).
+        LangChain reports some nested runs as roots (top-level fallbacks, explicit callbacks inside a run).
         """
-        parent = self._first_open(parents)
+        parent = self._runs.get(parent_id) or self._runs.get(around)
         run.active = run.started
         if self._runs.setdefault(run.id, run) is not run:
             return False
@@ -108,15 +107,13 @@ class OpenRuns:
             self.sweep(run.started)
         return True
 
-    def _first_open(self, ids: tuple[Hashable | None, ...]) -> Run | None:
-        return next((run for run_id in ids if (run := self._runs.get(run_id)) is not None), None)
-
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.ended = now
-            run.touch(now)
+            if run.parent is not None:
+                run.parent.touch(now)
         return run
 
     def receive(self, run_id: Hashable, text: str) -> None:

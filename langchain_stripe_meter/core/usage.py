@@ -18,6 +18,7 @@ OUTPUT_PARTS = ("reasoning", "audio_output")
 KINDS = ("input", "output", *INPUT_PARTS, *OUTPUT_PARTS)
 """The kinds of tokens that a meter can weigh or price."""
 
+_ONLY_INT = {int}
 _CACHE_READ = ("cache_read", "flex_cache_read", "priority_cache_read")
 _CACHE_WRITE = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 _REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
@@ -42,8 +43,9 @@ class Usage:
 
     def __post_init__(self) -> None:
         parts = (self.cache_read, self.cache_write, self.audio_input, self.reasoning, self.audio_output)
-        for kind, count in zip(KINDS, (self.input, self.output, *parts), strict=True):
-            if type(count) is not int or count < 0:
+        counts = (self.input, self.output, *parts)
+        if set(map(type, counts)) != _ONLY_INT or min(counts) < 0:  # type: ignore[operator, type-var]  # no None there
+            for kind, count in zip(KINDS, counts, strict=True):
                 _check_count(kind, count)
         if not any(parts):
             return
@@ -100,8 +102,7 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
     """
     if not report:
         return None
-    inputs = _details(report, "input_token_details")
-    outputs = _details(report, "output_token_details")
+    inputs, outputs = _details(report, "input_token_details"), _details(report, "output_token_details")
     if not inputs and not outputs:
         return Usage(report.get("input_tokens"), report.get("output_tokens"))
     return Usage(
@@ -131,11 +132,16 @@ def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
     )
 
 
+_NOTHING: Mapping[str, Any] = {}
+
+
 def _details(report: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     details = report.get(key)
-    if details is not None and not isinstance(details, Mapping):
+    if details is None:
+        return _NOTHING
+    if not isinstance(details, Mapping):
         raise UsageError(f"The provider reported {key} as {type(details).__name__}, not as counts by name.")
-    return details or {}
+    return details
 
 
 def _sum(details: Mapping[str, Any], keys: tuple[str, ...]) -> int:

@@ -76,22 +76,22 @@ class Lane:
             self._driver = None
         return self._connection
 
-    def run(self, work: Callable[[Any], None]) -> None:
-        """Give ``work`` the driver's own connection, for the one statement that runs once per run.
+    def run(self, work: Callable[..., None], *args: Any) -> None:
+        """Give ``work`` the driver's own connection, and ``args``, for the one statement that runs once per run.
 
         If the server turns out to have gone away, ``work`` is done once more on a new connection, so it must change
         nothing when it is repeated.
         """
         with self.lock:
             try:
-                work(self._open_driver())
+                work(self._driver or self._open_driver(), *args)
             except Exception:
                 dead = getattr(self._driver, "closed", False)
                 if dead or getattr(self._driver, "in_transaction", False):
                     self.drop()
                 if not dead:
                     raise
-                work(self._open_driver())
+                work(self._open_driver(), *args)
 
     def _open_driver(self) -> Any:
         if self._driver is None:
@@ -211,6 +211,7 @@ class Database:
         self.url = parse_url(url)
         self._synchronous = synchronous
         self.is_sqlite = self.url.get_backend_name() == "sqlite"
+        self._path = str(self.url.database)
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
         self.on_open: Callable[[Lane], None] | None = None  # looks at a ledger before it is used; may refuse it
         self.openings = 0
@@ -285,7 +286,7 @@ class Database:
         if not self.is_sqlite:
             return None
         try:
-            found = os.stat(str(self.url.database))
+            found = os.stat(self._path)
         except FileNotFoundError:
             return None
         return found.st_dev, found.st_ino
@@ -312,6 +313,7 @@ class Database:
         connection.execute("PRAGMA page_size=2048")  # for a new file: a commit writes whole pages, and rows are small
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute("PRAGMA secure_delete=ON")  # what is erased must be gone from the file
+        connection.execute("PRAGMA wal_autocheckpoint=2000")  # at 4 MB, as SQLite does with pages of its default size
 
     def close(self) -> None:
         """Close what this process opened; the next use opens it again."""

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import field
 from decimal import Decimal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.pin import pin, refuse_early
 from langchain_stripe_meter.ledger.schema import acts, notes, readings
 
-COLUMNS = (
-    "key", "event_name", "customer", "reference", "value", "dimensions", "at", "estimated", "state", "reason",
-    "account", "session",
-)  # fmt: skip
+_ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
+_SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "", "session": None}
+"""Columns that most rows leave at these, the table's own defaults."""
+_DEFAULTS = tuple(_SELDOM.values())
+COLUMNS = (*_ALWAYS, *_SELDOM)
 
 
 @valueclass
@@ -60,12 +60,12 @@ class Entry:
             self.key,
             self.event_name,
             self.customer,
-            f"{self.reference.by}:{self.reference.value}" if self.reference else None,
             None if self.value is None else number_text(self.value),
-            json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
             self.at,
             int(self.estimated),
             str(self.state),
+            f"{self.reference.by}:{self.reference.value}" if self.reference else None,
+            json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
             self.reason,
             self.account,
             session_digest(self.account, self.session) if self.session else None,
@@ -100,7 +100,7 @@ class Ledger:
         self.database = Database(url, synchronous=synchronous)
         self._clock = clock
         self._group: GroupCommit[Entry] = GroupCommit(self._write)
-        self._insert = _insert_statement(sqlite=self.database.is_sqlite)
+        self._insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
         if is_test is not None:
             self.pin(is_test=is_test)
 
@@ -132,10 +132,10 @@ class Ledger:
     def _write(self, entries: Sequence[Entry]) -> None:
         if not entries:
             return
-        insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
+        database = self.database
         try:
-            self.database.reopen_if_moved()
-            self.database.lane("record").run(partial(insert, self._insert, [entry.row() for entry in entries]))
+            database.reopen_if_moved()
+            database.lane("record").run(self._insert, [entry.row() for entry in entries])
         except MeteringError:
             raise
         except Exception as error:
@@ -187,20 +187,29 @@ def write_act(connection: Connection, act: str, subject: str, detail: str, now: 
     connection.execute(insert(acts).values(at=now, act=act, subject=subject, detail=detail))
 
 
-def _insert_statement(*, sqlite: bool) -> str:
-    marks = ", ".join(["?" if sqlite else "%s"] * len(COLUMNS))
-    # SQLAlchemy's own statement costs three times as much per row; the columns are checked against the schema below.
-    return f"INSERT INTO {readings.name} ({', '.join(COLUMNS)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
+def _insert_statement(mark: str, columns: Sequence[str] = COLUMNS) -> str:
+    """The insert, in SQL: SQLAlchemy's own statement costs three times as much per row."""
+    marks = ", ".join([mark] * len(columns))
+    return f"INSERT INTO {readings.name} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
 
 
-def _insert_on_sqlite(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
+_ON_POSTGRES = _insert_statement("%s")
+_ON_SQLITE = _insert_statement("?")
+_PLAIN_ON_SQLITE = _insert_statement("?", _ALWAYS)
+
+
+def _insert_on_sqlite(driver: Any, rows: list[tuple[Any, ...]]) -> None:
     """Insert in one transaction: a single row commits by itself, which saves two round trips."""
     if len(rows) == 1:
-        driver.execute(statement, rows[0])
+        row = rows[0]
+        if row[7:] == _DEFAULTS:
+            driver.execute(_PLAIN_ON_SQLITE, row[:7])
+        else:
+            driver.execute(_ON_SQLITE, row)
         return
     driver.execute("BEGIN IMMEDIATE")
     try:
-        driver.executemany(statement, rows)
+        driver.executemany(_ON_SQLITE, rows)
         driver.execute("COMMIT")
     except BaseException:
         if driver.in_transaction:
@@ -208,13 +217,13 @@ def _insert_on_sqlite(statement: str, rows: list[tuple[Any, ...]], driver: Any) 
         raise
 
 
-def _insert_on_postgres(statement: str, rows: list[tuple[Any, ...]], driver: Any) -> None:
+def _insert_on_postgres(driver: Any, rows: list[tuple[Any, ...]]) -> None:
     """As ``_insert_on_sqlite``."""
     if len(rows) == 1:
-        driver.execute(statement, rows[0])
+        driver.execute(_ON_POSTGRES, rows[0])
         return
     with driver.transaction(), driver.cursor() as cursor:
-        cursor.executemany(statement, rows)
+        cursor.executemany(_ON_POSTGRES, rows)
 
 
 def _is_the_rows_fault(error: Exception) -> bool:
