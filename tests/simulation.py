@@ -7,6 +7,7 @@ that a seed always plays the same.
 
 from __future__ import annotations
 
+import atexit
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -175,7 +176,9 @@ class Tally:
 
 @lru_cache
 def empty_ledger() -> str:
-    path = f"{mkdtemp()}/empty.db"
+    folder = mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    path = f"{folder}/empty.db"
     ledger = Ledger(f"sqlite:///{path}")
     ledger.deliver_lane()
     ledger.close()
