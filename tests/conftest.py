@@ -70,7 +70,9 @@ def postgres_server() -> Iterator[str]:
         wait_until(has_started, 100)
         address = server.get_uri().replace("postgresql://", "postgresql+psycopg://")
         # No test takes this server's power away: without fsync, a database is made, and the server ended, much faster.
-        run_sql(address, "ALTER SYSTEM SET fsync = off", "SELECT pg_reload_conf()")
+        # Its log is kept short, since it may be in memory.
+        changes = ("ALTER SYSTEM SET fsync = off", "ALTER SYSTEM SET max_wal_size = '128MB'")
+        run_sql(address, *changes, "SELECT pg_reload_conf()")
         yield address
         server.cleanup()
 
