@@ -86,6 +86,42 @@ def test_a_meter_that_its_account_does_not_have_is_held_told_and_tried_again_whe
     assert len(shop.errors) == 1
 
 
+def test_a_customer_who_is_gone_is_told_with_what_stripe_said(shop: StillShop) -> None:
+    shop.record("run", customer="cus_gone")
+    shop.answered()
+    (held,) = views.held(shop.ledger)
+    assert "No such customer" in held.reason
+    assert [str(error) for error in shop.errors] == [f"Usage of cus_gone on ai_tokens is held: {held.reason}"]
+
+
+def test_once_a_customer_is_gone_whoever_has_the_address_now_pays_for_what_comes_next(shop: StillShop) -> None:
+    shop.sandbox.create_customer(id="cus_old", email=ANN.value)
+    shop.record("first", reference=ANN)
+    shop.answered()
+    shop.sandbox.delete_customer("cus_old")
+    shop.sandbox.create_customer(id="cus_new", email=ANN.value)
+    for key in ("second", "third"):
+        shop.record(key, reference=ANN)
+        shop.answered()
+    assert shop.states() == {"first": "delivered", "second": "held", "third": "delivered"}
+    assert (shop.billed("cus_old"), shop.billed("cus_new")) == (1, 1)
+
+
+def test_a_meter_that_is_gone_is_looked_at_anew_and_sent_nothing_more(shop: StillShop) -> None:
+    shop.record("first")
+    shop.answered()
+    shop.sandbox.deactivate_meter("ai_tokens")
+    shop.record("second")
+    shop.answered()
+    assert len(shop.sent()) == 2
+    for _ in range(3):
+        shop.pass_(HELD_RETRY[-1])
+        shop.answered()
+        shop.answered()
+    assert len(shop.sent()) == 2
+    assert shop.states() == {"first": "delivered", "second": "held"}
+
+
 # -- who is looked up
 
 
