@@ -307,7 +307,7 @@ def test_after_a_lookup_that_stripe_did_not_answer_lookups_rest(shop: StillShop)
     shop.record("run", reference=ANN)
     shop.answered()
     shop.pass_(LOOKUP_PAUSE_SECONDS - 1)
-    shop.courier.turn()
+    assert shop.courier.turn() == 0
     assert not shop.courier.in_flight
     assert shop.asked("/v1/customers") == 1
     shop.pass_(1)
