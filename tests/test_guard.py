@@ -151,6 +151,16 @@ def test_who_was_found_is_not_asked_for_again_for_five_minutes(shop: StillShop) 
     assert shop.billed(customer) == 3
 
 
+@pytest.mark.parametrize("create_missing", [False, True])
+def test_who_pays_is_looked_for_on_the_account_whose_usage_it_is(shop: StillShop, create_missing: bool) -> None:
+    connected = shop.sandbox.connect("acct_1Connected")
+    shop.sandbox.create_customer(id="cus_ours", email=ANN.value)
+    connected.create_customer(id="cus_theirs", email=ANN.value)
+    lookups = Lookups(shop.ledger, create_missing=create_missing)
+    for account, customer in (("", "cus_ours"), ("acct_1Connected", "cus_theirs")):
+        assert lookups.ask(shop.courier.gateway, Unknown(account, ANN)).customers == [customer]
+
+
 def test_of_very_many_customers_with_one_address_ten_are_named(shop: StillShop) -> None:
     for number in range(12):
         shop.sandbox.create_customer(id=f"cus_twin{number:02}", email=ANN.value)
