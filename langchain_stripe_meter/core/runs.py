@@ -91,7 +91,7 @@ class OpenRuns:
         return run_id in self._runs
 
     def start(self, run: Run, parent_id: Hashable = None, around: Hashable = None) -> bool:
-        """Open ``run`` under its parent, if that is open, else under the one ``around`` it; False if it is open already.
+        """Open ``run`` under its parent if that is open, else under the one ``around`` it; False if it was open before.
 
         LangChain reports some nested runs as roots (top-level fallbacks, explicit callbacks inside a run).
         """
