@@ -5,7 +5,8 @@
     │   └── InvalidValueError   the caller: a value that Stripe could never accept (also a ValueError)
     ├── LedgerError             the operator: the database cannot be used as it stands
     │   ├── ForeignLedgerError      it is not a ledger, or it belongs to somebody else
-    │   └── NewerLedgerError        it was written by a newer version of this package
+    │   ├── NewerLedgerError        it was written by a newer version of this package
+    │   └── UnrecordedError         usage could not be stored; its ``readings`` say how much, when and whose
     ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
     ├── AgeAlarm                the operator: usage grows old before Stripe has it
     ├── UsageError              the provider's report contradicts itself
@@ -19,7 +20,8 @@ what goes wrong inside a run into a counter, one log line and a call of ``on_err
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
 
@@ -46,6 +48,34 @@ class ForeignLedgerError(LedgerError):
 
 class NewerLedgerError(LedgerError):
     """The database was written by a newer version of this package."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unrecorded:
+    """What a run should have been billed on one meter, and no ledger has: ``value`` in the meter's unit, or None where
+    nobody knew it; ``at`` in Unix seconds.
+
+    ``customer`` is a ``cus_…`` id, or how the payer was named (``email:…``); it is left out of the repr.
+    """
+
+    identifier: str
+    event_name: str
+    value: Decimal | None
+    at: int
+    stripe_account: str = ""
+    customer: str | None = field(default=None, repr=False)
+
+
+class UnrecordedError(LedgerError):
+    """Usage could not be stored; the message says how much on each meter, ``readings`` when and whose, and
+    ``__cause__`` is why."""
+
+    def __init__(self, message: str, readings: Sequence[Unrecorded] = ()) -> None:
+        super().__init__(message, readings)  # as they are, so that it can be pickled
+        self.readings = tuple(readings)
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class UnidentifiedError(MeteringError):

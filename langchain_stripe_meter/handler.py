@@ -233,6 +233,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             open_runs=open_runs,
             abandoned=abandoned,
             unrecorded=self._recorder.unrecorded,
+            unrecorded_amounts=dict(self._recorder.lost),
             alarms=self._ages.standing(),
         )
 

@@ -10,12 +10,13 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
-from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
+from langchain_stripe_meter.core.events import check_timestamp, derive_identifier, number_text
 from langchain_stripe_meter.core.leads import lead_session, needs_lookup
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
@@ -24,7 +25,15 @@ from langchain_stripe_meter.core.tenants import Tenant, TenantSource
 from langchain_stripe_meter.core.usage import completed, usage_from_metadata
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, MeteringError, place_of
+from langchain_stripe_meter.errors import (
+    ConfigurationError,
+    InvalidValueError,
+    LedgerError,
+    MeteringError,
+    Unrecorded,
+    UnrecordedError,
+    place_of,
+)
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -60,7 +69,8 @@ class Use:
 
 @dataclass(eq=False)
 class Recorder:
-    """Records endings. ``skipped`` counts readings with nobody to bill, ``unrecorded`` what could not be stored."""
+    """Records endings. ``skipped`` counts readings with nobody to bill, ``unrecorded`` what could not be stored, and
+    ``lost`` how much of that somebody was to pay, by meter."""
 
     meters: tuple[Meter, ...]
     customer: CustomerSource
@@ -73,6 +83,7 @@ class Recorder:
     tenant: Tenant | TenantSource
     skipped: int = 0
     unrecorded: int = 0
+    lost: dict[str, Decimal] = field(default_factory=dict)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
     _tenant_of_all: Tenant | None = field(init=False)
@@ -147,14 +158,22 @@ class Recorder:
             self.courier.wake()
 
     def _failed(self, error: Exception, entries: Sequence[Entry]) -> None:
+        lost = unrecorded(entries)
         with self._lock:
             self.unrecorded += max(len(entries), 1)
+            for event_name, amount in amounts_of(lost).items():
+                self.lost[event_name] = self.lost.get(event_name, Decimal(0)) + amount
         if isinstance(error, MeteringError):
-            known = error
-            logger.error("stripe-meter: a run could not be recorded: %s", error)
+            known, said = error, str(error)
         else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
-            logger.error("stripe-meter: a run could not be recorded: %s at %s", type(error).__name__, place_of(error))
+            said = f"{type(error).__name__} at {place_of(error)}"
+        if lost:
+            amounts = ", ".join(f"{number_text(amount)} on {name}" for name, amount in amounts_of(lost).items())
+            said = f"{said} Not billed: {amounts}."
+            why, known = known, UnrecordedError(f"{known} Not billed: {amounts}.", lost)
+            known.__cause__ = why
+        logger.error("stripe-meter: a run could not be recorded: %s", said)
         self._tell(known)
 
     def _tell(self, error: MeteringError) -> None:
@@ -283,6 +302,30 @@ class Recorder:
         when = now if at is None else check_timestamp(at, now)
         use = Use(id, when, Facts(metadata or {}, now=now), "call", replace(call, usage=counted))
         return self._of_use(use, None if customer is None else as_source(customer))
+
+
+def unrecorded(entries: Sequence[Entry]) -> list[Unrecorded]:
+    """What somebody was to pay of entries that no ledger has."""
+    return [
+        Unrecorded(
+            entry.key,
+            entry.event_name,
+            None if entry.value is None else Decimal(entry.value),
+            entry.at,
+            entry.account,
+            entry.customer or (f"{entry.reference.by}:{entry.reference.value}" if entry.reference else None),
+        )
+        for entry in entries
+        if entry.state is not ReadingState.SKIPPED
+    ]
+
+
+def amounts_of(lost: Sequence[Unrecorded]) -> dict[str, Decimal]:
+    """By meter, what they come to; an unknown amount counts as nothing."""
+    sums: dict[str, Decimal] = {}
+    for one in lost:
+        sums[one.event_name] = sums.get(one.event_name, Decimal(0)) + (one.value or 0)
+    return sums
 
 
 def _is_known(observed: Observed) -> bool:

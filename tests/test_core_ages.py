@@ -6,8 +6,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from langchain_stripe_meter.core.ages import DAY, Late, Span, check_billing_day, period, sentence, spans, untold
+from langchain_stripe_meter.core.ages import Late, Span, check_billing_day, period, sentence, spans, untold
 from langchain_stripe_meter.errors import ConfigurationError
+
+DAY = 86_400
 
 
 def seconds(text: str) -> int:

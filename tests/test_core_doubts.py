@@ -133,6 +133,10 @@ def test_activity_in_the_minute_puts_the_next_look_off() -> None:
     assert not is_ready(Facts((*facts.events, late)), NOW)
 
 
+def test_sums_settle_for_two_hours_and_are_looked_at_ten_minutes_apart_or_an_hour_where_a_person_was_told() -> None:
+    assert (SUMS_LAG, LOOK_AGAIN, ASK_AGAIN) == (2 * 3600, 10 * 60, 3600)
+
+
 def test_once_a_person_was_told_looks_are_an_hour_apart() -> None:
     told = replace(doubts_of([Decimal(5)], Decimal(7), Decimal(9)).events[1], error=PERSON + "why")
     assert told.seen_at is not None

@@ -17,6 +17,7 @@ from langchain_stripe_meter.core.events import (
     FUTURE_LIMIT,
     PAST_LIMIT,
     MeterEvent,
+    check_account,
     check_customer_id,
     check_dimensions,
     check_event_name,
@@ -225,7 +226,23 @@ def test_an_unsafe_identifier_is_refused(identifier: Any) -> None:
         check_identifier(identifier)
 
 
+@pytest.mark.parametrize(("length", "lead"), [(60, "r" * 60), (61, "x")])
+def test_a_plain_run_of_up_to_sixty_characters_leads_its_identifier(length: int, lead: str) -> None:
+    assert derive_identifier("r" * length, "m").startswith(lead)
+
+
 # -- names, customers, dimensions
+
+
+@pytest.mark.parametrize(
+    ("check", "prefix"), [(check_identifier, ""), (check_customer_id, "cus_"), (check_account, "acct_")]
+)
+def test_ids_have_up_to_a_hundred_characters_behind_their_prefix_and_no_line_end(check: Any, prefix: str) -> None:
+    for length in (1, 100):
+        assert check(prefix + "a" * length) == prefix + "a" * length
+    for bad in ("a" * 101, "a\n"):
+        with pytest.raises(InvalidValueError):
+            check(prefix + bad)
 
 
 @pytest.mark.parametrize("name", ["", "  ", "a" * 101, "a\nb", "a\0", "\ud800", None, 7, b"a"])

@@ -16,7 +16,7 @@ from langchain_stripe_meter import MeteringSettings
 from langchain_stripe_meter.agents import from_signed_token, sign_customer
 from langchain_stripe_meter.core.customers import Facts, FromSignedToken, Reference, Skip, first_of
 from langchain_stripe_meter.core.tokens import MAX_TOKEN
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 NOW = 1_800_000_000
 KEY = "stripe_customer_token"
@@ -50,8 +50,13 @@ def test_a_token_is_short_and_needs_no_escaping_in_an_address() -> None:
     made = token("cus_NffrFeUfNV2Hib", account=ACCOUNT)
     assert len(made) < 110
     assert set(made) <= set("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_.~")
-    longest = token("cus_" + "x" * 100, account="acct_" + "x" * 100, expires_at=10**12 - 1)
+    account = "acct_" + "x" * 100
+    longest = token("cus_" + "x" * 100, account=account, expires_at=10**12 - 1)
     assert len(longest) <= MAX_TOKEN
+    assert isinstance(who(from_signed_token(secret=SECRET, account=account), longest), Reference)
+    for bad in (account + "x", "acct_1\n"):
+        with pytest.raises(InvalidValueError):
+            token(account=bad)
 
 
 def test_a_token_is_good_until_the_second_at_which_it_expires(source: FromSignedToken) -> None:

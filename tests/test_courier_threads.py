@@ -159,6 +159,17 @@ def test_a_bug_in_a_request_leaves_the_outcome_open_and_stops_no_sender(shop: St
     assert shop.courier._ask_stripe(broken) == (broken, Outcome(Move.UNKNOWN, "AttributeError"))
 
 
+def test_what_waited_for_a_thread_until_its_claim_ran_out_is_not_sent(shop: StillShop) -> None:
+    shop.record("run")
+    with shop.ledger.deliver_lane().transaction() as connection:
+        sealing.seal(connection, shop.now)
+        (claimed,) = outbox.claim(connection, 1, shop.now)
+    shop.pass_(outbox.LEASE_SECONDS)
+    refused = Outcome(Move.REFUSED_FOR_NOW, "its claim had run out before it was sent")
+    assert shop.courier._ask_stripe(claimed) == (claimed, refused)
+    assert shop.sent() == []
+
+
 def test_what_a_close_found_unanswered_is_repeated_under_its_identifier_and_a_late_answer_changes_nothing(
     shop: StillShop,
 ) -> None:
@@ -197,6 +208,23 @@ def test_an_answer_that_could_not_be_stored_is_stored_at_the_close(quick_folder:
     assert shop.states() == {"run": "delivered"}
     holder.close()
     shop.close()
+
+
+def test_a_close_keeps_its_deadline_where_the_thread_is_stuck(shop: StillShop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LAST_SECONDS", 0.01)
+    stuck, free = threading.Event(), threading.Event()
+
+    def chore(_now: int) -> None:
+        stuck.set()
+        free.wait()
+
+    courier = shop.another_courier(chores=[chore])
+    courier.wake()
+    assert stuck.wait(30)
+    courier.close(0.01)
+    assert courier.is_running
+    free.set()
+    wait_until(lambda: not courier.is_running)
 
 
 def test_a_close_that_cannot_store_an_answer_is_told_and_the_next_courier_asks_again(quick_folder: Path) -> None:

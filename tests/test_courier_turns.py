@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
 from collections.abc import Iterator
@@ -87,7 +88,10 @@ def test_chores_and_watches_are_done_once_a_minute(shop: StillShop) -> None:
     assert chores == watches == [began, began + CHORES_SECONDS]
 
 
-def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(shop: StillShop) -> None:
+def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(
+    shop: StillShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     chores: list[int] = []
     watches: list[int] = []
     shop.courier = shop.another_courier(chores=[chores.append], watches=[watches.append])
@@ -96,6 +100,8 @@ def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(shop: Still
     shop.record("by-email", reference=ANN)
     assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
     assert (chores, watches) == ([], [shop.now])
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"]
+    assert re.match("stripe-meter: sending waits: .*HTTP 503", said)
     shop.pass_(49)
     assert shop.courier.turn() == 0
     assert shop.asked(METERS) == 1
@@ -301,7 +307,7 @@ def test_after_a_lookup_that_stripe_did_not_answer_lookups_rest(shop: StillShop)
     shop.record("run", reference=ANN)
     shop.answered()
     shop.pass_(LOOKUP_PAUSE_SECONDS - 1)
-    shop.courier.turn()
+    assert shop.courier.turn() == 0
     assert not shop.courier.in_flight
     assert shop.asked("/v1/customers") == 1
     shop.pass_(1)

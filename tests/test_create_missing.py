@@ -138,6 +138,16 @@ def test_a_customer_whom_the_search_cannot_see_yet_is_found_and_not_made_twice(d
     desk.record(by, value)
     desk.drive(desk.courier())
     assert desk.sandbox.billed("tokens") == {made_by_a_person: 1}
+    assert (desk.created(), desk.errors) == ([], [])
+
+
+def test_a_customer_whom_the_search_cannot_see_yet_is_found_on_the_account_whose_usage_it_is(desk: Desk) -> None:
+    connected = desk.sandbox.connect("acct_1Other")
+    names = Reference("name", "Ann Smith")
+    ours, theirs = desk.sandbox.create_customer(name=names.value), connected.create_customer(name=names.value)
+    lookups, gateway = Lookups(desk.ledger, create_missing=True), desk.courier().gateway
+    assert lookups.ask(gateway, Unknown("", names)) == ([ours], None)
+    assert lookups.ask(gateway, Unknown("acct_1Other", names)) == ([theirs], None)
     assert desk.created() == []
 
 

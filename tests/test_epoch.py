@@ -6,10 +6,12 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ from langchain_stripe_meter.ledger import epoch, views
 from langchain_stripe_meter.ledger.backup import backup
 from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
+from langchain_stripe_meter.sandbox import StripeSandbox, refuse, server_error
 
 HOUR = 3600
 
@@ -134,35 +136,73 @@ def test_what_was_sent_after_the_backup_is_not_billed_again_whenever_it_is_resto
     assert len(shop.told) == 1
 
 
-@pytest.mark.parametrize("hours", [1, 25, 48])
-def test_what_a_restore_put_in_doubt_is_compared_and_ends_delivered_once(shop: Shop, hours: int) -> None:
-    """One was sent after the backup, one was not: Stripe's sums tell which."""
-    shop.record("first")
-    shop.deliver()
-    shop.sandbox.advance(seconds=120)
-    shop.record("second", value=3)
-    shop.sandbox.advance(seconds=120)
-    shop.record("third", value=5)
-    backup(shop.ledger, shop.copy)
-    shop.sandbox.fail(rate_limited(), where=lambda request: request.params["identifier"] == "third", times=None)
-    shop.deliver(until=lambda: shop.states()["second"] == "delivered")
-    shop.sandbox.clear_faults()
+@contextmanager
+def killed(shop: Shop) -> Iterator[Callable[[], None]]:
+    """A courier that sends what is there when it is told to, and never ends by itself."""
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
+    yield lambda: wait_until(lambda: (courier.turn(), not views.status(shop.ledger).pending)[1])
+    gateway.close()
+
+
+@pytest.mark.parametrize("hours", [1, 22, 23, 25, 48])
+def test_a_copy_from_the_minute_in_which_its_courier_was_killed_bills_nothing_twice(shop: Shop, hours: int) -> None:
+    with killed(shop) as send:
+        shop.record("first")
+        send()
+        shop.record("second")
+        with closing(sqlite3.connect(shop.path)) as source, closing(sqlite3.connect(shop.copy)) as target:
+            source.backup(target)
+        send()
     shop.sandbox.advance(hours=hours)
     shop.restore()
+    shop.deliver()
+    assert shop.billed() == ["first", "second"]
+    assert shop.states() == {"first": "delivered", "second": "delivered" if hours < 23 else "doubtful"}
+    assert shop.told == ([] if hours < 23 else [epoch.KILLED])
+
+
+def test_after_a_courier_was_killed_only_what_it_may_have_sent_is_compared(shop: Shop) -> None:
+    with killed(shop) as send:
+        shop.record("first")
+        send()
+        shop.record("second", value=2)
+    shop.sandbox.advance(hours=3)
+    shop.record("later")
+    shop.sandbox.advance(hours=24)
+    shop.ledger.close()
+    shop.deliver()
+    assert shop.states() == {"first": "delivered", "second": "doubtful", "later": "delivered"}
     gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
-    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append, chores=[Doubts(shop.ledger, gateway)])
-
-    def in_ten_minutes() -> bool:
-        courier.turn()
-        if not courier.in_flight:
-            shop.sandbox.advance(seconds=600)
-        return set(shop.states().values()) == {"delivered"}
-
-    wait_until(in_ten_minutes)
-    courier.close(5)
+    for _ in range(2):
+        shop.sandbox.advance(hours=3)
+        Doubts(shop.ledger, gateway)(shop.ledger.now())
     gateway.close()
-    assert shop.sandbox.billed("m", "cus_1") == 9
-    settled(shop.ledger, shop.sandbox, fault="the ledger is restored from a backup")
+    shop.deliver()
+    assert shop.told == [epoch.KILLED]
+    assert set(shop.states().values()) == {"delivered"}
+    settled(shop.ledger, shop.sandbox, fault="kill -9 while it delivers, and no start for a day")
+
+
+def test_after_a_courier_that_ended_nothing_is_compared_however_late(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    shop.ledger.close()
+    shop.sandbox.advance(hours=48)
+    shop.deliver()
+    assert (shop.billed(), shop.told) == (["first", "second"], [])
+
+
+def test_sending_marks_an_epoch_once(shop: Shop) -> None:
+    with killed(shop) as send:
+        shop.record("first")
+        send()
+        marked = shop.sidecar.read_bytes()
+        assert json.loads(marked)["sent"]
+        shop.record("second")
+        send()
+        assert shop.sidecar.read_bytes() == marked
 
 
 def test_a_backup_that_was_taken_and_restored_with_nothing_sent_between_is_delivered(shop: Shop) -> None:
@@ -211,6 +251,7 @@ def test_what_is_young_at_the_restore_but_too_old_when_stripe_is_back_is_in_doub
 def test_a_weekend_without_a_courier_is_no_restore(shop: Shop) -> None:
     shop.record("first")
     shop.deliver(ends=False)
+    shop.sandbox.advance(hours=2)
     shop.record("second")
     shop.sandbox.advance(hours=72)
     shop.deliver()
@@ -458,7 +499,7 @@ def test_the_file_is_its_owners_alone_and_says_nothing_of_anybody(shop: Shop) ->
     shop.deliver()
     assert stat.S_IMODE(shop.sidecar.stat().st_mode) == 0o600
     found = json.loads(shop.sidecar.read_text())
-    assert set(found) == {"epoch", "next", "at"}
+    assert set(found) == {"epoch", "next", "at", "sent"}
     assert found["epoch"] == shop.ledger.note("epoch")
 
 

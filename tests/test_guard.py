@@ -87,6 +87,42 @@ def test_a_meter_that_its_account_does_not_have_is_held_told_and_tried_again_whe
     assert len(shop.errors) == 1
 
 
+def test_a_customer_who_is_gone_is_told_with_what_stripe_said(shop: StillShop) -> None:
+    shop.record("run", customer="cus_gone")
+    shop.answered()
+    (held,) = views.held(shop.ledger)
+    assert "No such customer" in held.reason
+    assert [str(error) for error in shop.errors] == [f"Usage of cus_gone on ai_tokens is held: {held.reason}"]
+
+
+def test_once_a_customer_is_gone_whoever_has_the_address_now_pays_for_what_comes_next(shop: StillShop) -> None:
+    shop.sandbox.create_customer(id="cus_old", email=ANN.value)
+    shop.record("first", reference=ANN)
+    shop.answered()
+    shop.sandbox.delete_customer("cus_old")
+    shop.sandbox.create_customer(id="cus_new", email=ANN.value)
+    for key in ("second", "third"):
+        shop.record(key, reference=ANN)
+        shop.answered()
+    assert shop.states() == {"first": "delivered", "second": "held", "third": "delivered"}
+    assert (shop.billed("cus_old"), shop.billed("cus_new")) == (1, 1)
+
+
+def test_a_meter_that_is_gone_is_looked_at_anew_and_sent_nothing_more(shop: StillShop) -> None:
+    shop.record("first")
+    shop.answered()
+    shop.sandbox.deactivate_meter("ai_tokens")
+    shop.record("second")
+    shop.answered()
+    assert len(shop.sent()) == 2
+    for _ in range(3):
+        shop.pass_(HELD_RETRY[-1])
+        shop.answered()
+        shop.answered()
+    assert len(shop.sent()) == 2
+    assert shop.states() == {"first": "delivered", "second": "held"}
+
+
 # -- who is looked up
 
 
@@ -114,6 +150,16 @@ def test_who_was_found_is_not_asked_for_again_for_five_minutes(shop: StillShop) 
         shop.answered()
         assert shop.asked(CUSTOMERS) == asked
     assert shop.billed(customer) == 3
+
+
+@pytest.mark.parametrize("create_missing", [False, True])
+def test_who_pays_is_looked_for_on_the_account_whose_usage_it_is(shop: StillShop, create_missing: bool) -> None:
+    connected = shop.sandbox.connect("acct_1Connected")
+    shop.sandbox.create_customer(id="cus_ours", email=ANN.value)
+    connected.create_customer(id="cus_theirs", email=ANN.value)
+    lookups = Lookups(shop.ledger, create_missing=create_missing)
+    for account, customer in (("", "cus_ours"), ("acct_1Connected", "cus_theirs")):
+        assert lookups.ask(shop.courier.gateway, Unknown(account, ANN)).customers == [customer]
 
 
 def test_of_very_many_customers_with_one_address_ten_are_named(shop: StillShop) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError, UnrecordedError
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.views import FlushReport, tail
 
@@ -121,10 +122,14 @@ def test_a_ledger_that_cannot_store_never_breaks_a_chain_and_is_never_silent(
             else:
                 answer = server.chat().invoke("canary prompt", config)
         assert answer.text == "canary answer"
-        assert handler._recorder.unrecorded == 1
+        assert (handler._recorder.unrecorded, handler._recorder.lost) == (1, {"tokens": 15})
         handler._ledger.close()
     (error,) = told
-    assert isinstance(error, LedgerError)
+    assert isinstance(error, UnrecordedError)
+    assert "Not billed: 15 on tokens." in str(error)
+    (reading,) = error.readings
+    assert (reading.event_name, reading.value, reading.customer) == ("tokens", 15, "cus_canary")
+    assert pickle.loads(pickle.dumps(error)).readings == error.readings
     (line,) = [record for record in caplog.records if record.name.startswith("langchain_stripe_meter")]
     assert line.levelno == logging.ERROR
     assert "\n" not in line.getMessage()
@@ -156,12 +161,18 @@ def test_a_ledger_that_recovers_records_again(
     path: Path, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    told: list[Any] = []
     with locked_by_another_process(path) as where:
-        handler = recorder(where)
+        handler = recorder(where, on_error=told.append)
         server.chat().invoke("Hi", paid_by("cus_1", handler))
     server.chat().invoke("Hi", paid_by("cus_1", handler))
     status = handler.status()
-    assert (status.unrecorded, status.pending) == (1, 1)
+    assert (status.unrecorded, status.unrecorded_amounts, status.pending) == (1, {"tokens": 15}, 1)
+    for lost in told[0].readings:  # and a person bills what is missing
+        handler.correct(
+            lost.customer, lost.event_name, lost.value, at=lost.at, id=lost.identifier, reason="the ledger was locked"
+        )
+    assert [row.value for row in tail(handler._ledger)] == [15, 15]
     handler.close()
 
 

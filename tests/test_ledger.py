@@ -81,6 +81,27 @@ def states(ledger: Ledger) -> dict[str, str]:
 # -- recording
 
 
+SELDOM = {
+    "reference": ANN, "dimensions": {"model": "m"}, "reason": "why", "account": "acct_1", "session": "s", "value": None,
+    "estimated": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("seldom", [None, *SELDOM])
+def test_every_column_of_an_entry_is_stored_whether_alone_or_with_others(
+    ledger: Ledger, seldom: str | None, together: bool
+) -> None:
+    one = entry("one", **({} if seldom is None else {seldom: SELDOM[seldom]}))
+    both = [one, entry("two")] if together else [one]
+    ledger.record(both)
+    with ledger.read() as connection:
+        rows = connection.execute(select(readings).order_by(readings.c.id)).mappings().all()
+    assert [{name: row[name] for name in each.columns()} for row, each in zip(rows, both, strict=True)] == [
+        each.columns() for each in both
+    ]
+
+
 def test_the_same_key_recorded_twice_is_one_row_and_the_first_one_stands(ledger: Ledger) -> None:
     ledger.record([entry("run", 5)])
     ledger.record([entry("run", 9), entry("other")])

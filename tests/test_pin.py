@@ -101,7 +101,7 @@ def test_a_run_that_would_go_into_the_ledger_of_the_other_mode_is_told_and_break
     told: list[MeteringError] = []
     handler = meter(postgres_url, LIVE, on_error=told.append)  # PostgreSQL is not asked before it is needed
     assert FakeListChatModel(responses=["Hello"]).invoke("Hi", {"callbacks": [handler]}).content == "Hello"
-    assert isinstance(told[0], ForeignLedgerError)
+    assert isinstance(told[0].__cause__, ForeignLedgerError)
     with pytest.raises(ForeignLedgerError):
         handler.close()
     assert len(recorded(postgres_url)) == 1

@@ -80,7 +80,7 @@ def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_js
         from langchain_stripe_meter.ledger import views
 
         known = asdict(views.status(opened)) | {"alarms": Ages(opened, billing_day=billing_day).standing()}
-        for of_a_handler in ("open_runs", "abandoned", "unrecorded"):
+        for of_a_handler in ("open_runs", "abandoned", "unrecorded", "unrecorded_amounts"):
             del known[of_a_handler]
         record({**known, "why_skipped": views.skips(opened)}, as_json=as_json)
 

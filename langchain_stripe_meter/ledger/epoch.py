@@ -5,6 +5,11 @@ get a new one when a courier starts, every minute in which it sends, when it end
 that comes back from the past has an epoch of the past. (PostgreSQL has no such file: its operator says
 ``stripe-meter ledger restored``.)
 
+A copy from the minute in which a courier was killed has the epoch that the ledger itself has. The file says whether
+anything may have been sent since the epoch began; where a courier finds that so a day later, it treats the ledger like
+one from the past, up to what was recorded then. Earlier it needs not: Stripe still knows the identifiers. (Unless it
+stays away until it has forgotten them: then such a copy is the one that is not noticed.)
+
 What an earlier state of the ledger holds as unsent may have been sent since. Stripe knows it by its identifier for a
 day; what is older than the safe window is put in doubt, to be compared with Stripe's sums, instead of being sent.
 """
@@ -22,7 +27,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, and_, case, func, select, update
 
-from langchain_stripe_meter.core.states import EventState
+from langchain_stripe_meter.core.states import SAFE_WINDOW, EventState, ReadingState
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.ledger.address import make_durable
 from langchain_stripe_meter.ledger.schema import events, notes, readings
@@ -34,27 +39,39 @@ RESTORED = "restored"
 EVERY_SECONDS = 60
 """A copy of the files that was made after the last change of epoch is not noticed, so it must not be long ago."""
 
+SENDS_FOR_SECONDS = 3600
+"""Longer than a courier sends in one epoch: what was recorded later than that after its mark, it cannot have sent."""
+KILLED = (
+    "The courier before was killed while it sent, more than 23 hours ago. A copy of the ledger from its last minute "
+    "could not be told from the ledger, so what is unsent since then is compared with Stripe's sums before it is sent."
+)
+
 _MAY_HAVE_BEEN_SENT = [EventState.PENDING.value, EventState.SENDING.value, EventState.REJECTED.value]
+_MAY_BE_SENT = [ReadingState.RECORDED.value, ReadingState.RESOLVED.value, ReadingState.HELD.value]
 
 Tell = Callable[[Exception], None]
 
 
 class Sidecar(NamedTuple):
-    """What the file beside the database says. The database has ``next`` if it was changed after the file was."""
+    """What the file beside the database says. The database has ``next`` if it was changed after the file was.
+
+    ``sent``: since ``at`` (Unix seconds), something may have been sent in this epoch.
+    """
 
     epoch: str
     next: str
     at: int
+    sent: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Sidecar | None:
         """None where there is none; one that fits nothing where it is unreadable text."""
         try:
             found = json.loads(path.read_bytes())
-            return cls(str(found["epoch"]), str(found["next"]), int(found["at"]))
+            return cls(str(found["epoch"]), str(found["next"]), int(found["at"]), bool(found.get("sent")))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             return cls("?", "?", 2**62)
 
     def write(self, path: Path) -> None:
@@ -93,8 +110,22 @@ class Epoch:
             self._after = now + EVERY_SECONDS
 
     def sends(self) -> None:
-        """Something is being sent that a copy of the ledger made before will not know of."""
+        """Call before something is sent: a copy of the ledger made before will not know of it."""
         self._has_sent = True
+        if not self._ledger.database.is_sqlite:
+            return
+        try:
+            if _is_unmarked(sidecar_path(self._ledger)):  # once an epoch, whoever sends first
+                self._mark()
+        except OSError as error:
+            self._tell_unwritable(error)
+
+    def _mark(self) -> None:
+        path = sidecar_path(self._ledger)
+        with self._ledger.deliver_lane().transaction():
+            known = Sidecar.read(path)
+            if known is not None:
+                known._replace(sent=True, at=self._ledger.now()).write(path)
 
     def end(self) -> None:
         """Call when the last answer is stored."""
@@ -115,11 +146,14 @@ class Epoch:
             self._change(new)
             self._confirm(new)
         except OSError as error:
-            self._tell_once(
-                f"{sidecar_path(self._ledger)} cannot be read or written ({error.strerror}), so it would not be "
-                "noticed if the ledger were restored from a backup. Make it, and its folder, writable."
-            )
+            self._tell_unwritable(error)
         self._opening = self._ledger.database.openings
+
+    def _tell_unwritable(self, error: OSError) -> None:
+        self._tell_once(
+            f"{sidecar_path(self._ledger)} cannot be read or written ({error.strerror}), so it would not be "
+            "noticed if the ledger were restored from a backup. Make it, and its folder, writable."
+        )
 
     def _change(self, new: str) -> None:
         path, now = sidecar_path(self._ledger), self._ledger.now()
@@ -130,8 +164,14 @@ class Epoch:
             if found is not None and found not in self._told:
                 put_in_doubt(connection, now, found, theirs.at if theirs is not None and not ours else None)
             last = ours if found is None else theirs.epoch if theirs is not None else "?"
+            if found is None and theirs is not None and self._was_killed_long_ago(theirs, now):
+                until = theirs.at + SENDS_FOR_SECONDS
+                if _has_unsent(connection, until):
+                    found = KILLED
+                    put_in_doubt(connection, now, found, until)
+            sent = theirs is not None and theirs.sent  # until it is stored what follows from it
             try:
-                Sidecar(last, new, now).write(path)
+                Sidecar(last, new, theirs.at if theirs is not None and sent else now, sent).write(path)
             except OSError as error:  # neither may change then; what was found is stored all the same
                 unwritable = error
             else:
@@ -146,10 +186,20 @@ class Epoch:
             if _note(connection, EPOCH) == new:  # else another process was faster, and the file is its
                 Sidecar(new, "", self._ledger.now()).write(sidecar_path(self._ledger))
 
+    def _was_killed_long_ago(self, theirs: Sidecar, now: int) -> bool:
+        """Whether a courier before this one sent something, never said that it ended, and Stripe forgets by now."""
+        is_opening = self._opening != self._ledger.database.openings
+        return is_opening and theirs.sent and now - theirs.at >= SAFE_WINDOW
+
     def _tell_once(self, what: str) -> None:
         if what not in self._told:
             self._told.add(what)
             self._tell(LedgerError(what))
+
+
+def _is_unmarked(path: Path) -> bool:
+    known = Sidecar.read(path)
+    return known is not None and not known.sent
 
 
 def sidecar_path(ledger: Ledger) -> Path:
@@ -195,6 +245,14 @@ def put_in_doubt(connection: Connection, now: int, why: str, until: int | None =
     rolled = and_(events.c.identifier >= "rollup-", events.c.identifier < "rollup.")
     rolled_up = connection.execute(select(events.c.id).where(rolled).limit(1)).first() is not None
     set_note(connection, RESTORED, json.dumps({"reading": reading, "rolled_up": rolled_up, "why": why}), now)
+
+
+def _has_unsent(connection: Connection, until: int) -> bool:
+    unsent = (
+        select(events.c.id).where(events.c.state.in_(_MAY_HAVE_BEEN_SENT)),
+        select(readings.c.id).where(readings.c.state.in_(_MAY_BE_SENT), readings.c.at <= until),
+    )
+    return any(connection.execute(query.limit(1)).first() is not None for query in unsent)
 
 
 def restored(ledger: Ledger) -> None:
