@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from langchain_stripe_meter.core.states import (
+    CLOCK_MARGIN,
     EVENT_MOVES,
     MAX_DELAY,
     MAX_WISH,
@@ -160,6 +161,12 @@ def test_the_safe_window_is_23_hours_from_when_the_unknown_attempt_was_sent(move
     assert (late.state, late.first_unknown_at) == (EventState.DOUBTFUL, first)
 
 
+def test_the_safe_window_leaves_an_hour_of_stripes_24_to_a_clock_that_errs() -> None:
+    assert SAFE_WINDOW + CLOCK_MARGIN == 24 * HOUR
+    assert not out_of_window(NOW, NOW + 23 * HOUR - 1)
+    assert out_of_window(NOW, NOW + 23 * HOUR)
+
+
 def test_a_clock_that_ran_backwards_errs_to_the_safe_side() -> None:
     assert not out_of_window(NOW, NOW - 60)
     assert not out_of_window(NOW, NOW - HOUR + 1)
@@ -179,7 +186,7 @@ def test_stripes_wish_is_obeyed_unless_it_is_absurd() -> None:
     assert settle(attempt(), Outcome(Move.REFUSED_FOR_NOW, retry_after=90), NOW).due == NOW + 90
     assert settle(attempt(), Outcome(Move.REFUSED_FOR_NOW, retry_after=-90), NOW).due > NOW
     assert settle(attempt(), Outcome(Move.REFUSED_FOR_NOW, retry_after=10**12), NOW).due == NOW + MAX_WISH
-    assert MAX_WISH < SAFE_WINDOW
+    assert MAX_WISH == 6 * HOUR < SAFE_WINDOW
 
 
 @pytest.mark.parametrize("move", [Move.SEND, Move.FOUND, Move.WRITE_OFF, Move.SEEN_AT_STRIPE, Move.REJECTED_LATER])

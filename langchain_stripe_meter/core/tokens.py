@@ -21,7 +21,7 @@ from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 MIN_SECRET = 32
 """Bytes of a secret: as many as the digest has, below which HMAC loses strength (RFC 2104)."""
 MAX_TOKEN = 320
-"""Characters in a token. The longest that ``sign`` makes has 275."""
+"""Characters in a token. The longest that ``sign`` makes has 272."""
 _KIND = "smt1"
 _ACCOUNT = re.compile(r"acct_[A-Za-z0-9]{1,100}\Z")
 _EXPIRY = re.compile(r"[0-9]{1,12}\Z")
