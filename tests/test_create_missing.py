@@ -216,7 +216,8 @@ def test_a_customer_is_made_on_the_account_whose_usage_it_is(desk: Desk) -> None
     (theirs,) = connected._account.customers.all()
     assert ([theirs.id], theirs.email) == (made.customers, "ann@example.com")
     secret, ann = secret_of(desk.ledger), Reference("email", "ann@example.com")
-    assert digest_of(secret, "acct_1Other", ann) != digest_of(secret, "", ann)
+    (created,) = desk.created()
+    assert created.idempotency_key == digest_of(secret, "acct_1Other", ann) != digest_of(secret, "", ann)
 
 
 def test_eight_couriers_make_each_customer_once_though_answers_are_lost(desk: Desk) -> None:

@@ -15,6 +15,7 @@ from langchain_stripe_meter.delivery.guard import ACCOUNT
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.pin import LIVEMODE
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, Unknown
 from langchain_stripe_meter.sandbox import refuse
 
@@ -32,12 +33,12 @@ def shop(quick_folder: Path) -> Iterator[StillShop]:
 # -- the account and its meters
 
 
-def test_the_account_is_asked_for_once_and_noted(shop: StillShop) -> None:
+def test_the_account_is_asked_for_once_and_noted_with_the_mode(shop: StillShop) -> None:
     for key in ("a", "b"):
         shop.record(key)
         shop.answered()
     assert shop.asked("/v1/account") == 1
-    assert shop.ledger.note(ACCOUNT) == shop.sandbox.account_id
+    assert (shop.ledger.note(ACCOUNT), shop.ledger.note(LIVEMODE)) == (shop.sandbox.account_id, "test")
 
 
 def test_a_ledger_of_another_account_is_told_and_nothing_is_sent(shop: StillShop) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, update
@@ -58,13 +57,12 @@ def _reference(connection: Connection, told: str) -> Reference | None:
         return None
 
 
-def resolve(connection: Connection, unknown: Unknown, customer: str, now: int | None = None) -> int:
+def resolve(connection: Connection, unknown: Unknown, customer: str, now: int) -> int:
     """Every waiting reading of ``unknown`` belongs to ``customer``; the reference itself is erased.
 
     A keyed digest of it is kept, by which the spend limits know whose it was.
     """
-    at = int(time.time()) if now is None else now
-    payers.remember(connection, unknown.account, _text(unknown.reference), customer, at)
+    payers.remember(connection, unknown.account, _text(unknown.reference), customer, now)
     moved = 0
     for waiting, state, move in (
         (RECORDED, ReadingState.RECORDED, Move.FOUND),
