@@ -55,7 +55,8 @@ class Unrecorded:
     """What a run should have been billed on one meter, and no ledger has: ``value`` in the meter's unit, or None where
     nobody knew it; ``at`` in Unix seconds.
 
-    ``customer`` is a ``cus_…`` id, or how the payer was named (``email:…``); it is left out of the repr.
+    ``customer`` is a ``cus_…`` id, or how the payer was named (``email:…``); it is left out of the repr. ``reason`` is
+    why it would have been held.
     """
 
     identifier: str
@@ -64,11 +65,14 @@ class Unrecorded:
     at: int
     stripe_account: str = ""
     customer: str | None = field(default=None, repr=False)
+    dimensions: Mapping[str, str] = field(default_factory=dict)
+    estimated: bool = False
+    reason: str | None = None
 
 
 class UnrecordedError(LedgerError):
     """Usage could not be stored; the message says how much on each meter, ``readings`` when and whose, and
-    ``__cause__`` is why."""
+    ``__cause__`` is why. ``meter.record_again(error)`` stores it once that is mended."""
 
     def __init__(self, message: str, readings: Sequence[Unrecorded] = ()) -> None:
         super().__init__(message, readings)  # as they are, so that it can be pickled

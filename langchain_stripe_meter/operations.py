@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
-from langchain_stripe_meter.errors import ConfigurationError, StripeError
+from langchain_stripe_meter.errors import ConfigurationError, StripeError, UnrecordedError
 from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import doubts, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.recording import entry_of
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
@@ -143,6 +144,15 @@ class Operations:
         )
         self._moved(1)
         return identifier
+
+    def record_again(self, error: UnrecordedError) -> int:
+        """Store what could not be stored when it was used, as it was: who pays, how much, when.
+
+        What the ledger has all the same, because it was stored without our learning of it, is not stored twice.
+        Returns how many readings these were; raises ``LedgerError`` where they still cannot be stored.
+        """
+        self._ledger.record([entry_of(one) for one in error.readings])
+        return self._moved(len(error.readings))
 
     def retime(self, held: views.Held | Sequence[int], at: datetime | int | None = None) -> int:
         """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).

@@ -314,10 +314,25 @@ def unrecorded(entries: Sequence[Entry]) -> list[Unrecorded]:
             entry.at,
             entry.account,
             entry.customer or (f"{entry.reference.by}:{entry.reference.value}" if entry.reference else None),
+            entry.dimensions,
+            entry.estimated,
+            entry.reason,
         )
         for entry in entries
         if entry.state is not ReadingState.SKIPPED
     ]
+
+
+def entry_of(lost: Unrecorded) -> Entry:
+    """The entry again, under its own identifier: a ledger that has it all the same stores it only once."""
+    by, colon, value = (lost.customer or "").partition(":")
+    reference = Reference(by, value) if colon else None  # type: ignore[arg-type]
+    known = ReadingState.RECORDED if reference else ReadingState.RESOLVED
+    return Entry(
+        lost.identifier, lost.event_name, lost.value, lost.at, ReadingState.HELD if lost.value is None else known,
+        None if reference else lost.customer, reference, lost.dimensions, lost.estimated, lost.reason,
+        lost.stripe_account,
+    )  # fmt: skip
 
 
 def amounts_of(lost: Sequence[Unrecorded]) -> dict[str, Decimal]:

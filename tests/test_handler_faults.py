@@ -9,6 +9,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,13 @@ from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError, UnrecordedError
+from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError, Unrecorded, UnrecordedError
 from langchain_stripe_meter.ledger import database
+from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
+from langchain_stripe_meter.recording import entry_of, unrecorded
 
 CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
 """What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""
@@ -168,12 +173,35 @@ def test_a_ledger_that_recovers_records_again(
     server.chat().invoke("Hi", paid_by("cus_1", handler))
     status = handler.status()
     assert (status.unrecorded, status.unrecorded_amounts, status.pending) == (1, {"tokens": 15}, 1)
-    for lost in told[0].readings:  # and a person bills what is missing
-        handler.correct(
-            lost.customer, lost.event_name, lost.value, at=lost.at, id=lost.identifier, reason="the ledger was locked"
-        )
-    assert [row.value for row in tail(handler._ledger)] == [15, 15]
+    for _ in range(2):  # a person stores what is missing; a second time changes nothing
+        assert handler.record_again(pickle.loads(pickle.dumps(told[0]))) == 1
+    assert [(row.value, row.customer) for row in tail(handler._ledger)] == [(15, "cus_1"), (15, "cus_1")]
     handler.close()
+
+
+def test_what_was_stored_without_our_learning_of_it_is_not_stored_again(path: Path, server: OpenAIServer) -> None:
+    with recorder(path) as handler:
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        (row,) = tail(handler._ledger)
+        lost = Unrecorded(row.identifier, "tokens", Decimal(15), 1_800_000_000, customer="cus_1")
+        handler.record_again(UnrecordedError("an I/O error after the commit", [lost]))
+        assert list(tail(handler._ledger)) == [row]
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        {"state": ReadingState.RESOLVED, "customer": "cus_1"},
+        {"state": ReadingState.RECORDED, "reference": Reference("email", "ann@example.com")},
+        {"state": ReadingState.HELD, "value": None, "customer": "cus_1", "reason": "no price is known"},
+    ],
+    ids=["customer", "reference", "unknown amount"],
+)
+def test_what_is_recorded_again_is_what_was_lost(who: dict[str, Any]) -> None:
+    same: dict[str, Any] = {"dimensions": {"model": "m"}, "estimated": True, "account": "acct_1Connected"}
+    entry = Entry(**{"key": "run-1", "event_name": "tokens", "value": Decimal(15), "at": 1_800_000_000, **same, **who})
+    (lost,) = unrecorded([entry])
+    assert entry_of(lost) == entry
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
