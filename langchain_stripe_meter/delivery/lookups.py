@@ -38,7 +38,7 @@ class Lookups:
     With ``create_missing``, somebody whom Stripe does not know is made a customer.
     """
 
-    def __init__(self, ledger: Ledger, *, create_missing: bool = False) -> None:
+    def __init__(self, ledger: Ledger, *, create_missing: bool) -> None:
         self._ledger = ledger
         self._create_missing = create_missing
         self._secret: bytes | None = None
