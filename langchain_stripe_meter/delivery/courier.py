@@ -281,7 +281,7 @@ class Courier:
         if outcome.move in (Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED, Move.UNSEAL):
             self._resume()
         elif outcome.move is Move.UNAUTHORISED:
-            self._pause(f"Stripe refused the key; {outcome.message}. Check the key.", now)
+            self._pause(f"Stripe refused the key; {outcome.message.rstrip('.')}. Check the key.", now)
         else:
             self._pace.slower(claimed.line, outcome.retry_after, now)
         if outcome.move is Move.UNSEAL:
@@ -342,7 +342,7 @@ class Courier:
         """Nobody knows whether the meters add up rightly, so nothing is sent until Stripe says."""
         outcome = self.gateway.outcome_of(error)
         if outcome.move is Move.UNAUTHORISED:
-            self._pause(f"Stripe refused the key; {outcome.message}. Check the key.", now)
+            self._pause(f"Stripe refused the key; {outcome.message.rstrip('.')}. Check the key.", now)
             return
         self._pace.rest(outcome.retry_after or QUIET_SECONDS, now)
         logger.info("stripe-meter: sending waits: %s", error)
