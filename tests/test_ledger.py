@@ -311,7 +311,7 @@ def test_resolving_moves_every_waiting_reading_of_a_reference_and_erases_it(ledg
     ledger.record([named("a"), named("b", Reference("name", "Ann"))])
     do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     ledger.record([named("c")])
-    assert do(ledger, resolving.resolve, UNKNOWN_ANN, "cus_9") == 2
+    assert do(ledger, resolving.resolve, UNKNOWN_ANN, "cus_9", NOW) == 2
     with ledger.read() as connection:
         rows = connection.execute(select(readings.c.key, readings.c.customer, readings.c.reference)).all()
     assert sorted(map(tuple, rows)) == [("a", "cus_9", None), ("b", None, "name:Ann"), ("c", "cus_9", None)]
