@@ -193,7 +193,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
         self._ledger.wait_for_writes()
-        while self._courier is not None and self._pending():
+        while self._courier is not None and self._is_pending(deadline - time.monotonic()):
             self._courier.wake()
             left = deadline - time.monotonic()
             if left <= 0:
@@ -205,9 +205,16 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         """As ``flush``, without blocking the event loop."""
         return await asyncio.to_thread(self.flush, timeout)
 
-    def _pending(self) -> int:
-        with self._ledger.deliver_lane().lock, self._ledger.read() as connection:
-            return views.pending(connection)
+    def _is_pending(self, patience: float) -> bool:
+        """Whether anything is; also where the courier has been busy with the ledger for ``patience`` seconds."""
+        busy = self._ledger.deliver_lane().lock
+        if not busy.acquire(timeout=max(patience, 0)):
+            return True
+        try:
+            with self._ledger.read() as connection:
+                return views.pending(connection) > 0
+        finally:
+            busy.release()
 
     def _report(self) -> views.FlushReport:
         with self._ledger.read() as connection:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from conftest import wait_until
 from faults import settled, tally
+from sqlalchemy import event
 from typer.testing import CliRunner
 
 from langchain_stripe_meter.audit.doubts import Doubts
@@ -622,6 +623,21 @@ def test_the_epoch_changes_while_sending_goes_on_and_rests_otherwise(shop: Shop)
         seen.append(str(shop.ledger.note("epoch")))
     assert 5 <= len(set(seen[:61])) <= 7
     assert len(set(seen[73:])) == 1
+
+
+def test_that_something_may_have_been_sent_is_noted_before_its_claim_is_stored(shop: Shop) -> None:
+    """Else a ledger that is busy in between would leave a claim that nobody sends."""
+    noted: list[bool] = []
+
+    def when_stored(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement == "COMMIT" and not noted and "sending" in shop.states().values():
+            known = Sidecar.read(shop.sidecar)
+            noted.append(known is not None and known.sent)
+
+    event.listen(shop.ledger.database.engine, "after_cursor_execute", when_stored)
+    shop.record("run")
+    shop.deliver()
+    assert noted == [True]
 
 
 # -- PostgreSQL, and what an operator says

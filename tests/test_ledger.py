@@ -317,6 +317,15 @@ def test_resolving_moves_every_waiting_reading_of_a_reference_and_erases_it(ledg
     assert sorted(map(tuple, rows)) == [("a", "cus_9", None), ("b", None, "name:Ann"), ("c", "cus_9", None)]
 
 
+def test_a_reading_that_names_nobody_any_more_is_held_and_stops_nobody_else(ledger: Ledger) -> None:
+    ledger.record([named("a"), named("b", Reference("name", "Ann"))])
+    with ledger.deliver_lane().transaction() as connection:
+        connection.execute(update(readings).where(readings.c.key == "a").values(reference=None))
+        found = resolving.unresolved(connection, NOW)
+        held = connection.execute(select(readings.c.key).where(readings.c.state == "held")).scalars().all()
+    assert ([one.reference for one in found], held) == ([Reference("name", "Ann")], ["a"])
+
+
 def test_a_held_reference_is_looked_up_again_later_and_later(ledger: Ledger) -> None:
     ledger.record([named("a")])
     now, waits = NOW, []

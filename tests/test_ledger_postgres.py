@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 from conftest import wait_until
-from sqlalchemy import Connection, create_engine, func, select
+from sqlalchemy import Connection, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.ledger import database, resolving
+from langchain_stripe_meter.ledger.forget import forget
 from langchain_stripe_meter.ledger.payers import secret_of
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.sandbox import StripeSandbox
 
 NOW = 1_800_000_000
 
@@ -173,3 +177,56 @@ def test_a_process_that_was_stopped_in_the_middle_does_not_keep_the_others_from_
         insert_and_then(stopped, others_go_on)
     assert (ledger.note("lost"), ledger.note("whole")) == (None, "x")
     stopped.close()
+
+
+def test_who_waits_for_its_turn_in_vain_says_so_and_gets_it_later(
+    ledger: Ledger, postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 1)
+    slow = Ledger(postgres_url)
+    with slow.deliver_lane().transaction(), pytest.raises(LedgerError, match="Another process holds it"):
+        ledger.set_note("name", "x")
+    ledger.set_note("name", "x")
+    assert ledger.note("name") == "x"
+    slow.close()
+
+
+def test_a_flush_keeps_its_time_while_the_courier_waits_for_its_turn(
+    postgres_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 100)
+    with StripeSandbox() as sandbox:
+        for name, value in sandbox.environment().items():
+            monkeypatch.setenv(name, value)
+        handler = StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_1", ledger=postgres_url)
+        handler.record_usage({"input_tokens": 1, "output_tokens": 1}, id="job")
+        other, done = Ledger(postgres_url), threading.Event()
+        with other.deliver_lane().transaction():
+            wait_until(lambda: is_somebody_waiting(postgres_url))  # the courier, with the lane in its hand
+            flushing = threading.Thread(target=lambda: (handler.flush(0.2), done.set()))
+            flushing.start()
+            assert done.wait(60)
+        flushing.join(60)
+        handler.close()
+        other.close()
+
+
+def test_forgetting_somebody_leaves_who_records_at_the_same_moment_with_a_payer(
+    ledger: Ledger, postgres_url: str
+) -> None:
+    def named(key: str) -> Entry:
+        return Entry(key, "ai_tokens", 1, NOW, ReadingState.RECORDED, reference=PEOPLE[0].reference)
+
+    ledger.record([named("before")])
+    other, late = Ledger(postgres_url), [named("meanwhile")]
+
+    def between(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if late and statement.startswith("UPDATE readings SET reference=") and "state=" not in statement:
+            other.record([late.pop()])
+
+    event.listen(ledger.database.engine, "before_cursor_execute", between)
+    forget(ledger, email=PEOPLE[0].reference.value)
+    with other.deliver_lane().transaction() as connection:
+        assert not late
+        assert resolving.unresolved(connection, NOW) == [PEOPLE[0]]
+    other.close()

@@ -180,8 +180,8 @@ class Courier:
             moved += outbox.reap(connection, now)
             moved += sealing.seal(connection, now, self._roll_up) if checked else 0
             claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now)) if slots > 0 else []
-        if claimed:
-            self._guard.sends()
+            if claimed:
+                self._guard.sends()
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)

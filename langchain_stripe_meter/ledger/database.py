@@ -120,6 +120,7 @@ class Lane:
             connection.exec_driver_sql(begin)
         except DBAPIError as error:
             if not error.connection_invalidated:
+                self._roll_back(connection)  # it may have begun, and have failed to get its turn
                 raise
             self.drop()
             connection = self.connection
@@ -130,6 +131,7 @@ class Lane:
         """Statements for one round trip."""
         begin = ["BEGIN ISOLATION LEVEL READ COMMITTED"]
         begin.append(f"SET LOCAL idle_in_transaction_session_timeout = '{STOPPED_SECONDS}s'")
+        begin.append(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
         if self._in_turn:
             begin.append(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}({_TURN})")
         return "; ".join(begin)
@@ -352,6 +354,7 @@ def explain(error: BaseException) -> LedgerError:
         "no such column": corrupt,
         "has no column": corrupt,
         "locked": "Another process holds it; try again, or find the process.",
+        "lock timeout": "Another process holds it; try again, or find the process.",
         "full": "Free some disk space; what is stored is safe.",
         "disk I/O": "Look at the disk and its free space; what is stored is safe.",
         "readonly": "Make the file and its folder writable.",

@@ -110,7 +110,10 @@ class Epoch:
             self._after = now + EVERY_SECONDS
 
     def sends(self) -> None:
-        """Call before something is sent: a copy of the ledger made before will not know of it."""
+        """Something is about to be sent: a copy of the ledger made before will not know of it.
+
+        Call within the transaction that claims it, so that no other courier begins an epoch meanwhile.
+        """
         self._has_sent = True
         if not self._ledger.database.is_sqlite:
             return
@@ -122,10 +125,9 @@ class Epoch:
 
     def _mark(self) -> None:
         path = sidecar_path(self._ledger)
-        with self._ledger.deliver_lane().transaction():
-            known = Sidecar.read(path)
-            if known is not None:
-                known._replace(sent=True, at=self._ledger.now()).write(path)
+        known = Sidecar.read(path)
+        if known is not None:
+            known._replace(sent=True, at=self._ledger.now()).write(path)
 
     def end(self) -> None:
         """Call when the last answer is stored."""

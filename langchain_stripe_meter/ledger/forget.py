@@ -121,7 +121,7 @@ def _unname(connection: Connection, person: _Person) -> int:
     waiting = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.HELD.value])
     values = {"state": held, "reason": FORGOTTEN, "reference": None, "due": None}
     count = connection.execute(update(readings).where(named, waiting).values(**values)).rowcount
-    count += connection.execute(update(readings).where(named).values(reference=None)).rowcount
+    count += connection.execute(update(readings).where(named, ~waiting).values(reference=None)).rowcount
     digests = [session_digest(*one) for one in person.sessions]
     skipped = update(readings).where(readings.c.session.in_(digests))
     return count + connection.execute(skipped.values(session=None)).rowcount

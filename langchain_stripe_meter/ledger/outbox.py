@@ -185,9 +185,11 @@ def _finish(
 def reap(connection: Connection, now: int) -> int:
     """Events that somebody began to send and never settled: their outcome is unknown."""
     query = select(events).where(events.c.state == EventState.SENDING.value)
-    if connection.dialect.name == "postgresql":
-        query = query.with_for_update(skip_locked=True)
     dead = [row for row in connection.execute(query).mappings() if _is_dead(row["lease"], row["lease_until"], now)]
+    if dead and connection.dialect.name == "postgresql":  # another courier may be at it: leave those to that one
+        mine = select(events.c.id).where(events.c.id.in_([row["id"] for row in dead]))
+        taken = set(connection.execute(mine.with_for_update(skip_locked=True)).scalars())
+        dead = [row for row in dead if row["id"] in taken]
     outcome = Outcome(Move.UNKNOWN, "the courier that was sending it died")
     orphans = [
         (

@@ -32,7 +32,7 @@ class Unknown(NamedTuple):
 def unresolved(connection: Connection, now: int) -> list[Unknown]:
     """Who must be looked up at Stripe now, oldest first."""
     due_again = and_(HELD, readings.c.due <= now, readings.c.reference.is_not(None))
-    found: list[tuple[str, str]] = []
+    found: list[tuple[str, str | None]] = []
     for condition in (RECORDED, due_again):
         query = select(readings.c.account, readings.c.reference).where(condition)
         query = query.group_by(readings.c.account, readings.c.reference).order_by(func.min(readings.c.id))
@@ -45,14 +45,15 @@ def _of(unknown: Unknown) -> Any:
     return and_(readings.c.account == unknown.account, readings.c.reference == _text(unknown.reference))
 
 
-def _reference(connection: Connection, told: str) -> Reference | None:
+def _reference(connection: Connection, told: str | None) -> Reference | None:
     """The reference in a reading; one that is none can only be settled by a person."""
-    by, _, value = told.partition(":")
+    by, _, value = (told or "").partition(":")
     try:
         return Reference(by, value)  # type: ignore[arg-type]
     except MeteringError:
         held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
-        statement = update(readings).where(free(connection, and_(readings.c.reference == told, or_(RECORDED, HELD))))
+        waiting = RECORDED if told is None else or_(RECORDED, HELD)
+        statement = update(readings).where(free(connection, and_(readings.c.reference == told, waiting)))
         connection.execute(statement.values(state=held, reason="the customer's name is malformed", due=None))
         return None
 
