@@ -23,8 +23,8 @@ _players: list[subprocess.Popen[str]] = []
 
 
 def begin() -> None:
-    """Start as many as there are processors; each plays its share of the seeds."""
-    count = os.cpu_count() or 1
+    """Start as many as there are processors for us; each plays its share of the seeds."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for first in range(count):
         command = [sys.executable, __file__, str(first), str(SEEDS), str(count)]
         _players.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
@@ -52,8 +52,8 @@ def stop() -> None:
 
 
 if __name__ == "__main__":
+    os.nice(NICENESS)
     from simulation import play
 
-    os.nice(NICENESS)
     logging.disable(logging.CRITICAL)
     print(json.dumps(asdict(play(range(*map(int, sys.argv[1:])))), default=str))

@@ -7,8 +7,8 @@ that comes back from the past has an epoch of the past. (PostgreSQL has no such 
 
 A copy from the minute in which a courier was killed has the epoch that the ledger itself has. The file says whether
 anything may have been sent since the epoch began; where a courier finds that so a day later, it treats the ledger like
-one from the past, up to what was recorded then. Earlier it needs not: Stripe still knows the identifiers. (Unless it
-stays away until it has forgotten them: then such a copy is the one that is not noticed.)
+one from the past, up to what was recorded then. Earlier it needs not: Stripe still knows the identifiers. (Only where
+Stripe then cannot be reached until it has forgotten them, such a copy is not noticed.)
 
 What an earlier state of the ledger holds as unsent may have been sent since. Stripe knows it by its identifier for a
 day; what is older than the safe window is put in doubt, to be compared with Stripe's sums, instead of being sent.

@@ -31,6 +31,7 @@ _SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "",
 """Columns that most rows leave at these, the table's own defaults."""
 _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
+_PLAIN = len(_ALWAYS)
 
 
 @valueclass
@@ -202,8 +203,8 @@ def _insert_on_sqlite(driver: Any, rows: list[tuple[Any, ...]]) -> None:
     """Insert in one transaction: a single row commits by itself, which saves two round trips."""
     if len(rows) == 1:
         row = rows[0]
-        if row[7:] == _DEFAULTS:
-            driver.execute(_PLAIN_ON_SQLITE, row[:7])
+        if row[_PLAIN:] == _DEFAULTS:
+            driver.execute(_PLAIN_ON_SQLITE, row[:_PLAIN])
         else:
             driver.execute(_ON_SQLITE, row)
         return
