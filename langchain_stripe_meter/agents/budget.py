@@ -16,6 +16,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
+from langchain_stripe_meter.arguments import is_async
 from langchain_stripe_meter.core.customers import Facts, Reference, Skip
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, SpendLimitError
@@ -60,6 +61,8 @@ class SpendLimit:
         Period(self.per)
         if not callable(self.amount):
             _check_amount(self.amount)
+        elif is_async(self.amount):
+            raise ConfigurationError(f"The amount of the limit on {self.event_name!r} is async; use a plain function.")
 
     @property
     def period(self) -> Period:
@@ -133,6 +136,7 @@ class Budget:
         for name, policy in (("unidentified", unidentified), ("on_failure", on_failure)):
             if policy not in ("allow", "stop"):
                 raise ConfigurationError(f"{name}={policy!r}: use 'allow' or 'stop'.")
+        check_meter(meter, "Budget(meter, *limits)")
         _check_limits(meter, limits)
         self.limits = limits
         self._meter = meter
@@ -213,14 +217,37 @@ class Budget:
             return Spender(Reference("id", customer), Facts(), account)
         if isinstance(customer, Reference):
             return Spender(customer, Facts(), account)
+        if customer is not None and not isinstance(customer, Facts):
+            raise ConfigurationError(
+                f"A customer is a 'cus_…' id, a Reference, or the Facts of a run; not {type(customer).__name__}."
+            )
         facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
         account, who = self._meter._recorder.payer(facts)
         return None if isinstance(who, Skip) else Spender(who, facts, account)
 
 
+def check_meter(meter: object, what: str) -> None:
+    """Refuse what is no handler, for ``what`` takes one first."""
+    if not isinstance(meter, StripeMeterCallbackHandler):
+        raise ConfigurationError(f"{what} takes a StripeMeterCallbackHandler first, not {type(meter).__name__}.")
+
+
+def check_budget(budget: object, what: str) -> None:
+    """Refuse what is no budget, for ``what`` takes one."""
+    if not isinstance(budget, Budget):
+        raise ConfigurationError(
+            f"{what} takes a Budget, not {type(budget).__name__}: Budget(meter, SpendLimit('ai_tokens', 100_000))."
+        )
+
+
 def _check_limits(meter: StripeMeterCallbackHandler, limits: tuple[SpendLimit, ...]) -> None:
     if not limits:
         raise ConfigurationError("Budget needs at least one limit, such as SpendLimit('ai_tokens', 100_000).")
+    wrong = next((one for one in limits if not isinstance(one, SpendLimit)), None)
+    if wrong is not None:
+        raise ConfigurationError(
+            f"Budget(meter, *limits) takes each limit as a SpendLimit, not {type(wrong).__name__}."
+        )
     known = [one.event_name for one in meter.meters]
     unknown = next((limit.event_name for limit in limits if limit.event_name not in known), None)
     if unknown is not None:
@@ -274,6 +301,7 @@ class SpendLimitCallback(BaseCallbackHandler):
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()
+        check_budget(budget, "SpendLimitCallback")
         self._budget = budget
 
     on_chat_model_start = _Gate()
