@@ -68,5 +68,7 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
         assert handler.close().pending == 0
     limited = 15 + 15  # an agent and a chain
     assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500 + limited
+    assert namespace["strict"].remaining("cus_123") == namespace["left"] + 900_000
+    assert namespace["strict"].remaining("cus_456") == 10_000
     assert namespace["left"] == 100_000 - (15 + 15 + 812 + limited)  # what was sent without a ledger does not count
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)
