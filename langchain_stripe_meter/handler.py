@@ -12,6 +12,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from langchain_stripe_meter.arguments import check_on_error, check_webhook_secret
 from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
@@ -118,6 +119,8 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
         if stripe_account is not None and tenant is not None:
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
+        check_on_error(on_error)
+        check_webhook_secret(webhook_secret)
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
         self._webhook_secret, self._on_error = webhook_secret, on_error
@@ -165,10 +168,12 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         """Record what LangChain has no callback for: embeddings, images, provider batch jobs.
 
         ``usage`` is shaped like LangChain's ``usage_metadata``; a sum that is left out is 0. The meters that count
-        calls apply. ``id`` names the job: the same id is never billed twice. ``customer`` defaults to the handler's
-        source, read against ``metadata``. ``at`` is when it happened, in Unix seconds (default now).
+        calls apply (``Tokens``, ``Cost``, ``Credits`` per call). ``id`` names the job: the same id is never billed
+        twice. ``customer`` defaults to the handler's source, read against ``metadata``. ``at`` is when it happened, in
+        Unix seconds (default now).
 
-        Unlike a run, this raises: ``MeteringError`` if the input is bad or the ledger cannot store it.
+        Unlike a run, this raises: ``MeteringError`` if the input is bad, no meter counts calls, or the ledger cannot
+        store it.
         """
         call = Call(None, model, provider)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, metadata=metadata, at=at)

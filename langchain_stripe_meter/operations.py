@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
+from langchain_stripe_meter.arguments import seconds
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
@@ -46,7 +47,7 @@ class Operations:
 
         ``since`` is a datetime with a time zone or Unix seconds. It names nobody.
         """
-        return skips(self._ledger, _seconds(since, "since"))
+        return skips(self._ledger, seconds(since, "since"))
 
     def forget(
         self,
@@ -105,7 +106,7 @@ class Operations:
         gateway = self._gateway("verify()")
         from langchain_stripe_meter.audit.verify import verify
 
-        return verify(self._ledger, gateway, _seconds(since, "since"))
+        return verify(self._ledger, gateway, seconds(since, "since"))
 
     def acts(self, most: int = 1000) -> decisions.ActList:
         """The newest decisions of persons and webhooks, oldest first: cancelled, corrected, re-timed, written off,
@@ -159,7 +160,7 @@ class Operations:
 
         All of it or, with an error that names what cannot be, nothing. Returns how many readings moved.
         """
-        return self._moved(decisions.retime(self._ledger, held, None if at is None else _seconds(at, "at")))
+        return self._moved(decisions.retime(self._ledger, held, None if at is None else seconds(at, "at")))
 
     def write_off(self, what: views.Held | str | Sequence[int | str], *, reason: str) -> int:
         """Decide not to bill: held readings (``Held``, ids, identifiers), rejected or doubtful events (identifiers).
@@ -218,11 +219,3 @@ def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
         if outcome.move is Move.REFUSED:
             decisions.settle_cancel(ledger, event, outcome.message)
         raise StripeError(f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}")
-
-
-def _seconds(moment: datetime | int, name: str) -> int:
-    if not isinstance(moment, datetime):
-        return moment
-    if moment.tzinfo is None:
-        raise ConfigurationError(f"{name}={moment!r} has no time zone; use datetime(..., tzinfo=timezone.utc).")
-    return int(moment.timestamp())

@@ -301,7 +301,20 @@ class Recorder:
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         when = now if at is None else check_timestamp(at, now)
         use = Use(id, when, Facts(metadata or {}, now=now), "call", replace(call, usage=counted))
-        return self._of_use(use, None if customer is None else as_source(customer))
+        entries = self._of_use(use, None if customer is None else as_source(customer))
+        if not entries:
+            self._check_counts_calls(use.facts)
+        return entries
+
+    def _check_counts_calls(self, facts: Facts) -> None:
+        tenant = self._tenant_of_all or self._tenant(facts)
+        meters = self.meters if isinstance(tenant, Skip) or tenant.meters is None else tenant.meters
+        if not any(meter.per == "call" for meter in meters):
+            names = ", ".join(meter.event_name for meter in meters)
+            raise ConfigurationError(
+                f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
+                "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
+            )
 
 
 def unrecorded(entries: Sequence[Entry]) -> list[Unrecorded]:

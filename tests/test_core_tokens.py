@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from langchain_stripe_meter import MeteringSettings
 from langchain_stripe_meter.agents import from_signed_token, sign_customer
 from langchain_stripe_meter.core.customers import Facts, FromSignedToken, Reference, Skip, first_of
-from langchain_stripe_meter.core.tokens import MAX_TOKEN
+from langchain_stripe_meter.core.tokens import MAX_TOKEN, Secrets, sign
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 NOW = 1_800_000_000
@@ -28,7 +28,7 @@ SEVEN: Any = 7
 
 
 def token(customer: str = "cus_1", secret: Any = SECRET, *, expires_at: Any = NOW + 60, **more: Any) -> str:
-    return sign_customer(customer, secret, expires_at=expires_at, **more)
+    return sign(customer, Secrets(secret), expires_at=expires_at, **more)
 
 
 def who(source: FromSignedToken, sent: object, *, now: int | None = NOW, place: str = "metadata") -> Reference | Skip:
@@ -192,7 +192,7 @@ def test_the_secret_comes_from_the_environment_unless_it_is_given(monkeypatch: p
             use()
     monkeypatch.setenv("STRIPE_METER_TOKEN_SECRET", f"{OTHER} {SECRET}")
     assert from_signed_token() == from_signed_token(secret=[OTHER, SECRET])
-    assert sign_customer("cus_1", expires_at=NOW + 60) == token(secret=OTHER)
+    assert sign_customer("cus_1", expires_at=10**11) == token(secret=OTHER, expires_at=10**11)
 
 
 def test_settings_name_the_variable_that_holds_the_secret_and_never_hold_it(

@@ -184,9 +184,54 @@ def test_a_limit_can_be_the_plans(meter: StripeMeterCallbackHandler) -> None:
 def test_an_amount_that_is_none_is_refused_also_from_a_plan(meter: StripeMeterCallbackHandler, amount: Any) -> None:
     with pytest.raises(ConfigurationError, match="A limit is an int or a Decimal"):
         SpendLimit("tokens", amount)
-    budget = Budget(meter, SpendLimit("tokens", lambda _: amount))
-    with pytest.raises(ConfigurationError, match="A limit is an int or a Decimal"):
-        budget.check("cus_1")
+    budget = Budget(meter, SpendLimit("tokens", lambda _: amount), on_failure="stop")
+    for ask in (budget.check, budget.remaining, budget.allowances):
+        with pytest.raises(ConfigurationError, match=r"limit on 'tokens'.*A limit is an int or a Decimal"):
+            ask("cus_1")
+
+
+def no_plan(spender: Spender) -> int:
+    """A callable with a bug, whose error repeats what it should not."""
+    return int({}[f"ann@example.com of {spender.reference.by}"])
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("policy", ["allow", "stop"])
+def test_a_limit_that_cannot_be_worked_out_is_told_and_the_call_goes_on_unless_told_otherwise(
+    handler: Callable[..., StripeMeterCallbackHandler],
+    server: OpenAIServer,
+    caplog: pytest.LogCaptureFixture,
+    policy: Any,
+    asynchronous: bool,
+) -> None:
+    told: list[Exception] = []
+    meter = handler(on_error=told.append)
+    budget = Budget(meter, SpendLimit("tokens", no_plan), SpendLimit("tokens", 20, "ever"), on_failure=policy)
+    config, said = gated(budget, meter), "limit on 'tokens' cannot be worked out: its amount failed with KeyError"
+
+    def call() -> None:
+        if asynchronous:
+            asyncio.run(server.chat().ainvoke("Hi", config))
+        else:
+            server.chat().invoke("Hi", config)
+
+    if policy == "stop":
+        with pytest.raises(ConfigurationError, match=said) as caught:
+            call()
+        gc.collect()
+        assert isinstance(caught.value.__cause__, KeyError)
+        assert (server.requests, told) == ([], [])
+        return
+    call()
+    assert said in caplog.text
+    assert [type(error) for error in told] == [ConfigurationError]
+    assert said in str(told[0])
+    assert "ann@" not in caplog.text + str(told[0])
+    call()
+    with pytest.raises(SpendLimitError):  # the other limit holds all the same
+        call()
+    gc.collect()
+    assert len(server.requests) == 2
 
 
 def test_a_limit_on_what_nobody_counts_is_refused(meter: StripeMeterCallbackHandler) -> None:
@@ -367,8 +412,13 @@ def test_a_call_that_is_cancelled_while_it_is_checked_is_closed_for_the_meter(
 
 @pytest.mark.parametrize("policy", ["allow", "stop"])
 def test_a_ledger_that_cannot_be_read_lets_calls_through_unless_told_otherwise(
-    meter: StripeMeterCallbackHandler, server: OpenAIServer, caplog: pytest.LogCaptureFixture, policy: Any
+    handler: Callable[..., StripeMeterCallbackHandler],
+    server: OpenAIServer,
+    caplog: pytest.LogCaptureFixture,
+    policy: Any,
 ) -> None:
+    told: list[Exception] = []
+    meter = handler(on_error=told.append)
     budget = Budget(meter, SpendLimit("tokens", 0), on_failure=policy)
     with meter._ledger.deliver_lane().transaction() as connection:
         connection.exec_driver_sql("DROP TABLE acts")
@@ -379,7 +429,7 @@ def test_a_ledger_that_cannot_be_read_lets_calls_through_unless_told_otherwise(
     else:
         server.chat().invoke("Hi", config)
         assert "a limit could not be checked, the call goes on" in caplog.text
-    assert len(server.requests) == (policy == "allow")
+    assert len(server.requests) == len(told) == (policy == "allow")
 
 
 # -- agents

@@ -54,11 +54,13 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
         exec(compile(example, "README.md", "exec"), namespace)
         if namespace.get("meter") not in (None, *handlers):
             handlers.append(namespace["meter"])
+        if "def paid_by_user" in example:  # with the handler that is shown beside it
+            user = SimpleNamespace(user=SimpleNamespace(stripe_customer_id="cus_123"))
+            assert namespace["paid_by_user"]({}, user)["callbacks"] == [namespace["meter"]]
     report = namespace["report"]
     assert (report.delivered, report.pending, report.held, report.skipped) == (1, 0, 0, 1)
+    assert "paid_by_user" in namespace
     assert namespace["out"]["success"] is True
-    user = SimpleNamespace(user=SimpleNamespace(stripe_customer_id="cus_123"))
-    assert namespace["paid_by_user"]({}, user)["callbacks"] == [namespace["meter"]]
     assert namespace["app"].routes[0].path == "/stripe/webhooks"
     taken_back = [event.value for event in stripe_sandbox.events if event.cancelled]
     assert taken_back == [-100]
@@ -66,5 +68,7 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
         assert handler.close().pending == 0
     limited = 15 + 15  # an agent and a chain
     assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500 + limited
+    assert namespace["strict"].remaining("cus_123") == namespace["left"] + 900_000
+    assert namespace["strict"].remaining("cus_456") == 10_000
     assert namespace["left"] == 100_000 - (15 + 15 + 812 + limited)  # what was sent without a ledger does not count
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)

@@ -16,9 +16,10 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
+from langchain_stripe_meter.arguments import is_async
 from langchain_stripe_meter.core.customers import Facts, Reference, Skip
 from langchain_stripe_meter.core.periods import Per, Period
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError, SpendLimitError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
 from langchain_stripe_meter.observed import facts_of
@@ -60,6 +61,8 @@ class SpendLimit:
         Period(self.per)
         if not callable(self.amount):
             _check_amount(self.amount)
+        elif is_async(self.amount):
+            raise ConfigurationError(f"The amount of the limit on {self.event_name!r} is async; use a plain function.")
 
     @property
     def period(self) -> Period:
@@ -67,9 +70,21 @@ class SpendLimit:
         return Period(self.per)
 
     def amount_for(self, spender: Spender) -> Decimal | None:
-        """How much ``spender`` may use; None for no limit."""
-        amount = self.amount(spender) if callable(self.amount) else self.amount
-        return None if amount is None else _check_amount(amount)
+        """How much ``spender`` may use; None for no limit.
+
+        Raises ``ConfigurationError`` where ``amount`` fails, or gives what is no amount.
+        """
+        if not callable(self.amount):
+            return Decimal(self.amount)
+        what = f"The limit on {self.event_name!r} cannot be worked out"
+        try:
+            amount = self.amount(spender)
+        except Exception as error:  # its text is not repeated: it may quote whom the limit is for
+            raise ConfigurationError(f"{what}: its amount failed with {type(error).__name__}.") from error
+        try:
+            return None if amount is None else _check_amount(amount)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{what}. {error}") from None
 
 
 def _check_amount(amount: object) -> Decimal:
@@ -77,7 +92,8 @@ def _check_amount(amount: object) -> Decimal:
         exact = Decimal(amount)
         if exact.is_finite() and exact >= 0:
             return exact
-    raise ConfigurationError(f"A limit is an int or a Decimal of at least 0, or None for no limit; not {amount!r}.")
+    shown = repr(amount) if isinstance(amount, int | float | Decimal) else type(amount).__name__
+    raise ConfigurationError(f"A limit is an int or a Decimal of at least 0, or None for no limit; not {shown}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +128,9 @@ class Budget:
         meter: The handler that records the usage; its ``customer`` says whose limit it is, as it says who pays.
         *limits: At least one, each on one of the handler's meters. All apply.
         unidentified: What to do with runs of nobody: ``"allow"`` them (the handler skips them), or ``"stop"``.
-        on_failure: What to do when the ledger cannot be read: ``"allow"`` and log it, or ``"stop"`` by raising
-            ``LedgerError``.
+        on_failure: What to do when the ledger cannot be read (``LedgerError``) or a limit's own callable fails
+            (``ConfigurationError``): ``"allow"`` the call, log it and tell the handler's ``on_error`` (the other limits
+            hold all the same); or ``"stop"`` it by raising that error.
 
     Usage counts as soon as its run has ended, in whichever process shares the ledger. What a call will use is not known
     before it ends, so calls that have begun when the limit is reached go beyond it: by what was in flight, no more.
@@ -133,6 +150,7 @@ class Budget:
         for name, policy in (("unidentified", unidentified), ("on_failure", on_failure)):
             if policy not in ("allow", "stop"):
                 raise ConfigurationError(f"{name}={policy!r}: use 'allow' or 'stop'.")
+        check_meter(meter, "Budget(meter, *limits)")
         _check_limits(meter, limits)
         self.limits = limits
         self._meter = meter
@@ -147,16 +165,11 @@ class Budget:
         """How each limit stands for ``customer``: a ``cus_…`` id, a ``Reference``, or the facts of a run.
 
         Without one it is whoever pays for the present run (inside a tool or a node). Empty where that is nobody.
-        Raises ``LedgerError`` where the ledger cannot be read. It reads the database: on an event loop, call it with
-        ``asyncio.to_thread``.
+        Raises ``LedgerError`` where the ledger cannot be read, ``ConfigurationError`` where a limit's callable fails.
+        It reads the database: on an event loop, call it with ``asyncio.to_thread``.
         """
-        spender = self._spender(customer)
-        if spender is None:
-            return []
-        wanted = [(limit.event_name, limit.period) for limit in self.limits]
-        used = self._counters.used(spender.reference, wanted, spender.account)
-        now = self._meter._ledger.now()
-        return [_allowance(limit, spender, spent, now) for limit, spent in zip(self.limits, used, strict=True)]
+        spender, now = self._spender(customer), self._meter._ledger.now()
+        return [] if spender is None else [_allowance(one, spender, used, now) for one, used in self._used(spender)]
 
     def remaining(self, customer: Customer = None, event_name: str | None = None) -> Decimal | None:
         """What ``customer`` may still use of ``event_name`` (needed where the limits are on several meters): the least
@@ -173,17 +186,37 @@ class Budget:
     def check(self, customer: Customer = None) -> None:
         """Raise ``SpendLimitError`` where ``customer`` (as for ``allowances``) has used up a limit."""
         try:
-            allowances = self.allowances(customer)
+            spender = self._spender(customer)
+            used = [] if spender is None else self._used(spender)
         except LedgerError as error:
-            if self._stops_on_failure:
-                raise
-            logger.warning("stripe-meter: a limit could not be checked, the call goes on: %s", error)
+            self._failed(error)
             return
-        if not allowances and self._stops_nobody:
-            raise SpendLimitError("Nobody could be identified whose limit it is, so the model is not called.")
-        for one in allowances:
-            if one.is_used_up:
-                raise _used_up(one)
+        if spender is None:
+            if self._stops_nobody:
+                raise SpendLimitError("Nobody could be identified whose limit it is, so the model is not called.")
+            return
+        for limit, spent in used:
+            self._check_limit(limit, spender, spent)
+
+    def _check_limit(self, limit: SpendLimit, spender: Spender, used: Decimal) -> None:
+        try:
+            one = _allowance(limit, spender, used, self._meter._ledger.now())
+        except ConfigurationError as error:  # the other limits hold all the same
+            self._failed(error)
+            return
+        if one.is_used_up:
+            raise _used_up(one)
+
+    def _failed(self, error: MeteringError) -> None:
+        if self._stops_on_failure:
+            raise error
+        logger.warning("stripe-meter: a limit could not be checked, the call goes on: %s", error)
+        self._meter._recorder._tell(error)
+
+    def _used(self, spender: Spender) -> list[tuple[SpendLimit, Decimal]]:
+        wanted = [(limit.event_name, limit.period) for limit in self.limits]
+        used = self._counters.used(spender.reference, wanted, spender.account)
+        return list(zip(self.limits, used, strict=True))
 
     async def acheck(self, customer: Customer = None) -> None:
         """As ``check``, without blocking the event loop."""
@@ -213,14 +246,37 @@ class Budget:
             return Spender(Reference("id", customer), Facts(), account)
         if isinstance(customer, Reference):
             return Spender(customer, Facts(), account)
+        if customer is not None and not isinstance(customer, Facts):
+            raise ConfigurationError(
+                f"A customer is a 'cus_…' id, a Reference, or the Facts of a run; not {type(customer).__name__}."
+            )
         facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
         account, who = self._meter._recorder.payer(facts)
         return None if isinstance(who, Skip) else Spender(who, facts, account)
 
 
+def check_meter(meter: object, what: str) -> None:
+    """Refuse what is no handler, for ``what`` takes one first."""
+    if not isinstance(meter, StripeMeterCallbackHandler):
+        raise ConfigurationError(f"{what} takes a StripeMeterCallbackHandler first, not {type(meter).__name__}.")
+
+
+def check_budget(budget: object, what: str) -> None:
+    """Refuse what is no budget, for ``what`` takes one."""
+    if not isinstance(budget, Budget):
+        raise ConfigurationError(
+            f"{what} takes a Budget, not {type(budget).__name__}: Budget(meter, SpendLimit('ai_tokens', 100_000))."
+        )
+
+
 def _check_limits(meter: StripeMeterCallbackHandler, limits: tuple[SpendLimit, ...]) -> None:
     if not limits:
         raise ConfigurationError("Budget needs at least one limit, such as SpendLimit('ai_tokens', 100_000).")
+    wrong = next((one for one in limits if not isinstance(one, SpendLimit)), None)
+    if wrong is not None:
+        raise ConfigurationError(
+            f"Budget(meter, *limits) takes each limit as a SpendLimit, not {type(wrong).__name__}."
+        )
     known = [one.event_name for one in meter.meters]
     unknown = next((limit.event_name for limit in limits if limit.event_name not in known), None)
     if unknown is not None:
@@ -274,6 +330,7 @@ class SpendLimitCallback(BaseCallbackHandler):
 
     def __init__(self, budget: Budget) -> None:
         super().__init__()
+        check_budget(budget, "SpendLimitCallback")
         self._budget = budget
 
     on_chat_model_start = _Gate()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from decimal import Decimal
+from contextlib import suppress
+from decimal import Decimal, InvalidOperation
 from queue import SimpleQueue
 
 from cachetools import LRUCache
 
-from langchain_stripe_meter.agents.budget import Spender
+from langchain_stripe_meter.agents.budget import Spender, check_meter
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -45,16 +46,14 @@ class StripeCredit:
         self,
         meter: StripeMeterCallbackHandler,
         *,
-        unit_price: int | Decimal,
+        unit_price: int | Decimal | str,
         currency: str = "usd",
         max_age: float = 60.0,
         until_known: int | Decimal | None = None,
     ) -> None:
-        price = Decimal(unit_price)
-        if not price.is_finite() or price <= 0:
-            raise ConfigurationError(f"unit_price={unit_price!r}: an int or a Decimal above 0, in {currency} cents.")
+        check_meter(meter, "StripeCredit(...)")
+        self._price = _price(unit_price, currency)
         self._gateway = meter._gateway("StripeCredit")
-        self._price = price
         self._currency = currency
         self._max_age = max_age
         self._until_known = until_known
@@ -111,3 +110,14 @@ class StripeCredit:
         with self._lock:
             self._known[key] = units, time.monotonic()
         return units
+
+
+def _price(unit_price: object, currency: str) -> Decimal:
+    if isinstance(unit_price, int | Decimal | str) and not isinstance(unit_price, bool):
+        with suppress(InvalidOperation):
+            price = Decimal(unit_price)
+            if price.is_finite() and price > 0:
+                return price
+    raise ConfigurationError(
+        f"unit_price={unit_price!r}: an int, a Decimal or a str such as '0.002', above 0, in cents of {currency}."
+    )

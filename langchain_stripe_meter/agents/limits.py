@@ -19,6 +19,7 @@ from langchain_stripe_meter.agents.budget import (
     Spender,
     SpendLimit,
     SpendLimitCallback,
+    check_budget,
 )
 from langchain_stripe_meter.agents.credit import StripeCredit
 from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError
@@ -63,6 +64,7 @@ class SpendLimitMiddleware(AgentMiddleware):  # langchain 1.0.0 has fewer type p
         self, budget: Budget, *, exit_behavior: Literal["end", "error"] = "end", message: Message = str
     ) -> None:
         super().__init__()
+        check_budget(budget, "SpendLimitMiddleware")
         if exit_behavior not in ("end", "error"):
             raise ConfigurationError(f"exit_behavior={exit_behavior!r}: use 'end' or 'error'.")
         self.budget = budget

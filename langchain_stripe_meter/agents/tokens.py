@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from datetime import datetime
 
 from langchain_stripe_meter.core import customers, tokens
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 SECRET = "STRIPE_METER_TOKEN_SECRET"  # noqa: S105 - the name of a variable
 """The environment variable that holds the secret; during a change of secrets the new one, a space, the old one."""
@@ -25,9 +26,16 @@ def sign_customer(
     of several, the first signs. ``account`` (``acct_…``) makes it good for that Stripe account only.
 
     Raises ``ConfigurationError`` for a secret that is missing or has less than 32 bytes, and for values that make no
-    token.
+    token, such as a time in the past.
     """
-    return tokens.sign(customer, tokens.Secrets(_given(secret, SECRET)), expires_at=expires_at, account=account)
+    made = tokens.sign(customer, tokens.Secrets(_given(secret, SECRET)), expires_at=expires_at, account=account)
+    moment = expires_at.timestamp() if isinstance(expires_at, datetime) else expires_at
+    if moment <= time.time():
+        raise InvalidValueError(
+            f"expires_at={expires_at!r} is in the past, so nobody would believe the token. Say until when it is good, "
+            "such as int(time.time()) + 3600 for an hour."
+        )
+    return made
 
 
 def from_signed_token(

@@ -1,0 +1,163 @@
+"""Arguments that cannot be used are refused at the door, by name, and never taken without a word."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from metering import Shop
+
+from langchain_stripe_meter import Credits, Messages, StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.agents import sign_customer
+from langchain_stripe_meter.agents.limits import (
+    Budget,
+    SpendLimit,
+    SpendLimitCallback,
+    SpendLimitMiddleware,
+    StripeCredit,
+)
+from langchain_stripe_meter.core.tenants import Tenant
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.ledger.views import tail
+
+USAGE = {"input_tokens": 5}
+Recording = Callable[..., StripeMeterCallbackHandler]
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Iterator[Recording]:
+    """Makes handlers that only record."""
+    made: list[StripeMeterCallbackHandler] = []
+
+    def make(*meters: Any, **options: Any) -> StripeMeterCallbackHandler:
+        usual = {"customer": "cus_1", "ledger": f"sqlite:///{tmp_path}/ledger.db", "deliver": False}
+        made.append(StripeMeterCallbackHandler(*(meters or (Tokens("tokens"),)), **{**usual, **options}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+# -- usage without a run
+
+
+def test_usage_that_no_meter_counts_is_refused_and_not_lost_in_silence(recording: Recording) -> None:
+    meter = recording(Messages("messages"), Credits("credits", {"gpt-4o": 10}))
+    with pytest.raises(ConfigurationError, match=r"messages, credits.*answered messages.*per='call'"):
+        meter.record_usage(USAGE, id="job")
+    with pytest.raises(ConfigurationError, match="answered messages"):
+        asyncio.run(meter.arecord_usage(USAGE, id="job"))
+    assert tail(meter._ledger, 10) == []
+
+
+def test_of_both_kinds_of_meters_those_that_count_calls_apply(recording: Recording) -> None:
+    meter = recording(Messages("messages"), Tokens("tokens"), Credits("credits", {}, default=2, per="call"))
+    meter.record_usage(USAGE, id="job")
+    assert {row.event_name: row.value for row in tail(meter._ledger, 10)} == {"tokens": 5, "credits": 2}
+
+
+def test_the_meters_of_the_tenant_are_the_ones_that_must_count_it(recording: Recording) -> None:
+    tenants = {"calls": Tenant("acct_1", (Tokens("tokens"),)), "messages": Tenant("acct_1", (Messages("messages"),))}
+    meter = recording(Tokens("tokens"), tenant=lambda facts: tenants.get(facts.metadata["of"]))
+    meter.record_usage(USAGE, id="job", metadata={"of": "calls"})
+    with pytest.raises(ConfigurationError, match="messages count"):
+        meter.record_usage(USAGE, id="job", metadata={"of": "messages"})
+    meter.record_usage(USAGE, id="other", metadata={"of": "nobody"})
+    assert sorted(row.state for row in tail(meter._ledger, 10)) == ["resolved", "skipped"]
+
+
+# -- the handler
+
+
+async def asynchronous(error: object) -> None:
+    """It would never be awaited."""
+
+
+class Asynchronous:
+    async def __call__(self, error: object) -> None:
+        """Nor would this."""
+
+
+@pytest.mark.parametrize("on_error", ["log", 5, asynchronous, functools.partial(asynchronous), Asynchronous()])
+def test_an_on_error_that_cannot_be_called_is_refused(recording: Recording, on_error: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"on_error= .*(str|int|async)"):
+        recording(on_error=on_error)
+
+
+@pytest.mark.parametrize("secret", ["abc", "sk_test_canary", 5, b"whsec_canary"])
+def test_a_webhook_secret_that_is_none_is_refused_and_not_repeated(recording: Recording, secret: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"webhook_secret= .*whsec_") as caught:
+        recording(webhook_secret=secret)
+    assert "canary" not in str(caught.value)
+    recording(webhook_secret="whsec_1", on_error=print)
+
+
+@pytest.mark.parametrize("since", ["yesterday", 1.5, True, None, 1_790_000_000_000, datetime(2026, 1, 1)])  # noqa: DTZ001
+def test_a_time_that_is_none_is_refused(tmp_path: Path, since: Any) -> None:
+    with Shop(tmp_path, Tokens("tokens")) as shop:
+        for ask in (shop.handler.skips, shop.handler.verify):
+            with pytest.raises(ConfigurationError, match="since="):
+                ask(since)
+            ask(datetime(2026, 1, 1, tzinfo=UTC))
+            ask(int(time.time()))
+
+
+@pytest.mark.parametrize("expires_at", [5, 0, datetime(2020, 1, 1, tzinfo=UTC)])
+def test_a_token_that_has_expired_is_not_made(expires_at: Any) -> None:
+    with pytest.raises(InvalidValueError, match=r"expires_at=.* in the past"):
+        sign_customer("cus_1", "a-secret-of-more-than-32-bytes-indeed", expires_at=expires_at)
+
+
+# -- limits
+
+
+def test_a_budget_takes_a_handler_and_limits(recording: Recording) -> None:
+    meter, limit, make = recording(), SpendLimit("tokens", 5), cast("Any", Budget)
+    for arguments, said in [
+        ((limit, meter), "Budget.*StripeMeterCallbackHandler first.*not SpendLimit"),
+        ((meter, limit, 5), "SpendLimit.*not int"),
+        ((meter, [limit]), "SpendLimit.*not list"),
+    ]:
+        with pytest.raises(ConfigurationError, match=said):
+            make(*arguments)
+
+
+@pytest.mark.parametrize("guard", [SpendLimitCallback, SpendLimitMiddleware])
+def test_what_guards_takes_a_budget(guard: Any, recording: Recording) -> None:
+    for wrong, said in ((SpendLimit("tokens", 5), "SpendLimit"), (recording(), "StripeMeterCallbackHandler")):
+        with pytest.raises(ConfigurationError, match=f"Budget, not {said}"):
+            guard(wrong)
+
+
+@pytest.mark.parametrize("customer", [5, ["cus_1"], {"id": "cus_1"}])
+def test_a_budget_is_asked_for_a_customer(recording: Recording, customer: Any) -> None:
+    budget = Budget(recording(), SpendLimit("tokens", 5))
+    for ask in (budget.check, budget.remaining, budget.allowances):
+        with pytest.raises(ConfigurationError, match=f"customer.* not {type(customer).__name__}"):
+            ask(customer)
+
+
+def test_an_amount_that_must_be_awaited_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"'tokens'.*async"):
+        SpendLimit("tokens", asynchronous)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("price", [0.002, "cheap", "0", "NaN", True, None])
+def test_a_price_is_exact(tmp_path: Path, price: Any) -> None:
+    with Shop(tmp_path, Tokens("tokens")) as shop:
+        with pytest.raises(ConfigurationError, match="unit_price="):
+            StripeCredit(shop.handler, unit_price=price)
+        StripeCredit(shop.handler, unit_price="0.002")
+
+
+def test_credit_is_asked_with_a_handler() -> None:
+    wrong: Any = SpendLimit("tokens", 5)
+    with pytest.raises(ConfigurationError, match="StripeMeterCallbackHandler first, not SpendLimit"):
+        StripeCredit(wrong, unit_price=1)

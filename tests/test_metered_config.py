@@ -1,0 +1,146 @@
+"""Whom the application passes to ``metered_config`` pays, or the call is refused: nobody rides free over a setting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+
+from langchain_stripe_meter import (
+    StripeMeterCallbackHandler,
+    Tokens,
+    first_of,
+    from_auth_user,
+    from_context,
+    from_lead,
+    from_metadata,
+)
+from langchain_stripe_meter.agents import from_signed_token, metered_config
+from langchain_stripe_meter.core.tenants import Tenant
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.ledger.views import tail
+
+KEY = "stripe_customer_id"
+SECRET = "a-secret-of-more-than-32-bytes-indeed"
+Recording = Callable[..., StripeMeterCallbackHandler]
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> Callable[..., StripeMeterCallbackHandler]:
+    """Makes handlers that only record."""
+
+    def make(customer: Any = None, **options: Any) -> StripeMeterCallbackHandler:
+        ledger = f"sqlite:///{tmp_path}/ledger.db"
+        return StripeMeterCallbackHandler(Tokens("tokens"), customer=customer, ledger=ledger, deliver=False, **options)
+
+    return make
+
+
+class User:
+    """As an application's own user may be."""
+
+    def __init__(self, stripe_customer_id: Any = "cus_1") -> None:
+        self.stripe_customer_id = stripe_customer_id
+
+
+def pays(meter: StripeMeterCallbackHandler, config: Any) -> list[tuple[str, str | None]]:
+    """The state and the payer of what a run with ``config`` records."""
+    answer = AIMessage("Hello!", usage_metadata={"input_tokens": 1, "output_tokens": 1, "total_tokens": 2})
+    GenericFakeChatModel(messages=iter([answer]), disable_streaming=True).invoke("Hello?", config)
+    return [(row.state, row.customer) for row in tail(meter._ledger, 10)]
+
+
+@pytest.mark.parametrize(
+    ("source", "customer"),
+    [
+        (None, "cus_1"),
+        (None, User()),
+        (from_auth_user(KEY), {KEY: "cus_1"}),
+        (from_auth_user("plan_customer"), {"plan_customer": "cus_1"}),
+        (first_of(from_lead(), from_auth_user("other"), from_auth_user(KEY), "cus_2"), "cus_1"),
+        (first_of(from_metadata(KEY), from_signed_token(secret=SECRET), from_auth_user(KEY)), "cus_1"),
+    ],
+)
+def test_whom_the_application_names_pays(source: Any, customer: object, recording: Recording) -> None:
+    with recording(source) as meter:
+        config = metered_config(meter, customer=customer, config={"tags": ["a"], "metadata": {KEY: "cus_evil"}})
+        assert config["tags"] == ["a"]
+        assert pays(meter, config) == [("resolved", "cus_1")]
+
+
+@pytest.mark.parametrize("customer", [None, "", {KEY: None}, User(None), User("")])
+def test_who_has_no_customer_yet_is_skipped_like_a_stranger(customer: object, recording: Recording) -> None:
+    with recording(from_auth_user(KEY)) as meter:
+        assert pays(meter, metered_config(meter, customer=customer)) == [("skipped", None)]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        from_metadata(KEY),
+        from_metadata(KEY, trust_client=True),
+        from_context(KEY),
+        from_lead(),
+        from_signed_token(secret=SECRET),
+        "cus_2",
+        first_of("cus_2", from_auth_user(KEY)),
+        first_of(first_of(from_metadata(KEY), "cus_2"), from_auth_user(KEY)),
+    ],
+)
+def test_a_handler_that_does_not_read_whom_the_application_names_is_refused_at_the_door(
+    source: Any, recording: Recording
+) -> None:
+    with recording(source) as meter:
+        with pytest.raises(ConfigurationError, match=r"customer=from_auth_user\('stripe_customer_id'\)"):
+            metered_config(meter, customer="cus_1", config={})
+        assert metered_config(meter, customer=None)["callbacks"] == [meter]
+
+
+@pytest.mark.parametrize("customer", ["cus_1", {KEY: "cus_1"}, {}, User(), 5, object()])
+def test_a_user_without_the_key_that_the_handler_reads_is_refused_at_the_door(
+    customer: object, recording: Recording
+) -> None:
+    with recording(from_auth_user("x_id")) as meter, pytest.raises(ConfigurationError, match="'x_id'"):
+        metered_config(meter, customer=customer)
+
+
+def test_the_customer_source_of_the_tenant_is_the_one_that_must_read_it(recording: Recording) -> None:
+    def tenant(facts: Any) -> Tenant | None:
+        name = getattr(facts.auth_user, "name", None)
+        return None if name is None else Tenant("acct_1", customer=from_auth_user(name))
+
+    with recording("cus_2", tenant=tenant) as meter:
+        user = User()
+        assert metered_config(meter, customer=user)["callbacks"] == [meter]  # nobody's, by the application's own word
+        user.name = KEY  # type: ignore[attr-defined]
+        assert pays(meter, metered_config(meter, customer=user)) == [("resolved", "cus_1")]
+        user.name = "x_id"  # type: ignore[attr-defined]
+        with pytest.raises(ConfigurationError, match="'x_id'"):
+            metered_config(meter, customer=user)
+
+
+@pytest.mark.parametrize("customer", ["bob@example.com", {KEY: "bob@example.com"}, User("cus_"), User(5)])
+def test_what_is_no_customers_id_is_refused_without_repeating_it(customer: object, recording: Recording) -> None:
+    with recording() as meter, pytest.raises(InvalidValueError, match=r"from_lead\(\)") as caught:
+        metered_config(meter, customer=customer)
+    assert "bob" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"session": 5}, "session=.* int"),
+        ({"config": "x"}, "config=.* str"),
+        ({"config": []}, "config=.* list"),
+        ({"meter": BaseCallbackHandler()}, "BaseCallbackHandler"),
+        ({"meter": None}, "NoneType"),
+    ],
+)
+def test_what_is_no_argument_is_refused_by_name(arguments: dict[str, Any], said: str, recording: Recording) -> None:
+    with recording() as meter, pytest.raises(ConfigurationError, match=said):
+        metered_config(**{"meter": meter, "customer": "cus_1", **arguments})
