@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
@@ -169,12 +170,24 @@ class Recorder:
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
             said = f"{type(error).__name__} at {place_of(error)}"
         if lost:
-            amounts = ", ".join(f"{number_text(amount)} on {name}" for name, amount in amounts_of(lost).items())
+            amounts = _said(amounts_of(lost))
             said = f"{said} Not billed: {amounts}."
             why, known = known, UnrecordedError(f"{known} Not billed: {amounts}.", lost)
             known.__cause__ = why
         logger.error("stripe-meter: a run could not be recorded: %s", said)
         self._tell(known)
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A ledger that cannot be read does not hide what could not be recorded: its ``LedgerError`` says that, too."""
+        try:
+            yield
+        except LedgerError as error:
+            if not self.unrecorded:
+                raise
+            amounts = f": {_said(self.lost)}" if self.lost else ""
+            readings = "1 reading" if self.unrecorded == 1 else f"{self.unrecorded} readings"
+            raise type(error)(f"{error} This handler left {readings} unrecorded{amounts}.") from error
 
     def _tell(self, error: MeteringError) -> None:
         if self.on_error is None:
@@ -341,6 +354,10 @@ def amounts_of(lost: Sequence[Unrecorded]) -> dict[str, Decimal]:
     for one in lost:
         sums[one.event_name] = sums.get(one.event_name, Decimal(0)) + (one.value or 0)
     return sums
+
+
+def _said(amounts: Mapping[str, Decimal]) -> str:
+    return ", ".join(f"{number_text(amount)} on {name}" for name, amount in amounts.items())
 
 
 def _is_known(observed: Observed) -> bool:

@@ -21,7 +21,7 @@ from providers import OpenAIServer, Reply
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError, Unrecorded, UnrecordedError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, Unrecorded, UnrecordedError
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
@@ -155,6 +155,27 @@ def test_a_block_around_a_chain_ends_as_the_chain_did_though_its_ledger_is_broke
             fail_inside(recorder(where))
     assert "closing failed" in caplog.text
     wait_until(lambda: threading.active_count() <= before)
+
+
+@pytest.mark.parametrize("fault", [in_a_missing_folder, corrupt, of_somebody_else])
+def test_what_went_unrecorded_is_told_though_the_ledger_cannot_be_opened(
+    fault: Callable[[Path], Any], path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fault(path) as where:
+        handler = recorder(where)
+        with pytest.raises(LedgerError) as nothing_lost:
+            handler.status()
+        assert "This handler" not in str(nothing_lost.value)
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        for ask in (handler.status, handler.flush):
+            with pytest.raises(type(nothing_lost.value)) as told:
+                ask()
+            assert str(told.value) == f"{nothing_lost.value} This handler left 2 readings unrecorded: 30 on tokens."
+        caplog.clear()
+        assert handler.close() is None
+    (record,) = caplog.records
+    assert record.getMessage() == f"stripe-meter: closing failed: {told.value}"
 
 
 def fail_inside(handler: StripeMeterCallbackHandler) -> None:
