@@ -188,8 +188,8 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     def flush(self, timeout: float = 10.0) -> views.FlushReport:
         """Wait until nothing is pending, at most ``timeout`` seconds, and report. Never raises for Stripe's sake.
 
-        With ``deliver=False`` nothing is sent here, so it reports at once. Raises ``LedgerError`` where the ledger cannot
-        be read; the message also says what went unrecorded.
+        With ``deliver=False`` nothing is sent here, so it reports at once. Raises ``LedgerError`` where the ledger
+        cannot be read; the message also says what went unrecorded.
         """
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)

@@ -16,7 +16,7 @@ from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.recording import entry_of
+from langchain_stripe_meter.recording import Recorder, entry_of
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
@@ -32,6 +32,7 @@ class Operations:
     meters: tuple[Meter, ...]
     _ledger: Ledger
     _courier: Courier | None
+    _recorder: Recorder
     _webhook_secret: str | None
     _on_error: OnError | None
     _stripe_account: str
@@ -149,10 +150,12 @@ class Operations:
         """Store what could not be stored when it was used, as it was: who pays, how much, when.
 
         What the ledger has all the same, because it was stored without our learning of it, is not stored twice.
-        Returns how many readings these were; raises ``LedgerError`` where they still cannot be stored.
+        Returns how many readings the ledger did not have yet; raises ``LedgerError`` where they still cannot be stored.
+        ``status()`` of the handler that told the error counts them as unrecorded no more.
         """
-        self._ledger.record([entry_of(one) for one in error.readings])
-        return self._moved(len(error.readings))
+        new = self._ledger.record_new([entry_of(one) for one in error.readings])
+        self._recorder.mended(error)
+        return self._moved(new)
 
     def retime(self, held: views.Held | Sequence[int], at: datetime | int | None = None) -> int:
         """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).

@@ -9,12 +9,15 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from conftest import wait_until
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
 from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
@@ -25,7 +28,7 @@ from langchain_stripe_meter.errors import ConfigurationError, LedgerError, Meter
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
-from langchain_stripe_meter.recording import entry_of, unrecorded
+from langchain_stripe_meter.recording import entry_of, lost_of
 
 CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
 """What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""
@@ -194,10 +197,82 @@ def test_a_ledger_that_recovers_records_again(
     server.chat().invoke("Hi", paid_by("cus_1", handler))
     status = handler.status()
     assert (status.unrecorded, status.unrecorded_amounts, status.pending) == (1, {"tokens": 15}, 1)
-    for _ in range(2):  # a person stores what is missing; a second time changes nothing
-        assert handler.record_again(pickle.loads(pickle.dumps(told[0]))) == 1
+    for new in (1, 0):  # a person stores what is missing; a second time changes nothing
+        assert handler.record_again(pickle.loads(pickle.dumps(told[0]))) == new
     assert [(row.value, row.customer) for row in tail(handler._ledger)] == [(15, "cus_1"), (15, "cus_1")]
     handler.close()
+
+
+def test_what_is_recorded_again_is_unrecorded_no_more_and_nothing_else(
+    path: Path, server: OpenAIServer, impatient: None
+) -> None:
+    told: list[Any] = []
+    of_another: list[Any] = []
+    with locked_by_another_process(path) as where:
+        handler = recorder(where, on_error=told.append)
+        other = recorder(where, on_error=of_another.append)
+        for each in (handler, handler, other):
+            server.chat().invoke("Hi", paid_by("cus_1", each))
+    for error in (told[0], told[0], of_another[0]):
+        handler.record_again(pickle.loads(pickle.dumps(error)))
+        assert unrecorded(handler) == (1, {"tokens": 15})
+    assert unrecorded(other) == (1, {"tokens": 15})
+    handler.close()
+    other.close()
+
+
+def unrecorded(handler: StripeMeterCallbackHandler) -> tuple[int, Any]:
+    status = handler.status()
+    return status.unrecorded, status.unrecorded_amounts
+
+
+def test_what_is_still_unstorable_stays_unrecorded(path: Path, server: OpenAIServer, impatient: None) -> None:
+    told: list[Any] = []
+    with locked_by_another_process(path) as where:
+        handler = recorder(where, on_error=told.append)
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        with pytest.raises(LedgerError, match="locked"):
+            handler.record_again(told[0])
+        assert unrecorded(handler) == (1, {"tokens": 15})
+    assert handler.record_again(told[0]) == 1
+    assert unrecorded(handler) == (0, {})
+    handler.close()
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with on_error", "without"])
+def test_what_to_do_about_unrecorded_usage_is_told(
+    kept: bool, path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Any] = []
+    with corrupt(path) as where:
+        server.chat().invoke("Hi", paid_by("cus_1", recorder(where, on_error=told.append if kept else None)))
+    next_step = "Keep this error and call meter.record_again(error) once the ledger is mended."
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"]
+    assert all(str(error).endswith(next_step) for error in told)
+    assert len(told) == kept
+    assert line.endswith(next_step if kept else "With on_error=, meter.record_again(error) could store it later.")
+
+
+def test_lost_amounts_are_exact_whatever_the_application_rounds_to(path: Path) -> None:
+    told: list[Any] = []
+    many = 123_456
+    result = LLMResult(generations=[[ChatGeneration(message=AIMessage("", usage_metadata=used(many)))]])
+    with corrupt(path) as where, localcontext(prec=3):
+        handler = recorder(where, customer="cus_1", on_error=told.append)
+        for number in (1, 2):
+            handler.on_chat_model_start({}, [[]], run_id=UUID(int=number))
+            handler.on_llm_end(result, run_id=UUID(int=number))
+        assert handler._recorder.lost == {"tokens": 2 * many}
+    assert f"Not billed: {many} on tokens." in str(told[0])
+
+
+def used(tokens: int) -> Any:
+    return {"input_tokens": tokens - 1, "output_tokens": 1, "total_tokens": tokens}
+
+
+def test_what_was_lost_can_be_put_into_a_set() -> None:
+    one = Unrecorded("run-1", "tokens", Decimal(15), 1_800_000_000, dimensions={"model": "m"})
+    assert len({one, pickle.loads(pickle.dumps(one))}) == 1
 
 
 def test_what_was_stored_without_our_learning_of_it_is_not_stored_again(path: Path, server: OpenAIServer) -> None:
@@ -221,7 +296,7 @@ def test_what_was_stored_without_our_learning_of_it_is_not_stored_again(path: Pa
 def test_what_is_recorded_again_is_what_was_lost(who: dict[str, Any]) -> None:
     same: dict[str, Any] = {"dimensions": {"model": "m"}, "estimated": True, "account": "acct_1Connected"}
     entry = Entry(**{"key": "run-1", "event_name": "tokens", "value": Decimal(15), "at": 1_800_000_000, **same, **who})
-    (lost,) = unrecorded([entry])
+    (lost,) = lost_of([entry])
     assert entry_of(lost) == entry
 
 

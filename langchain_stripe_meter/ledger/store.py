@@ -121,6 +121,12 @@ class Ledger:
         """Store ``entries`` durably, together with those of other threads that are waiting."""
         self._group.submit(entries)
 
+    def record_new(self, entries: Sequence[Entry]) -> int:
+        """As ``record``, all or nothing; returns how many of them the ledger did not have yet."""
+        self.database.reopen_if_moved()
+        with self.database.lane("record").transaction() as connection:
+            return sum(insert_or_ignore(connection, readings, entry.columns()) for entry in entries)
+
     async def arecord(self, entries: Sequence[Entry]) -> None:
         """As ``record``, without blocking the event loop."""
         await self._group.asubmit(entries)
