@@ -138,8 +138,8 @@ class Recorder:
                 return
             entries = self._entries(endings)
             if entries:
-                await self.ledger.arecord(entries)
-        except asyncio.CancelledError:  # the ledger stores it all the same
+                await self.ledger.arecord(entries, partial(self._failed, entries=entries))
+        except asyncio.CancelledError:  # the ledger stores it all the same, or tells that it could not
             self.recorded(entries)
             raise
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering

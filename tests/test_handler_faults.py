@@ -275,6 +275,53 @@ def test_what_was_lost_can_be_put_into_a_set() -> None:
     assert len({one, pickle.loads(pickle.dumps(one))}) == 1
 
 
+@pytest.mark.parametrize("ending", ["while the loop runs", "after the loop has ended"])
+def test_what_could_not_be_stored_after_its_task_was_cancelled_is_told_once(
+    ending: str, path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Any] = []
+    heard = threading.Event()
+
+    def on_error(error: MeteringError) -> None:
+        handler._ledger.wait_for_writes()  # nothing that writers need may be held meanwhile
+        told.append(error)
+        heard.set()
+
+    handler = recorder(path, on_error=on_error)
+    lane = handler._ledger.database.lane("record")
+
+    async def cancel() -> None:
+        task = asyncio.create_task(server.chat().ainvoke("Hi", paid_by("cus_1", handler)))
+        await asyncio.to_thread(wait_until, handler._ledger._group._leader.locked)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}  # LangChain shields its callbacks in a task of their own
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+        assert task.cancelled()
+        if ending == "while the loop runs":
+            lane.lock.release()
+            assert await asyncio.to_thread(heard.wait, 60)
+
+    rename(path, "readings", "away")
+    lane.lock.acquire()
+    asyncio.run(cancel())
+    if ending == "after the loop has ended":
+        lane.lock.release()
+    assert heard.wait(60)
+    (error,) = told
+    assert "no such table" in str(error)
+    assert (handler._recorder.unrecorded, handler._recorder.lost) == (1, {"tokens": 15})
+    assert caplog.text.count("a run could not be recorded") == 1
+    rename(path, "away", "readings")
+    assert handler.record_again(error) == 1
+    handler.close()
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+
 def test_what_was_stored_without_our_learning_of_it_is_not_stored_again(path: Path, server: OpenAIServer) -> None:
     with recorder(path) as handler:
         server.chat().invoke("Hi", paid_by("cus_1", handler))

@@ -127,9 +127,10 @@ class Ledger:
         with self.database.lane("record").transaction() as connection:
             return sum(insert_or_ignore(connection, readings, entry.columns()) for entry in entries)
 
-    async def arecord(self, entries: Sequence[Entry]) -> None:
-        """As ``record``, without blocking the event loop."""
-        await self._group.asubmit(entries)
+    async def arecord(self, entries: Sequence[Entry], on_failure: Callable[[Exception], None] | None = None) -> None:
+        """As ``record``, without blocking the event loop. ``on_failure`` is called where they could not be stored after
+        the caller was cancelled."""
+        await self._group.asubmit(entries, on_failure)
 
     def wait_for_writes(self) -> None:
         """Return when everything that was handed over before is durable, also for tasks that no longer wait."""
