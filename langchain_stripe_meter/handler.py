@@ -277,9 +277,13 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         at most ``timeout`` seconds, without blocking the loop; and what an earlier process left, when it starts. An
         application with a lifespan of its own writes ``async with meter.lifespan(app):`` around its ``yield``.
 
-        It refuses to start (``ConfigurationError``) on meters that cannot bill what they are sent, as ``check`` says,
-        unless ``check=False``. Where Stripe does not say so within seconds, that is logged, and the application starts.
+        It refuses to start on a ledger that cannot be opened (``LedgerError``), and on meters that cannot bill what
+        they are sent (``ConfigurationError``), as ``check`` says; with ``deliver=False`` or ``tenant=``, meters are not
+        looked at. Where Stripe does not answer within seconds, that is logged, and the application starts. With
+        ``check=False`` it starts in any case: ``lifespan=functools.partial(meter.lifespan, check=False)``.
         """
+        if check:
+            await asyncio.to_thread(self._check_ledger)
         if check and self._courier is not None and not self._has_tenants:
             await self._check_at_start()
         if self._courier is not None:

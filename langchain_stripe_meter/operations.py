@@ -83,12 +83,15 @@ class Operations:
         return self._moved(views.retry(self._ledger))
 
     def check(self, stripe_account: str | None = None) -> None:
-        """Ask Stripe whether the handler's meters can bill what they are sent; silent if so. ``lifespan`` does it too.
+        """Open the ledger, and ask Stripe whether the handler's meters can bill what they are sent; silent if so.
+        ``lifespan`` does it too.
 
         ``stripe_account`` is the connected account to look at, by default the handler's; with ``tenant=``, name one.
-        Raises ``ConfigurationError``, which names each meter that is not there, inactive, or does not sum up, and what
-        to do, and ``StripeError`` where Stripe does not say.
+        Raises ``LedgerError`` where the ledger cannot be used; ``ConfigurationError``, which names each meter that is
+        not there, inactive, or does not sum up, and what to do; and ``StripeError`` where Stripe does not say. With
+        ``deliver=False``, Stripe cannot be asked: that is a ``ConfigurationError``, too.
         """
+        self._check_ledger()
         gateway = self._gateway("check()")
         if stripe_account is None and self._has_tenants:
             raise ConfigurationError("check() needs stripe_account=: with tenant=, each account has its own meters.")
@@ -96,6 +99,10 @@ class Operations:
 
         account = self._stripe_account if stripe_account is None else check_account(stripe_account)
         check_meters(gateway, {meter.event_name: dimensions_of(meter) for meter in self.meters}, account)
+
+    def _check_ledger(self) -> None:
+        with self._ledger.read() as connection:
+            views.pending(connection)  # opening is not enough: its tables may be gone
 
     def verify(self, since: datetime | int = 0) -> Verification:
         """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.
