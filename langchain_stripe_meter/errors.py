@@ -65,18 +65,20 @@ class Unrecorded:
     at: int
     stripe_account: str = ""
     customer: str | None = field(default=None, repr=False)
-    dimensions: Mapping[str, str] = field(default_factory=dict)
+    dimensions: Mapping[str, str] = field(default_factory=dict, hash=False)
     estimated: bool = False
     reason: str | None = None
 
 
 class UnrecordedError(LedgerError):
     """Usage could not be stored; the message says how much on each meter, ``readings`` when and whose, and
-    ``__cause__`` is why. ``meter.record_again(error)`` stores it once that is mended."""
+    ``__cause__`` is why. ``meter.record_again(error)`` stores it once that is mended. ``name`` tells the handler that
+    it is one of its own, and which."""
 
-    def __init__(self, message: str, readings: Sequence[Unrecorded] = ()) -> None:
-        super().__init__(message, readings)  # as they are, so that it can be pickled
+    def __init__(self, message: str, readings: Sequence[Unrecorded] = (), name: str = "") -> None:
+        super().__init__(message, readings, name)  # as they are, so that it can be pickled
         self.readings = tuple(readings)
+        self.name = name
 
     def __str__(self) -> str:
         return str(self.args[0])

@@ -193,18 +193,20 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     def flush(self, timeout: float = 10.0) -> views.FlushReport:
         """Wait until nothing is pending, at most ``timeout`` seconds, and report. Never raises for Stripe's sake.
 
-        With ``deliver=False`` nothing is sent here, so it reports at once.
+        With ``deliver=False`` nothing is sent here, so it reports at once. Raises ``LedgerError`` where the ledger
+        cannot be read; the message also says what went unrecorded.
         """
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
-        self._ledger.wait_for_writes()
-        while self._courier is not None and self._is_pending(deadline - time.monotonic()):
-            self._courier.wake()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
-            time.sleep(min(0.02, left))
-        return self._report()
+        with self._recorder.telling():
+            self._ledger.wait_for_writes()
+            while self._courier is not None and self._is_pending(deadline - time.monotonic()):
+                self._courier.wake()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    break
+                time.sleep(min(0.02, left))
+            return self._report()
 
     async def aflush(self, timeout: float = 10.0) -> views.FlushReport:
         """As ``flush``, without blocking the event loop."""
@@ -236,24 +238,37 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         )
 
     def status(self) -> views.Status:
-        """Counts and ages: the ledger as it stands, and this handler's open, abandoned and unrecorded runs."""
+        """Counts and ages: the ledger as it stands, and this handler's open, abandoned and unrecorded runs.
+
+        Raises ``LedgerError`` where the ledger cannot be read: its counts are unknown then, not zero. The message also
+        says how many readings went unrecorded, and what they come to on each meter.
+        """
         self._recorder.settle(self._sweep)
         with self._lock:
             open_runs, abandoned = len(self._runs), self._runs.abandoned
-        return replace(
-            views.status(self._ledger),
-            open_runs=open_runs,
-            abandoned=abandoned,
-            unrecorded=self._recorder.unrecorded,
-            unrecorded_amounts=dict(self._recorder.lost),
-            alarms=self._ages.standing(),
-        )
+        with self._recorder.telling():
+            return replace(
+                views.status(self._ledger),
+                open_runs=open_runs,
+                abandoned=abandoned,
+                unrecorded=self._recorder.unrecorded,
+                unrecorded_amounts=dict(self._recorder.lost),
+                alarms=self._ages.standing(),
+            )
 
-    def close(self, timeout: float = 10.0) -> views.FlushReport:
+    def close(self, timeout: float = 10.0) -> views.FlushReport | None:
         """Deliver what is pending, at most ``timeout`` seconds, then let go of threads and connections.
 
-        What was not delivered stays in the ledger, and is sent after the next start.
+        What was not delivered stays in the ledger, and is sent after the next start. Where the ledger cannot be read,
+        this is logged and nothing is raised: what a script did matters more. There is no report then (None).
         """
+        try:
+            return self._close(timeout)
+        except MeteringError as error:
+            logger.error("stripe-meter: closing failed: %s", error)
+            return None
+
+    def _close(self, timeout: float) -> views.FlushReport:
         deadline = time.monotonic() + timeout
         with ExitStack() as stack:
             stack.callback(self._ledger.close)
@@ -274,9 +289,13 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         at most ``timeout`` seconds, without blocking the loop; and what an earlier process left, when it starts. An
         application with a lifespan of its own writes ``async with meter.lifespan(app):`` around its ``yield``.
 
-        It refuses to start (``ConfigurationError``) on meters that cannot bill what they are sent, as ``check`` says,
-        unless ``check=False``. Where Stripe does not say so within seconds, that is logged, and the application starts.
+        It refuses to start on a ledger that cannot be opened (``LedgerError``), and on meters that cannot bill what
+        they are sent (``ConfigurationError``), as ``check`` says; with ``deliver=False`` or ``tenant=``, meters are not
+        looked at. Where Stripe does not answer within seconds, that is logged, and the application starts. With
+        ``check=False`` it starts in any case: ``lifespan=functools.partial(meter.lifespan, check=False)``.
         """
+        if check:
+            await asyncio.to_thread(self._check_ledger)
         if check and self._courier is not None and not self._has_tenants:
             await self._check_at_start()
         if self._courier is not None:
@@ -284,10 +303,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         try:
             yield
         finally:
-            try:
-                await asyncio.to_thread(self.close, timeout)
-            except MeteringError as error:  # the others must shut down too, and the ledger keeps what is pending
-                logger.error("stripe-meter: closing failed: %s", error)
+            await asyncio.to_thread(self.close, timeout)
 
     async def _check_at_start(self) -> None:
         try:
@@ -303,10 +319,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        try:
-            self.close()
-        except MeteringError as error:  # what the block did matters more, and what it recorded is still in the ledger
-            logger.error("stripe-meter: closing failed: %s", error)
+        self.close()
 
 
 def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> CustomerSource:

@@ -17,7 +17,7 @@ from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.recording import entry_of
+from langchain_stripe_meter.recording import Recorder, entry_of
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
@@ -33,6 +33,7 @@ class Operations:
     meters: tuple[Meter, ...]
     _ledger: Ledger
     _courier: Courier | None
+    _recorder: Recorder
     _webhook_secret: str | None
     _on_error: OnError | None
     _stripe_account: str
@@ -83,12 +84,15 @@ class Operations:
         return self._moved(views.retry(self._ledger))
 
     def check(self, stripe_account: str | None = None) -> None:
-        """Ask Stripe whether the handler's meters can bill what they are sent; silent if so. ``lifespan`` does it too.
+        """Open the ledger, and ask Stripe whether the handler's meters can bill what they are sent; silent if so.
+        ``lifespan`` does it too.
 
         ``stripe_account`` is the connected account to look at, by default the handler's; with ``tenant=``, name one.
-        Raises ``ConfigurationError``, which names each meter that is not there, inactive, or does not sum up, and what
-        to do, and ``StripeError`` where Stripe does not say.
+        Raises ``LedgerError`` where the ledger cannot be used; ``ConfigurationError``, which names each meter that is
+        not there, inactive, or does not sum up, and what to do; and ``StripeError`` where Stripe does not say. With
+        ``deliver=False``, Stripe cannot be asked: that is a ``ConfigurationError``, too.
         """
+        self._check_ledger()
         gateway = self._gateway("check()")
         if stripe_account is None and self._has_tenants:
             raise ConfigurationError("check() needs stripe_account=: with tenant=, each account has its own meters.")
@@ -96,6 +100,10 @@ class Operations:
 
         account = self._stripe_account if stripe_account is None else check_account(stripe_account)
         check_meters(gateway, {meter.event_name: dimensions_of(meter) for meter in self.meters}, account)
+
+    def _check_ledger(self) -> None:
+        with self._ledger.read() as connection:
+            views.pending(connection)  # opening is not enough: its tables may be gone
 
     def verify(self, since: datetime | int = 0) -> Verification:
         """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.
@@ -150,10 +158,12 @@ class Operations:
         """Store what could not be stored when it was used, as it was: who pays, how much, when.
 
         What the ledger has all the same, because it was stored without our learning of it, is not stored twice.
-        Returns how many readings these were; raises ``LedgerError`` where they still cannot be stored.
+        Returns how many readings the ledger did not have yet; raises ``LedgerError`` where they still cannot be stored.
+        ``status()`` of the handler that told the error counts them as unrecorded no more.
         """
-        self._ledger.record([entry_of(one) for one in error.readings])
-        return self._moved(len(error.readings))
+        new = self._ledger.record_new([entry_of(one) for one in error.readings])
+        self._recorder.mended(error)
+        return self._moved(new)
 
     def retime(self, held: views.Held | Sequence[int], at: datetime | int | None = None) -> int:
         """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).

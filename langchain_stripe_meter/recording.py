@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from decimal import Decimal
+from decimal import Context, Decimal
 from functools import partial
 from typing import Any, Literal
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier, number_text
@@ -41,6 +42,11 @@ from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
 
 logger = logging.getLogger("langchain_stripe_meter")
+
+_EXACT = Context(prec=250)
+"""Sums must not go by how the application rounds its decimals."""
+_NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
+_WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
 
 OnMissingUsage = Literal["estimate", "hold", "ignore"]
 
@@ -84,6 +90,9 @@ class Recorder:
     skipped: int = 0
     unrecorded: int = 0
     lost: dict[str, Decimal] = field(default_factory=dict)
+    _name: str = field(init=False, default_factory=lambda: uuid4().hex)
+    _failures: int = field(init=False, default=0)
+    _mended: set[str] = field(init=False, default_factory=set)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
     _tenant_of_all: Tenant | None = field(init=False)
@@ -129,8 +138,8 @@ class Recorder:
                 return
             entries = self._entries(endings)
             if entries:
-                await self.ledger.arecord(entries)
-        except asyncio.CancelledError:  # the ledger stores it all the same
+                await self.ledger.arecord(entries, partial(self._failed, entries=entries))
+        except asyncio.CancelledError:  # the ledger stores it all the same, or tells that it could not
             self.recorded(entries)
             raise
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
@@ -158,23 +167,52 @@ class Recorder:
             self.courier.wake()
 
     def _failed(self, error: Exception, entries: Sequence[Entry]) -> None:
-        lost = unrecorded(entries)
+        lost = lost_of(entries)
         with self._lock:
             self.unrecorded += max(len(entries), 1)
+            self._failures += 1
+            name = f"{self._name}:{self._failures}"
             for event_name, amount in amounts_of(lost).items():
-                self.lost[event_name] = self.lost.get(event_name, Decimal(0)) + amount
+                self.lost[event_name] = _EXACT.add(self.lost.get(event_name, Decimal(0)), amount)
         if isinstance(error, MeteringError):
             known, said = error, str(error)
         else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
             said = f"{type(error).__name__} at {place_of(error)}"
         if lost:
-            amounts = ", ".join(f"{number_text(amount)} on {name}" for name, amount in amounts_of(lost).items())
-            said = f"{said} Not billed: {amounts}."
-            why, known = known, UnrecordedError(f"{known} Not billed: {amounts}.", lost)
+            amounts = _said(amounts_of(lost))
+            said = f"{said} Not billed: {amounts}. {_WITHOUT_ON_ERROR if self.on_error is None else _NEXT_STEP}"
+            why, known = known, UnrecordedError(f"{known} Not billed: {amounts}. {_NEXT_STEP}", lost, name)
             known.__cause__ = why
         logger.error("stripe-meter: a run could not be recorded: %s", said)
         self._tell(known)
+
+    def mended(self, error: UnrecordedError) -> None:
+        """What ``error`` tells of is stored now, so this recorder, if the error is its own, counts it no more.
+
+        The same error counts once, also as a copy: its ``name`` was pickled with it.
+        """
+        with self._lock:
+            if not error.name.startswith(f"{self._name}:") or error.name in self._mended:
+                return
+            self._mended.add(error.name)
+            self.unrecorded -= len(error.readings)
+            for event_name, amount in amounts_of(error.readings).items():
+                left = _EXACT.subtract(self.lost.pop(event_name, Decimal(0)), amount)
+                if left:
+                    self.lost[event_name] = left
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """A ledger that cannot be read does not hide what could not be recorded: its ``LedgerError`` says that, too."""
+        try:
+            yield
+        except LedgerError as error:
+            if not self.unrecorded:
+                raise
+            amounts = f": {_said(self.lost)}" if self.lost else ""
+            readings = "1 reading" if self.unrecorded == 1 else f"{self.unrecorded} readings"
+            raise type(error)(f"{error} This handler left {readings} unrecorded{amounts}.") from error
 
     def _tell(self, error: MeteringError) -> None:
         if self.on_error is None:
@@ -317,7 +355,7 @@ class Recorder:
             )
 
 
-def unrecorded(entries: Sequence[Entry]) -> list[Unrecorded]:
+def lost_of(entries: Sequence[Entry]) -> list[Unrecorded]:
     """What somebody was to pay of entries that no ledger has."""
     return [
         Unrecorded(
@@ -352,8 +390,12 @@ def amounts_of(lost: Sequence[Unrecorded]) -> dict[str, Decimal]:
     """By meter, what they come to; an unknown amount counts as nothing."""
     sums: dict[str, Decimal] = {}
     for one in lost:
-        sums[one.event_name] = sums.get(one.event_name, Decimal(0)) + (one.value or 0)
+        sums[one.event_name] = _EXACT.add(sums.get(one.event_name, Decimal(0)), one.value or Decimal(0))
     return sums
+
+
+def _said(amounts: Mapping[str, Decimal]) -> str:
+    return ", ".join(f"{number_text(amount)} on {name}" for name, amount in amounts.items())
 
 
 def _is_known(observed: Observed) -> bool:

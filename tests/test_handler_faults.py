@@ -9,23 +9,26 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from conftest import wait_until
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatGeneration, LLMResult
 from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError, Unrecorded, UnrecordedError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, Unrecorded, UnrecordedError
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
-from langchain_stripe_meter.recording import entry_of, unrecorded
+from langchain_stripe_meter.recording import entry_of, lost_of
 
 CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
 """What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""
@@ -157,6 +160,27 @@ def test_a_block_around_a_chain_ends_as_the_chain_did_though_its_ledger_is_broke
     wait_until(lambda: threading.active_count() <= before)
 
 
+@pytest.mark.parametrize("fault", [in_a_missing_folder, corrupt, of_somebody_else])
+def test_what_went_unrecorded_is_told_though_the_ledger_cannot_be_opened(
+    fault: Callable[[Path], Any], path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with fault(path) as where:
+        handler = recorder(where)
+        with pytest.raises(LedgerError) as nothing_lost:
+            handler.status()
+        assert "This handler" not in str(nothing_lost.value)
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        for ask in (handler.status, handler.flush):
+            with pytest.raises(type(nothing_lost.value)) as told:
+                ask()
+            assert str(told.value) == f"{nothing_lost.value} This handler left 2 readings unrecorded: 30 on tokens."
+        caplog.clear()
+        assert handler.close() is None
+    (record,) = caplog.records
+    assert record.getMessage() == f"stripe-meter: closing failed: {told.value}"
+
+
 def fail_inside(handler: StripeMeterCallbackHandler) -> None:
     with handler:
         raise ValueError("of the block")
@@ -173,10 +197,129 @@ def test_a_ledger_that_recovers_records_again(
     server.chat().invoke("Hi", paid_by("cus_1", handler))
     status = handler.status()
     assert (status.unrecorded, status.unrecorded_amounts, status.pending) == (1, {"tokens": 15}, 1)
-    for _ in range(2):  # a person stores what is missing; a second time changes nothing
-        assert handler.record_again(pickle.loads(pickle.dumps(told[0]))) == 1
+    for new in (1, 0):  # a person stores what is missing; a second time changes nothing
+        assert handler.record_again(pickle.loads(pickle.dumps(told[0]))) == new
     assert [(row.value, row.customer) for row in tail(handler._ledger)] == [(15, "cus_1"), (15, "cus_1")]
     handler.close()
+
+
+def test_what_is_recorded_again_is_unrecorded_no_more_and_nothing_else(
+    path: Path, server: OpenAIServer, impatient: None
+) -> None:
+    told: list[Any] = []
+    of_another: list[Any] = []
+    with locked_by_another_process(path) as where:
+        handler = recorder(where, on_error=told.append)
+        other = recorder(where, on_error=of_another.append)
+        for each in (handler, handler, other):
+            server.chat().invoke("Hi", paid_by("cus_1", each))
+    for error in (told[0], told[0], of_another[0]):
+        handler.record_again(pickle.loads(pickle.dumps(error)))
+        assert unrecorded(handler) == (1, {"tokens": 15})
+    assert unrecorded(other) == (1, {"tokens": 15})
+    handler.close()
+    other.close()
+
+
+def unrecorded(handler: StripeMeterCallbackHandler) -> tuple[int, Any]:
+    status = handler.status()
+    return status.unrecorded, status.unrecorded_amounts
+
+
+def test_what_is_still_unstorable_stays_unrecorded(path: Path, server: OpenAIServer, impatient: None) -> None:
+    told: list[Any] = []
+    with locked_by_another_process(path) as where:
+        handler = recorder(where, on_error=told.append)
+        server.chat().invoke("Hi", paid_by("cus_1", handler))
+        with pytest.raises(LedgerError, match="locked"):
+            handler.record_again(told[0])
+        assert unrecorded(handler) == (1, {"tokens": 15})
+    assert handler.record_again(told[0]) == 1
+    assert unrecorded(handler) == (0, {})
+    handler.close()
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["with on_error", "without"])
+def test_what_to_do_about_unrecorded_usage_is_told(
+    kept: bool, path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Any] = []
+    with corrupt(path) as where:
+        server.chat().invoke("Hi", paid_by("cus_1", recorder(where, on_error=told.append if kept else None)))
+    next_step = "Keep this error and call meter.record_again(error) once the ledger is mended."
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"]
+    assert all(str(error).endswith(next_step) for error in told)
+    assert len(told) == kept
+    assert line.endswith(next_step if kept else "With on_error=, meter.record_again(error) could store it later.")
+
+
+def test_lost_amounts_are_exact_whatever_the_application_rounds_to(path: Path) -> None:
+    told: list[Any] = []
+    many = 123_456
+    result = LLMResult(generations=[[ChatGeneration(message=AIMessage("", usage_metadata=used(many)))]])
+    with corrupt(path) as where, localcontext(prec=3):
+        handler = recorder(where, customer="cus_1", on_error=told.append)
+        for number in (1, 2):
+            handler.on_chat_model_start({}, [[]], run_id=UUID(int=number))
+            handler.on_llm_end(result, run_id=UUID(int=number))
+        assert handler._recorder.lost == {"tokens": 2 * many}
+    assert f"Not billed: {many} on tokens." in str(told[0])
+
+
+def used(tokens: int) -> Any:
+    return {"input_tokens": tokens - 1, "output_tokens": 1, "total_tokens": tokens}
+
+
+def test_what_was_lost_can_be_put_into_a_set() -> None:
+    one = Unrecorded("run-1", "tokens", Decimal(15), 1_800_000_000, dimensions={"model": "m"})
+    assert len({one, pickle.loads(pickle.dumps(one))}) == 1
+
+
+@pytest.mark.parametrize("ending", ["while the loop runs", "after the loop has ended"])
+def test_what_could_not_be_stored_after_its_task_was_cancelled_is_told_once(
+    ending: str, path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Any] = []
+    heard = threading.Event()
+
+    def on_error(error: MeteringError) -> None:
+        handler._ledger.wait_for_writes()  # nothing that writers need may be held meanwhile
+        told.append(error)
+        heard.set()
+
+    handler = recorder(path, on_error=on_error)
+    lane = handler._ledger.database.lane("record")
+
+    async def cancel() -> None:
+        task = asyncio.create_task(server.chat().ainvoke("Hi", paid_by("cus_1", handler)))
+        await asyncio.to_thread(wait_until, handler._ledger._group._leader.locked)
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}  # LangChain shields its callbacks in a task of their own
+        for each in tasks:
+            each.cancel()
+        await asyncio.wait(tasks)
+        assert task.cancelled()
+        if ending == "while the loop runs":
+            lane.lock.release()
+            assert await asyncio.to_thread(heard.wait, 60)
+
+    rename(path, "readings", "away")
+    lane.lock.acquire()
+    asyncio.run(cancel())
+    if ending == "after the loop has ended":
+        lane.lock.release()
+    assert heard.wait(60)
+    (error,) = told
+    assert "no such table" in str(error)
+    assert (handler._recorder.unrecorded, handler._recorder.lost) == (1, {"tokens": 15})
+    assert caplog.text.count("a run could not be recorded") == 1
+    rename(path, "away", "readings")
+    assert handler.record_again(error) == 1
+    handler.close()
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"ALTER TABLE {old} RENAME TO {new}")
 
 
 def test_what_was_stored_without_our_learning_of_it_is_not_stored_again(path: Path, server: OpenAIServer) -> None:
@@ -200,7 +343,7 @@ def test_what_was_stored_without_our_learning_of_it_is_not_stored_again(path: Pa
 def test_what_is_recorded_again_is_what_was_lost(who: dict[str, Any]) -> None:
     same: dict[str, Any] = {"dimensions": {"model": "m"}, "estimated": True, "account": "acct_1Connected"}
     entry = Entry(**{"key": "run-1", "event_name": "tokens", "value": Decimal(15), "at": 1_800_000_000, **same, **who})
-    (lost,) = unrecorded([entry])
+    (lost,) = lost_of([entry])
     assert entry_of(lost) == entry
 
 

@@ -7,6 +7,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import pytest
 from conftest import wait_until
 from metering import Shop
 from serving import uvicorn
+from starlette.applications import Starlette
 
 from langchain_stripe_meter import Tokens
+from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.sandbox import StripeSandbox, hang
 
 HEAD = """
@@ -178,6 +181,28 @@ def test_a_handler_that_only_records_has_a_lifespan_too(tmp_path: Path, shop: Sh
             pass
 
     asyncio.run(serve())
+
+
+@pytest.mark.parametrize("deliver", [True, False], ids=["delivers", "only records"])
+def test_a_server_does_not_start_on_a_ledger_that_cannot_be_opened_unless_it_is_told_to(
+    shop: Shop, tmp_path: Path, deliver: bool
+) -> None:
+    (tmp_path / "junk.db").write_bytes(b"this is no database at all" * 100)
+    handler = shop.another_handler(ledger=f"sqlite:///{tmp_path}/junk.db", deliver=deliver)
+    served = []
+
+    async def serve(lifespan: Any) -> None:
+        app = Starlette(lifespan=lifespan)
+        async with app.router.lifespan_context(app):
+            served.append(lifespan)
+
+    with pytest.raises(LedgerError, match=r"no SQLite database; .*\. Restore a backup"):
+        asyncio.run(serve(handler.lifespan))
+    with pytest.raises(LedgerError, match="no SQLite database"):
+        handler.check()
+    assert not served
+    asyncio.run(serve(partial(handler.lifespan, check=False)))
+    assert len(served) == 1
 
 
 def test_a_ledger_that_cannot_be_read_at_the_end_does_not_keep_the_server_from_stopping(

@@ -12,6 +12,7 @@ import requests
 import stripe
 from sandbox_client import client_of, refusal, send, setting, words
 
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.sandbox import (
     StripeSandbox,
@@ -28,6 +29,7 @@ from langchain_stripe_meter.sandbox import (
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 
 @pytest.fixture
@@ -315,6 +317,23 @@ def test_the_fixture_points_the_environment_at_a_running_sandbox(
     assert os.environ["STRIPE_METER_API_BASE"] == stripe_sandbox.url
     client = client_of(stripe_sandbox, os.environ["STRIPE_API_KEY"])
     assert client.v1.accounts.retrieve_current().id == stripe_sandbox.account_id
+
+
+def test_the_fixture_keeps_the_ledger_of_the_folder_out_of_the_test(
+    stripe_sandbox: StripeSandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    stripe_sandbox.create_meter("tokens")
+    stripe_sandbox.create_customer(id="cus_1")
+    with StripeMeterCallbackHandler(Tokens("tokens"), ledger="sqlite:///stripe_meter.db", deliver=False) as real:
+        real.record_usage({"input_tokens": 5}, id="a real run", customer="cus_1")
+    with StripeMeterCallbackHandler(Tokens("tokens")) as tested:
+        tested.record_usage({"input_tokens": 2}, id="the test's", customer="cus_1")
+    assert stripe_sandbox.billed("tokens", "cus_1") == 2
+    assert real.status().pending == 1
+    real.close()
 
 
 def test_a_request_that_is_no_http_api_call_is_closed_or_refused(sandbox: StripeSandbox) -> None:

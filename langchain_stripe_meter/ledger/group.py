@@ -18,13 +18,20 @@ T = TypeVar("T")
 class _Job(Generic[T]):
     """What one caller wants written, and what became of it."""
 
-    __slots__ = ("done", "error", "items", "waiter")
+    __slots__ = ("done", "error", "items", "left", "on_failure", "waiter")
 
-    def __init__(self, items: Sequence[T], waiter: asyncio.Future[None] | None = None) -> None:
+    def __init__(
+        self,
+        items: Sequence[T],
+        waiter: asyncio.Future[None] | None = None,
+        on_failure: Callable[[Exception], None] | None = None,
+    ) -> None:
         self.items = items
         self.waiter = waiter
+        self.on_failure = on_failure
+        self.left = False
         self.done = False
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
 
 class GroupCommit(Generic[T]):
@@ -45,6 +52,7 @@ class GroupCommit(Generic[T]):
         """What waits belongs to the parent's threads, and the helper is gone."""
         self._jobs: deque[_Job[T]] = deque()
         self._leader = threading.Lock()
+        self._telling = threading.Lock()
         self._helper: threading.Thread | None = None
         self._bell: SimpleQueue[bool] = SimpleQueue()
         self._rung = False
@@ -60,19 +68,41 @@ class GroupCommit(Generic[T]):
         job = _Job(items)
         self._jobs.append(job)
         while not job.done:
+            written: Sequence[_Job[T]] = ()
             with self._leader:
                 if not job.done:
-                    self._write_batch()
+                    written = self._write_batch()
+            self._tell(written)
         if job.error is not None:
             raise job.error
 
-    async def asubmit(self, items: Sequence[T]) -> None:
-        """As ``submit``, for a coroutine."""
-        job = _Job(items, asyncio.get_running_loop().create_future())
+    async def asubmit(self, items: Sequence[T], on_failure: Callable[[Exception], None] | None = None) -> None:
+        """As ``submit``, for a coroutine. One that is cancelled leaves its items to be written all the same; where
+        that fails, ``on_failure`` is called instead of raising, on whichever thread finds out."""
+        waiter = asyncio.get_running_loop().create_future()
+        job = _Job(items, waiter, on_failure)
         self._jobs.append(job)
         self._wake_helper()
-        assert job.waiter is not None  # noqa: S101 - made above
-        await job.waiter
+        try:
+            await waiter
+        except (asyncio.CancelledError, GeneratorExit):  # the latter where the loop ended without cancelling its tasks
+            if waiter.done() and not waiter.cancelled():
+                waiter.exception()  # told below, and asyncio shall not complain that nobody asked
+            job.left = True
+            self._tell([job])
+            raise
+
+    def _tell(self, jobs: Sequence[_Job[T]]) -> None:
+        """Tell, once, of what failed while nobody waited for it. The caller holds no lock: it may come back to us."""
+        for job in jobs:
+            if job.error is None:
+                continue
+            with self._telling:
+                tell = job.on_failure if job.left and job.done else None
+                if tell is not None:
+                    job.on_failure = None
+            if tell is not None:
+                tell(job.error)
 
     def _wake_helper(self) -> None:
         """Ring once; whoever comes before the helper has looked relies on the same ring."""
@@ -106,9 +136,10 @@ class GroupCommit(Generic[T]):
     def _drain(self) -> None:
         while self._jobs:
             with self._leader:
-                self._write_batch()
+                written = self._write_batch()
+            self._tell(written)
 
-    def _write_batch(self) -> None:
+    def _write_batch(self) -> Sequence[_Job[T]]:
         jobs: list[_Job[T]] = []
         try:
             self._take(jobs)
@@ -119,6 +150,7 @@ class GroupCommit(Generic[T]):
             self._wake_helper()
             raise
         self._report(jobs)
+        return jobs
 
     def _take(self, jobs: list[_Job[T]]) -> None:
         size = 0
@@ -148,8 +180,9 @@ class GroupCommit(Generic[T]):
         for loop, theirs in by_loop.items():
             try:
                 loop.call_soon_threadsafe(_wake, theirs)
-            except RuntimeError:  # the loop was closed meanwhile: what it waited for is durable all the same
-                continue
+            except RuntimeError:  # the loop was closed meanwhile
+                for job in theirs:
+                    job.left = True
 
 
 def _wake(jobs: list[_Job[T]]) -> None:

@@ -122,9 +122,16 @@ class Ledger:
         """Store ``entries`` durably, together with those of other threads that are waiting."""
         self._group.submit(entries)
 
-    async def arecord(self, entries: Sequence[Entry]) -> None:
-        """As ``record``, without blocking the event loop."""
-        await self._group.asubmit(entries)
+    def record_new(self, entries: Sequence[Entry]) -> int:
+        """As ``record``, all or nothing; returns how many of them the ledger did not have yet."""
+        self.database.reopen_if_moved()
+        with self.database.lane("record").transaction() as connection:
+            return sum(insert_or_ignore(connection, readings, entry.columns()) for entry in entries)
+
+    async def arecord(self, entries: Sequence[Entry], on_failure: Callable[[Exception], None] | None = None) -> None:
+        """As ``record``, without blocking the event loop. ``on_failure`` is called where they could not be stored after
+        the caller was cancelled."""
+        await self._group.asubmit(entries, on_failure)
 
     def wait_for_writes(self) -> None:
         """Return when everything that was handed over before is durable, also for tasks that no longer wait."""

@@ -52,12 +52,12 @@ class FlushReport(NotebookTable):
 class Status(NotebookTable):
     """The ledger as it stands: counts, and the age of the oldest pending usage in seconds.
 
-    ``open_runs``, ``abandoned`` (runs that never said they ended), ``unrecorded`` (readings that could not be stored)
-    and ``unrecorded_amounts`` (what these come to, by meter) are those of this handler; ``paused`` says why nothing is
-    sent. ``ahead`` counts usage that is dated more than five minutes ahead, and waits until Stripe takes it; ``alarms``
-    says what grows too old; ``restored`` when and why the ledger was taken for one that came back from a backup;
-    ``clock`` how wrong the clock of a machine that delivers is.
-    ``pruned`` readings are in none of the counts.
+    ``open_runs``, ``abandoned`` (runs that never said they ended), ``unrecorded`` (readings that could not be stored,
+    and were not recorded again) and ``unrecorded_amounts`` (what these come to, by meter) are those of this handler;
+    ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five minutes ahead, and waits
+    until Stripe takes it; ``alarms`` says what grows too old; ``restored`` when and why the ledger was taken for one
+    that came back from a backup; ``clock`` how wrong the clock of a machine that delivers is. ``pruned`` readings are
+    in none of the counts.
     """
 
     delivered: int
