@@ -39,7 +39,7 @@ def deliver(
 ) -> None:
     """Send what is recorded, until Ctrl-C or SIGTERM.
 
-    What was held because of its meter is looked at again at once; what else is held, when it is due.
+    With --once, what was held because of its meter is looked at again at once; what else is held, when it is due.
     Exit code 1 if something is left to be sent, was rejected, or could not be looked at.
     """
     with clear_errors(), until_stopped() as stopping, _ledger(ledger, once=once) as opened, open_gateway() as gateway:
