@@ -245,6 +245,42 @@ def test_what_cannot_be_retimed_is_refused_by_name_and_then_nothing_is(books: Bo
     assert acts.retime(books.ledger, [old]) == 1
 
 
+def test_what_is_not_held_cannot_be_assigned_and_then_nothing_is(books: Books) -> None:
+    held = too_old(books, "held-1", "held-2")
+    books.deliver("sent")
+    sent = held[-1] + 1
+    refused(
+        books, IllegalMoveError, rf"reading {sent} \(sent\) is sealed, not held", views.assign, [*held, sent], "cus_2"
+    )
+    refused(books, ConfigurationError, "no reading 999", views.assign, [*held, 999], "cus_2")
+    assert views.assign(books.ledger, [*held, held[0]], "cus_2") == 2
+
+
+def test_what_a_wrong_meter_held_is_looked_at_again_and_what_stripe_refused_when_it_is_due(books: Books) -> None:
+    later = books.ledger.now() + 60
+    why = {
+        "meter": ("no such meter", later),
+        "gone": ("HTTP 400: No such customer", later),
+        "due": ("HTTP 400", later - 60),
+    }
+    why["decided"] = ("older than 34 days", None)
+    too_old(books, *why, state=ReadingState.HELD)
+    with books.ledger.deliver_lane().transaction() as connection:
+        for key, (reason, due) in why.items():
+            connection.execute(update(readings).where(readings.c.key == key).values(reason=reason, due=due))
+    assert views.look_again(books.ledger) == 2
+    assert books.states() == {"meter": "resolved", "gone": "held", "due": "resolved", "decided": "held"}
+
+
+def test_held_usage_is_shown_with_what_to_do_about_it(books: Books) -> None:
+    assert "To do" not in views.held(books.ledger)._repr_html_()
+    too_old(books, "held-1")
+    shown = views.held(books.ledger)._repr_html_()
+    assert shown.endswith("</p>")
+    for act in ("assign(", "retry(", "retime(", "write_off("):
+        assert act in shown
+
+
 def test_held_rejected_and_doubtful_usage_is_written_off_with_its_reason(books: Books) -> None:
     held = too_old(books, "held-1", "held-2")
     books.deliver("rejected", "doubtful")

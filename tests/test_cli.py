@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -120,6 +122,64 @@ def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, record
         stopped.result()
 
 
+@pytest.mark.parametrize("begin", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_deliver_once_fails_where_another_process_holds_the_ledger(
+    sandbox: StripeSandbox, tmp_path: Path, begin: str
+) -> None:
+    StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_1", deliver=False).close()
+    holder = sqlite3.connect(tmp_path / "l.db", isolation_level=None)
+    holder.execute(begin)
+    result = call("deliver", "--once", "--ledger", f"sqlite:///{tmp_path}/l.db?timeout=0", code=1)
+    holder.close()
+    assert "Another process holds it" in result.stderr
+    assert "pending" not in result.stdout
+    call("deliver", "--once")
+
+
+def test_deliver_once_sends_all_that_was_held_for_a_meter_that_is_there_now(sandbox: StripeSandbox) -> None:
+    with StripeMeterCallbackHandler(Tokens("newm"), customer="cus_1", deliver=False) as handler:
+        for number in range(12):
+            handler.record_usage({"input_tokens": 1}, id=f"job-{number}")
+    assert as_json("deliver", "--once")["held"] == 12
+    assert as_json("deliver", "--once")["held"] == 12
+    call("meters", "create", "newm")
+    done = as_json("deliver", "--once")
+    assert (done["delivered"], done["pending"], done["held"]) == (12, 0, 0)
+    assert sandbox.billed("newm", "cus_1") == 12
+
+
+def test_deliver_once_looks_again_at_whoever_is_due(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
+    call("deliver", "--once")
+    bob = sandbox.create_customer(email="bob@example.com")
+    assert as_json("deliver", "--once")["held"] == 1  # looked at seconds ago
+    with sqlite3.connect(tmp_path / "l.db") as ledger:
+        ledger.execute("UPDATE readings SET due = 1 WHERE state = 'held'")
+    ledger.close()
+    assert as_json("deliver", "--once")["delivered"] == 1
+    assert sandbox.billed("ai_tokens", bob) == 7
+
+
+def test_a_courier_that_is_started_first_makes_the_ledger(
+    sandbox: StripeSandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "fleet").mkdir()
+    monkeypatch.chdir(tmp_path / "fleet")
+    monkeypatch.setenv("STRIPE_METER_LEDGER", "sqlite:///first.db")
+    result = call("deliver", "--once", "--meter", "ai_tokens", code=1)
+    assert f"Nothing to deliver: there is no ledger at {tmp_path}/fleet/first.db yet" in result.stderr
+    assert list(Path().iterdir()) == []
+    process = subprocess.Popen([COMMAND, "deliver", "--meter", "ai_tokens"], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert f"makes it: {tmp_path}/fleet/first.db" in process.stderr.readline()
+    wait_until(lambda: Path("first.db.epoch").exists())
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_1", deliver=False) as handler:
+        handler.record_usage({"input_tokens": 100}, id="job-1")
+    wait_until(lambda: sandbox.billed("ai_tokens", "cus_1") == 100)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
 def test_deliver_fails_when_stripe_refused_an_event_for_good(sandbox: StripeSandbox, recorded: None) -> None:
     sandbox.fail(refuse(400, message="The value is no number."))
     assert "1 rejected" in call("deliver", "--once", code=1).stdout
@@ -161,7 +221,9 @@ def test_a_run_of_held_readings_is_shown_and_assigned_as_a_range(sandbox: Stripe
 def test_assign_says_what_is_missing_or_no_id(sandbox: StripeSandbox, recorded: None) -> None:
     assert "--customer" in call("assign", "2", code=2).stderr
     assert "'two'" in call("assign", "two", "--customer", "cus_1", code=2).stderr
-    assert "0 of 1" in call("assign", "999", "--customer", "cus_1", code=1).stdout
+    assert "no reading 999" in call("assign", "999", "--customer", "cus_1", code=2).stderr
+    assert "reading 1 (" in (said := call("assign", "1", "--customer", "cus_1", code=2).stderr)
+    assert "is resolved, not held" in said
 
 
 def test_status_tells_why_runs_were_skipped_and_nothing_that_it_cannot_know(sandbox: StripeSandbox) -> None:
@@ -200,6 +262,26 @@ def test_tail_and_export_show_each_reading_once(sandbox: StripeSandbox, recorded
     assert "cannot be written" in call("export", str(tmp_path / "no" / "where.csv"), code=2).stderr
 
 
+def test_what_tail_shows_can_be_copied_whole_from_a_pipe(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once")
+    piped = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    shown = subprocess.run([COMMAND, "tail"], capture_output=True, text=True, check=True, env=piped).stdout
+    for row in as_json("tail"):
+        assert row["identifier"] in shown
+        assert (row["reason"] or "") in shown
+    assert len(shown.splitlines()) == 3
+    call("cancel", shown.splitlines()[1].split()[0])
+    assert sandbox.billed("ai_tokens", "cus_1") == 0
+
+
+def test_held_ends_with_what_to_do(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once")
+    last = call("held").stdout.splitlines()[-1]
+    for act in ("assign", "retry", "retime", "write-off"):
+        assert f"stripe-meter {act}" in last
+    assert "To do" not in call("held", "--json").stdout
+
+
 def test_meters_are_listed_with_what_is_wrong_with_them_and_can_be_made(sandbox: StripeSandbox) -> None:
     sandbox.create_meter("last_one", formula="last")
     found = {meter["event_name"]: meter for meter in as_json("meters")}
@@ -233,8 +315,22 @@ def test_doctor_finds_everything_in_order_or_says_what_to_do(sandbox: StripeSand
 def test_doctor_fails_where_stripe_refuses_the_key_or_does_not_answer(sandbox: StripeSandbox) -> None:
     sandbox.revoke(sandbox.api_key)
     assert "401" in call("doctor", code=1).stdout
+    assert "Set $STRIPE_API_KEY" in (said := " ".join(call("doctor", code=1).stdout.split()))
+    assert re.search(r"[^.] Set \$STRIPE", said) is None
     sandbox.stop()
-    assert "no answer" in call("doctor", code=1).stdout
+    assert "no answer" in (said := " ".join(call("doctor", code=1).stdout.split()))
+    assert ". Check the network" in said
+
+
+def test_doctor_says_what_to_do_about_a_key_of_another_mode(
+    sandbox: StripeSandbox, recorded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("deliver", "--once")
+    monkeypatch.setenv("STRIPE_API_KEY", "sk_live_" + "a" * 24)
+    found, *others = [one for one in as_json("doctor", code=1) if one["what"] == "ledger"]
+    assert found["state"] == "fail"
+    assert "ok" not in {other["state"] for other in others}
+    assert "Set $STRIPE_API_KEY to a key for test mode, or give --ledger" in found["said"]
 
 
 def test_doctor_only_warns_of_a_key_that_may_send_but_not_read_meters(
@@ -260,7 +356,7 @@ def test_without_a_key_or_a_ledger_the_error_is_one_sentence_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "STRIPE_API_KEY" in call("meters", code=2).stderr
-    assert "no ledger" in call("status", code=2).stderr
+    assert f"no ledger at {tmp_path}/stripe_meter.db" in call("status", code=2).stderr
     assert list(tmp_path.iterdir()) == []
 
 

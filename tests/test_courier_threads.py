@@ -23,15 +23,22 @@ from langchain_stripe_meter.ledger.store import Ledger
 ANN = Reference("email", "ann@example.com")
 
 
+_others: set[threading.Thread] = set()
+"""Whose couriers an earlier test has left behind."""
+
+
 @pytest.fixture
 def shop(quick_folder: Path) -> Iterator[StillShop]:
+    _others.clear()
+    _others.update(threading.enumerate())
     shop = StillShop(quick_folder)
     yield shop
     shop.close()
 
 
 def ours() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("stripe-meter-")]
+    new = (thread for thread in threading.enumerate() if thread not in _others)
+    return [thread for thread in new if thread.name.startswith("stripe-meter-")]
 
 
 def senders() -> list[threading.Thread]:

@@ -24,7 +24,7 @@ from langchain_stripe_meter.core.doubts import (
 )
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.errors import ConfigurationError, StripeError
+from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger.acts import ask_to_cancel
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
@@ -141,7 +141,12 @@ def test_when_stripe_has_a_part_of_them_a_person_is_asked_once_and_settles_it(sh
     assert shop.states() == {"a": "doubtful", "b": "doubtful"}
     assert shop.reason() == PERSON + "Stripe has 5 in that minute; 0 is delivered, 10 in doubt."
     assert settle_doubt(shop.ledger, ["a"], delivered=True) == 1
-    assert settle_doubt(shop.ledger, ["b", "a", "unknown"], delivered=False) == 1
+    with pytest.raises(IllegalMoveError, match="meter event a is delivered, not in doubt"):
+        settle_doubt(shop.ledger, ["b", "a"], delivered=False)
+    with pytest.raises(ConfigurationError, match="no meter event with the identifier 'unknown'"):
+        settle_doubt(shop.ledger, ["b", "unknown"], delivered=False)
+    assert shop.states() == {"a": "delivered", "b": "doubtful"}
+    assert settle_doubt(shop.ledger, ["b", "b"], delivered=False) == 1
     shop.drive()
     assert shop.billed() == 10
     with shop.ledger.read() as connection:
@@ -489,6 +494,8 @@ def test_a_person_settles_a_doubt_on_the_command_line(
     assert json.loads(call("doubtful", "--json"))[0]["identifier"] == "a"
     assert "HTTP 503" in call("doubtful")
     call("doubtful", "settle", "a", code=2)  # which of both must be said
-    assert "not in doubt" in call("doubtful", "settle", "a", "b", "--delivered", code=1)
+    assert "'b'" in call("doubtful", "settle", "a", "b", "--delivered", code=2)
+    assert "1 of 1 events are settled" in call("doubtful", "settle", "a", "--delivered")
+    assert "not in doubt" in call("doubtful", "settle", "a", "--absent", code=2)
     assert "Nothing is in doubt" in call("doubtful")
     assert shop.states() == {"a": "delivered"}

@@ -93,7 +93,8 @@ def test_a_customer_who_is_gone_is_told_with_what_stripe_said(shop: StillShop) -
     shop.answered()
     (held,) = views.held(shop.ledger)
     assert "No such customer" in held.reason
-    assert [str(error) for error in shop.errors] == [f"Usage of cus_gone on ai_tokens is held: {held.reason}"]
+    said = f"Usage of cus_gone on ai_tokens is held: {held.reason}. See: stripe-meter held"
+    assert [str(error) for error in shop.errors] == [said]
 
 
 def test_once_a_customer_is_gone_whoever_has_the_address_now_pays_for_what_comes_next(shop: StillShop) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 import time
 from decimal import Decimal
 from pathlib import Path
@@ -20,7 +23,10 @@ import langchain_stripe_meter
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-EXAMPLES = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
+EXAMPLES = [block for block in BLOCKS if "with StripeSandbox()" not in block]
+SCRIPTS = [block for block in BLOCKS if block not in EXAMPLES]
+"""Complete by themselves: they bring their own Stripe."""
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
 SERVER = {"time": time, "Starlette": Starlette}
 """What the reader has imported for a server."""
@@ -72,3 +78,18 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     assert namespace["strict"].remaining("cus_456") == 10_000
     assert namespace["left"] == 100_000 - (15 + 15 + 812 + limited)  # what was sent without a ledger does not count
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)
+
+
+def test_the_first_script_runs_as_it_stands_and_again(tmp_path: Path) -> None:
+    (script,) = SCRIPTS
+    (tmp_path / "try_it.py").write_text(script)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("STRIPE_")}
+    environment["PYTHONPATH"] = str(Path(langchain_stripe_meter.__file__).parent.parent)
+    for _ in range(2):
+        run = [sys.executable, "try_it.py"]
+        ran = subprocess.run(run, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+        assert ran.stdout.splitlines() == [
+            "FlushReport(delivered=1, pending=0, held=0, skipped=0, rejected=0, doubtful=0)",
+            "billed: 15",
+        ]
+        assert ran.stderr == ""

@@ -29,7 +29,7 @@ def acts(
 
 @acts_app.command()
 def cancel(
-    identifier: Annotated[str, typer.Argument(help="Of a delivered reading or event, as 'tail --json' shows it.")],
+    identifier: Annotated[str, typer.Argument(help="Of a delivered reading or event, as 'tail' shows it.")],
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from langchain_stripe_meter.cli.acts import acts_app
+from langchain_stripe_meter.cli.deliver import deliver
 from langchain_stripe_meter.cli.doubts import doubtful_app
 from langchain_stripe_meter.cli.groups import leads_app, ledger_app, meters_app
 from langchain_stripe_meter.cli.keeping import export, prune
@@ -18,6 +18,7 @@ from langchain_stripe_meter.cli.show import (
     JsonOption,
     LedgerOption,
     clear_errors,
+    console,
     errors,
     fail,
     from_ranges,
@@ -29,10 +30,6 @@ from langchain_stripe_meter.cli.show import (
 from langchain_stripe_meter.cli.world import DEFAULT_LEDGER, open_gateway, open_ledger, until_stopped
 
 if TYPE_CHECKING:
-    import threading
-
-    from langchain_stripe_meter.delivery.courier import Courier
-    from langchain_stripe_meter.gateway.client import Gateway
     from langchain_stripe_meter.sandbox import StripeSandbox
 
 app = typer.Typer(
@@ -96,7 +93,7 @@ def tail(
         from langchain_stripe_meter.ledger import views
 
         newest = views.tail(opened, number)
-        hide = ("identifier",) if any(row.estimated for row in newest) else ("identifier", "estimated")
+        hide = () if any(row.estimated for row in newest) else ("estimated",)
         rows(newest, as_json=as_json, empty="Nothing is recorded yet.", hide=hide)
 
 
@@ -106,7 +103,10 @@ def held(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     with clear_errors(), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import views
 
-        rows(views.held(opened), as_json=as_json, empty="Nothing is held.")
+        found = views.held(opened)
+        rows(found, as_json=as_json, empty="Nothing is held.")
+        if found and not as_json:
+            console.print(views.WHAT_TO_RUN, soft_wrap=True)
 
 
 @app.command()
@@ -165,7 +165,7 @@ def assign(
     said = f"{moved} of {len(numbers)} readings will be sent. Run: stripe-meter deliver --once"
     say(said, {"moved": moved, "asked": len(numbers)}, as_json=as_json)
     if moved < len(numbers):
-        fail("The others are not held, or still lack a customer or an amount: see 'stripe-meter held'.", 1)
+        fail("The others still lack a customer or an amount: see 'stripe-meter held'.", 1)
 
 
 @app.command()
@@ -179,77 +179,7 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
         say(said if count else "Nothing can be tried again.", {"retried": count}, as_json=as_json)
 
 
-@app.command()
-def deliver(
-    *,
-    once: Annotated[bool, typer.Option("--once", help="Stop when nothing is pending.")] = False,
-    timeout: Annotated[float | None, typer.Option(help="Stop after so many seconds (60 with --once).", min=0)] = None,
-    roll_up: Annotated[
-        int | None,
-        typer.Option(help="One event for what a customer uses of a meter in so many seconds.", min=1, max=3600),
-    ] = None,
-    create_missing: Annotated[
-        bool, typer.Option("--create-missing", help="Make a customer of somebody whom Stripe does not know.")
-    ] = False,
-    meter: Annotated[
-        list[str] | None, typer.Option(help="A meter that you bill on: do not start if Stripe's is wrong.")
-    ] = None,
-    billing_day: BillingDayOption = 1,
-    ledger: LedgerOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Send what is recorded, until Ctrl-C or SIGTERM."""
-    with clear_errors(), until_stopped() as stopping, open_ledger(ledger) as opened, open_gateway() as gateway:
-        from langchain_stripe_meter.audit.ages import Ages
-        from langchain_stripe_meter.audit.chores import chores
-        from langchain_stripe_meter.delivery.courier import Courier
-        from langchain_stripe_meter.ledger import views
-
-        opened.pin(is_test=gateway.is_test)
-        if meter:
-            _check(gateway, meter)
-        courier = Courier(
-            opened, gateway, roll_up=roll_up, create_missing=create_missing,
-            chores=chores(opened, gateway), watches=[Ages(opened, billing_day=billing_day).chore],
-        )  # fmt: skip
-        seconds = 60.0 if once and timeout is None else timeout
-        try:
-            _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
-        finally:
-            courier.close(10)
-        now = views.status(opened)
-    done = {"delivered": courier.delivered, "rejected": courier.rejected, "pending": now.pending,
-            "held": now.held, "doubtful": now.doubtful}  # fmt: skip
-    say(", ".join(f"{count:,} {what}" for what, count in done.items()) + ".", done, as_json=as_json)
-    if courier.rejected:
-        fail("Stripe refused events for good: see 'stripe-meter tail' for why, then 'stripe-meter retry'.", 1)
-    if once and now.pending:
-        fail(f"Not everything could be sent. {now.paused or 'It is kept; run this again later.'}", 1)
-
-
-def _check(gateway: Gateway, names: list[str]) -> None:
-    """Refuse meters that are wrong; what Stripe does not say now is no reason to stop, the courier asks again."""
-    from langchain_stripe_meter.errors import StripeError
-    from langchain_stripe_meter.gateway.checking import check_meters
-
-    try:
-        check_meters(gateway, dict.fromkeys(names, ()))
-    except StripeError as error:
-        errors.print(f"stripe-meter: the meters could not be checked: {error}", soft_wrap=True)
-
-
-def _deliver(courier: Courier, stopping: threading.Event, *, once: bool, deadline: float | None) -> None:
-    from langchain_stripe_meter.ledger import views
-
-    with errors.status("delivering") as shown:
-        while not stopping.is_set():
-            courier.wake()
-            with courier.ledger.read() as connection:
-                pending = views.pending(connection)
-            shown.update(f"{courier.delivered:,} delivered, {pending:,} pending")
-            if (once and not pending) or (deadline is not None and time.monotonic() > deadline):
-                return
-            stopping.wait(0.1)
+app.command()(deliver)
 
 
 @app.command()

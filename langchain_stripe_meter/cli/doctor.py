@@ -58,10 +58,15 @@ def _unanswered(error: MeteringError, names: list[str]) -> Finding:
     status = getattr(error.__cause__, "http_status", None)
     if status == 403:
         remedy = "Give the key 'Billing meters: Read', so that meters can be checked."
-        return Finding("meters", "fail" if names else "warn", f"{error} {remedy}")
+        return Finding("meters", "fail" if names else "warn", _joined(error, remedy))
     if status == 401:
-        return Finding("Stripe", "fail", f"{error} Set $STRIPE_API_KEY to a key that is in use.")
-    return Finding("Stripe", "fail", f"{error} Check the network, and $STRIPE_METER_API_BASE if it is set.")
+        return Finding("Stripe", "fail", _joined(error, "Set $STRIPE_API_KEY to a key that is in use."))
+    return Finding("Stripe", "fail", _joined(error, "Check the network, and $STRIPE_METER_API_BASE if it is set."))
+
+
+def _joined(error: MeteringError, remedy: str) -> str:
+    """Two sentences; not every error ends with a stop."""
+    return f"{str(error).rstrip('.')}. {remedy}"
 
 
 def _meter(name: str, meter: MeterInfo | None, *, wanted: bool) -> Finding:
@@ -85,13 +90,14 @@ def _ledger(url: str) -> Iterator[Finding]:
             with ledger.deliver_lane().transaction():  # takes the right to write, and writes nothing
                 pass
             now = views.status(ledger)
-            yield from _belongs(ledger)
+            foreign = list(_belongs(ledger))
         finally:
             ledger.close()
     except MeteringError as error:
         yield Finding("ledger", "fail", str(error))
         return
-    yield Finding("ledger", "ok", f"writable: {now.pending:,} pending, {now.delivered:,} delivered")
+    said = f"writable: {now.pending:,} pending, {now.delivered:,} delivered"
+    yield from foreign or [Finding("ledger", "ok", said)]
     if ledger.database.is_sqlite and stat.S_IMODE(path.stat().st_mode) & 0o077:
         yield Finding("ledger", "warn", f"others may read it. Run: chmod 600 {shlex.quote(str(path))}")
     yield from _attention(now)
@@ -109,14 +115,21 @@ def _belongs(ledger: Ledger) -> Iterator[Finding]:
     with closing(gateway):
         mode, ours = ledger.note(LIVEMODE), "test" if gateway.is_test else "live"
         if mode not in (None, ours):
-            yield Finding("ledger", "fail", f"it holds usage of {mode} mode, but the key is one for {ours} mode.")
+            yield _foreign(
+                f"it holds usage of {mode} mode, but the key is one for {ours} mode", f"a key for {mode} mode"
+            )
             return
         try:
             pinned, account = ledger.note(ACCOUNT), gateway.account_id()
         except MeteringError:  # said above
             return
     if pinned is not None and account not in (None, pinned):
-        yield Finding("ledger", "fail", f"it holds usage of {pinned}, but the key belongs to {account}.")
+        yield _foreign(f"it holds usage of {pinned}, but the key belongs to {account}", f"a key of {pinned}")
+
+
+def _foreign(what: str, key: str) -> Finding:
+    remedy = f"Set $STRIPE_API_KEY to {key}, or give --ledger another ledger for this one."
+    return Finding("ledger", "fail", f"{what}. {remedy}")
 
 
 def _to_be_made(path: Path) -> Finding:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from langchain_stripe_meter.cli.show import JsonOption, LedgerOption, clear_errors, fail, rows, say
+from langchain_stripe_meter.cli.show import JsonOption, LedgerOption, clear_errors, rows, say
 from langchain_stripe_meter.cli.world import open_ledger
 
 doubtful_app = typer.Typer(help="What Stripe may have or not.", invoke_without_command=True)
@@ -37,7 +37,5 @@ def settle(
         from langchain_stripe_meter.ledger import doubts
 
         moved = doubts.settle_doubt(opened, identifiers, delivered=delivered)
-    said = f"{moved} of {len(identifiers)} events are settled."
-    say(said, {"moved": moved, "asked": len(identifiers)}, as_json=as_json)
-    if moved < len(identifiers):
-        fail("The others are not in doubt: see 'stripe-meter doubtful'.", 1)
+    said = f"{moved} of {len(set(identifiers))} events are settled."
+    say(said, {"moved": moved, "asked": len(set(identifiers))}, as_json=as_json)

@@ -29,6 +29,8 @@ BillingDayOption = Annotated[
 # Names and paths are shown as they are: "[agents]" is no colour, and ":key:" no picture.
 console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
+_piped = Console(markup=False, emoji=False, highlight=False, width=100_000)
+"""For a pipe or a file: nothing is cut or wrapped, so that it can be copied and searched."""
 _COLOURS = {"ok": "green", "delivered": "green", "warn": "yellow", "held": "yellow", "doubtful": "yellow",
             "fail": "red", "rejected": "red", "skipped": "dim"}  # fmt: skip
 
@@ -69,11 +71,12 @@ def rows(items: Sequence[Any], *, as_json: bool, empty: str, hide: tuple[str, ..
     for name in names:
         number = any(isinstance(getattr(item, name), Decimal) for item in items)
         table.add_column(
-            name.replace("_", " "), justify="right" if number else "left", no_wrap=number or name in ("at", "state")
-        )
+            name.replace("_", " "), justify="right" if number else "left", no_wrap=number or name in ("at", "state"),
+            overflow="ellipsis" if number else "fold",
+        )  # fmt: skip
     for item in items:
         table.add_row(*(cell(name, getattr(item, name)) for name in names))
-    console.print(table)
+    _print(table)
 
 
 def record(fields: Mapping[str, Any], *, as_json: bool) -> None:
@@ -83,10 +86,14 @@ def record(fields: Mapping[str, Any], *, as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
-    table.add_column()
+    table.add_column(overflow="fold")
     for name, value in fields.items():
         table.add_row(name.replace("_", " "), cell(name, value))
-    console.print(table)
+    _print(table)
+
+
+def _print(table: Table) -> None:
+    (console if console.is_terminal else _piped).print(table)
 
 
 def cell(name: str, value: object) -> Text:

@@ -21,14 +21,27 @@ DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 @contextmanager
 def open_ledger(url: str | None) -> Iterator[Ledger]:
     """The ledger. It must exist already: a mistyped path must not create an empty one."""
-    from langchain_stripe_meter.ledger.store import Ledger
-
-    ledger = Ledger(url or DEFAULT_LEDGER)
-    if ledger.database.is_sqlite and not Path(str(ledger.database.url.database)).exists():
-        where = ledger.database.url.database
-        fail(f"There is no ledger at {where}. Give its address with --ledger or $STRIPE_METER_LEDGER.")
+    ledger = new_ledger(url)
+    missing = missing_file(ledger)
+    if missing is not None:
+        fail(f"There is no ledger at {missing}. Give its address with --ledger or $STRIPE_METER_LEDGER.")
     with closing(ledger):
         yield ledger
+
+
+def new_ledger(url: str | None) -> Ledger:
+    """The ledger, whether it exists or not; it is opened, and made, when it is first used."""
+    from langchain_stripe_meter.ledger.store import Ledger
+
+    return Ledger(url or DEFAULT_LEDGER)
+
+
+def missing_file(ledger: Ledger) -> Path | None:
+    """The absolute path of the ledger's file where there is none yet."""
+    if not ledger.database.is_sqlite:
+        return None
+    path = Path(str(ledger.database.url.database)).absolute()
+    return None if path.exists() else path
 
 
 @contextmanager

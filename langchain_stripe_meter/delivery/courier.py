@@ -298,7 +298,7 @@ class Courier:
         if claimed.line not in self._gone:  # it is tried again every hour
             self._gone[claimed.line] = True
             what = f"Usage of {claimed.event.customer} on {claimed.event.event_name}"
-            self._report(StripeError(f"{what} is held: {message}"))
+            self._report(StripeError(f"{what} is held: {message.rstrip('.')}. See: stripe-meter held"))
 
     def _resume(self) -> None:
         self._pace.faster()

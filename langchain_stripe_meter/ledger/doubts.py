@@ -13,7 +13,7 @@ from sqlalchemy import Connection, and_, exists, or_, select, update
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, next_event_state
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.acts import CANCEL_ASKED
 from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, write_act
@@ -79,16 +79,14 @@ def doubtful(ledger: Ledger) -> DoubtfulList:
 def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: bool) -> int:
     """A person says whether Stripe has these doubtful events; those that it does not have are sent again.
 
-    Returns how many moved. Raises ``ConfigurationError``, and moves none, where one that is to be sent again is so old
-    that Stripe would refuse it.
+    Returns how many moved. Moves none and raises, by name, ``IllegalMoveError`` where one is not in doubt, and
+    ``ConfigurationError`` where the ledger does not have it, or where it is to be sent again and so old that Stripe
+    would refuse it.
     """
     now, moved = ledger.now(), 0
     with ledger.deliver_lane().transaction() as connection:
         for identifier in dict.fromkeys(identifiers):
-            query = select(events.c.id, events.c.at).where(IS_DOUBTFUL, events.c.identifier == identifier)
-            row = connection.execute(query).first()
-            if row is None:
-                continue
+            row = _doubted(connection, identifier)
             if not delivered and now - row.at > STALE_AFTER:
                 raise ConfigurationError(
                     f"The meter event {identifier} is older than 34 days: Stripe would refuse it. Write it off."
@@ -98,6 +96,19 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
             write_act(connection, "doubt settled", identifier, said, now)
             moved += 1
     return moved
+
+
+def _doubted(connection: Connection, identifier: str) -> Any:
+    """The doubtful event with this identifier; a refusal that names it where there is none."""
+    query = select(events.c.id, events.c.at, events.c.state).where(events.c.identifier == identifier)
+    row = connection.execute(query).first()
+    if row is None:
+        raise ConfigurationError(
+            f"The ledger has no meter event with the identifier {identifier!r:.120}. See: stripe-meter doubtful"
+        )
+    if row.state != EventState.DOUBTFUL.value:
+        raise IllegalMoveError(f"The meter event {identifier} is {row.state}, not in doubt. See: stripe-meter doubtful")
+    return row
 
 
 def any_due(connection: Connection, now: int) -> bool:

@@ -9,12 +9,12 @@ from decimal import Context, Decimal
 from functools import reduce
 from typing import Any
 
-from sqlalchemy import Connection, func, null, select, union, union_all, update
+from sqlalchemy import Connection, func, null, or_, select, union, union_all, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
 from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, events, leads, notes, pruned, readings
@@ -24,6 +24,16 @@ _EXACT = Context(prec=250)
 """Python rounds sums of decimals to 28 digits unless told."""
 _SHOWN = ("paused", "clock")
 """The ledger's notes that a status shows."""
+WHAT_TO_RUN = (
+    "To do: stripe-meter assign IDS --customer cus_… (who pays) or --value 7 (how much each); stripe-meter retry (once "
+    "Stripe has the customer or the meter); stripe-meter retime IDS (what is too old); stripe-meter write-off IDS "
+    "--reason '…' (not billed)."
+)
+"""What a person can do about held readings, below their table."""
+_WHAT_TO_CALL = (
+    "To do: assign(held, 'cus_…') (who pays) or assign(held, value=7) (how much each); retry() (once Stripe has the "
+    "customer or the meter); retime(held) (what is too old); write_off(held, reason='…') (not billed)."
+)
 _IDS_AT_ONCE = 10_000
 """Databases take only so many bound values in one statement."""
 
@@ -97,11 +107,12 @@ class Held(NotebookTable):
 
 
 class HeldList(list[Held]):
-    """Held readings; a table in a notebook."""
+    """Held readings; a table in a notebook, and below it what can be done about them."""
 
     def _repr_html_(self) -> str:
         head = tuple(one.name for one in fields(Held))
-        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+        table = html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+        return f"{table}<p>{html.escape(_WHAT_TO_CALL)}</p>" if self else table
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +236,8 @@ def _held(rows: list[Any]) -> Held:
 def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: object = None) -> int:
     """A person says who pays for held readings, and how much each where no amount is known.
 
-    Returns how many moved. A reading that still lacks its customer or its amount stays held.
+    Returns how many moved. A reading that still lacks its customer or its amount stays held. Raises, by name, and
+    changes nothing where one is not held (``IllegalMoveError``) or not there (``ConfigurationError``).
     """
     if customer is None and value is None:
         raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
@@ -234,11 +246,25 @@ def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: obje
         changes |= {"customer": Reference("id", customer).value, "reference": None}
     amount = None if value is None else number_text(check_value(value))
     with ledger.deliver_lane().transaction() as connection:
-        parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
+        parts = [ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE)]
+        for part in parts:
+            _check_held(connection, part)
         moved = sum(_assign(connection, part, changes, amount) for part in parts)
         said = ", ".join(str(one) for one in (customer, amount) if one is not None)
         write_act(connection, "assigned", f"{len(ids)} held readings", said, ledger.now())
         return moved
+
+
+def _check_held(connection: Connection, ids: Sequence[int]) -> None:
+    """Refuse readings that are not held, by the name of one."""
+    query = select(readings.c.id, readings.c.key, readings.c.state).where(readings.c.id.in_(ids))
+    known = {row.id: row for row in connection.execute(query)}
+    for one in ids:
+        if one not in known:
+            raise ConfigurationError(f"The ledger has no reading {one}. See: stripe-meter held")
+        row = known[one]
+        if row.state != ReadingState.HELD.value:
+            raise IllegalMoveError(f"The reading {one} ({row.key}) is {row.state}, not held. See: stripe-meter held")
 
 
 def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:
@@ -250,6 +276,26 @@ def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, An
     ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
     resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
     return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
+
+
+def look_again(ledger: Ledger) -> int:
+    """Put back on their way the held readings that are due for their next look, and those whose meter was wrong.
+
+    The latter are known by their reason, which is ours. What Stripe itself refused when it was sent, and whoever it did
+    not know, wait until they are due: asking for them at every call would be many requests. Returns how many.
+    """
+    due = readings.c.due <= ledger.now()
+    with ledger.deliver_lane().transaction() as connection:
+        moved = 0
+        for known, wanted, move in (
+            (readings.c.reference, due, Move.TRY_AGAIN),
+            (readings.c.customer, or_(due, ~readings.c.reason.startswith("HTTP ")), Move.ASSIGN),
+        ):
+            again = update(readings).where(readings.c.state == ReadingState.HELD.value, known.is_not(None))
+            again = again.where(readings.c.value.is_not(None), readings.c.due.is_not(None), wanted)
+            state = next_reading_state(ReadingState.HELD, move).value
+            moved += connection.execute(again.values(state=state, due=None)).rowcount
+        return moved
 
 
 def retry(ledger: Ledger) -> int:
