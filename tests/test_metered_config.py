@@ -131,6 +131,12 @@ def test_what_is_no_customers_id_is_refused_without_repeating_it(customer: objec
     assert "bob" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", [from_lead(), from_metadata(KEY), "cus_2"])
+def test_an_address_is_no_customers_id_whatever_the_handler_reads(source: Any, recording: Recording) -> None:
+    with recording(source) as meter, pytest.raises(InvalidValueError, match=r"leads\.capture"):
+        metered_config(meter, customer="bob@example.com")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -54,7 +54,7 @@ def metered_config(
     """
     _check_arguments(meter, config, session)
     given = config or {}
-    user = ({USUAL_KEY: customer} if customer else None) if isinstance(customer, str) else customer
+    user = _named(customer)
     if user is not None:
         _check_pays(meter, user)
     said = ClientRun(user, session)
@@ -84,6 +84,16 @@ def _check_arguments(meter: object, config: object, session: object) -> None:
         )
 
 
+def _named(customer: object) -> object:
+    """The user whom ``customer`` is, or None for nobody."""
+    if not isinstance(customer, str):
+        return customer
+    if not customer:
+        return None
+    _check_id(customer)
+    return {USUAL_KEY: customer}
+
+
 def _check_pays(meter: StripeMeterCallbackHandler, user: object) -> None:
     """Refuse a user whom the handler would not bill: the application named them to be billed."""
     recorder = meter._recorder
@@ -94,7 +104,8 @@ def _check_pays(meter: StripeMeterCallbackHandler, user: object) -> None:
     if not keys:
         raise ConfigurationError(
             "metered_config(customer=...) names who pays, but the handler does not read it. Make the handler with "
-            f"customer=from_auth_user({USUAL_KEY!r}), or put that first in first_of(...); or pass customer=None."
+            f"customer=from_auth_user({USUAL_KEY!r}), or put that first in first_of(...); or pass customer=None "
+            "(with from_lead, session= says whose lead pays)."
         )
     named = [key for key in keys if _has(user, key)]
     if not named:
