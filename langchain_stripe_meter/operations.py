@@ -17,7 +17,8 @@ from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.recording import Recorder, entry_of
+from langchain_stripe_meter.recording import Recorder
+from langchain_stripe_meter.unrecorded import entry_of
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification

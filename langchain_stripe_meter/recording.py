@@ -11,13 +11,13 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from decimal import Context, Decimal
+from decimal import Decimal
 from functools import partial
 from typing import Any, Literal
 from uuid import UUID, uuid4
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
-from langchain_stripe_meter.core.events import check_timestamp, derive_identifier, number_text
+from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
 from langchain_stripe_meter.core.leads import lead_session, needs_lookup
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
@@ -31,7 +31,6 @@ from langchain_stripe_meter.errors import (
     InvalidValueError,
     LedgerError,
     MeteringError,
-    Unrecorded,
     UnrecordedError,
     place_of,
 )
@@ -40,11 +39,10 @@ from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
+from langchain_stripe_meter.unrecorded import EXACT, amounts_of, lost_of, said_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 
-_EXACT = Context(prec=250)
-"""Sums must not go by how the application rounds its decimals."""
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
 
@@ -173,14 +171,14 @@ class Recorder:
             self._failures += 1
             name = f"{self._name}:{self._failures}"
             for event_name, amount in amounts_of(lost).items():
-                self.lost[event_name] = _EXACT.add(self.lost.get(event_name, Decimal(0)), amount)
+                self.lost[event_name] = EXACT.add(self.lost.get(event_name, Decimal(0)), amount)
         if isinstance(error, MeteringError):
             known, said = error, str(error)
         else:  # a bug of ours: its kind and place, but not its text, which may quote a prompt or a customer
             known = LedgerError(f"A run could not be recorded: {type(error).__name__}. Please report this.")
             said = f"{type(error).__name__} at {place_of(error)}"
         if lost:
-            amounts = _said(amounts_of(lost))
+            amounts = said_of(amounts_of(lost))
             said = f"{said} Not billed: {amounts}. {_WITHOUT_ON_ERROR if self.on_error is None else _NEXT_STEP}"
             why, known = known, UnrecordedError(f"{known} Not billed: {amounts}. {_NEXT_STEP}", lost, name)
             known.__cause__ = why
@@ -198,7 +196,7 @@ class Recorder:
             self._mended.add(error.name)
             self.unrecorded -= len(error.readings)
             for event_name, amount in amounts_of(error.readings).items():
-                left = _EXACT.subtract(self.lost.pop(event_name, Decimal(0)), amount)
+                left = EXACT.subtract(self.lost.pop(event_name, Decimal(0)), amount)
                 if left:
                     self.lost[event_name] = left
 
@@ -210,7 +208,7 @@ class Recorder:
         except LedgerError as error:
             if not self.unrecorded:
                 raise
-            amounts = f": {_said(self.lost)}" if self.lost else ""
+            amounts = f": {said_of(self.lost)}" if self.lost else ""
             readings = "1 reading" if self.unrecorded == 1 else f"{self.unrecorded} readings"
             raise type(error)(f"{error} This handler left {readings} unrecorded{amounts}.") from error
 
@@ -353,49 +351,6 @@ class Recorder:
                 f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
                 "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
             )
-
-
-def lost_of(entries: Sequence[Entry]) -> list[Unrecorded]:
-    """What somebody was to pay of entries that no ledger has."""
-    return [
-        Unrecorded(
-            entry.key,
-            entry.event_name,
-            None if entry.value is None else Decimal(entry.value),
-            entry.at,
-            entry.account,
-            entry.customer or (f"{entry.reference.by}:{entry.reference.value}" if entry.reference else None),
-            entry.dimensions,
-            entry.estimated,
-            entry.reason,
-        )
-        for entry in entries
-        if entry.state is not ReadingState.SKIPPED
-    ]
-
-
-def entry_of(lost: Unrecorded) -> Entry:
-    """The entry again, under its own identifier: a ledger that has it all the same stores it only once."""
-    by, colon, value = (lost.customer or "").partition(":")
-    reference = Reference(by, value) if colon else None  # type: ignore[arg-type]
-    known = ReadingState.RECORDED if reference else ReadingState.RESOLVED
-    return Entry(
-        lost.identifier, lost.event_name, lost.value, lost.at, ReadingState.HELD if lost.value is None else known,
-        None if reference else lost.customer, reference, lost.dimensions, lost.estimated, lost.reason,
-        lost.stripe_account,
-    )  # fmt: skip
-
-
-def amounts_of(lost: Sequence[Unrecorded]) -> dict[str, Decimal]:
-    """By meter, what they come to; an unknown amount counts as nothing."""
-    sums: dict[str, Decimal] = {}
-    for one in lost:
-        sums[one.event_name] = _EXACT.add(sums.get(one.event_name, Decimal(0)), one.value or Decimal(0))
-    return sums
-
-
-def _said(amounts: Mapping[str, Decimal]) -> str:
-    return ", ".join(f"{number_text(amount)} on {name}" for name, amount in amounts.items())
 
 
 def _is_known(observed: Observed) -> bool:

@@ -28,7 +28,7 @@ from langchain_stripe_meter.errors import ConfigurationError, LedgerError, Meter
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
-from langchain_stripe_meter.recording import entry_of, lost_of
+from langchain_stripe_meter.unrecorded import entry_of, lost_of
 
 CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
 """What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""
