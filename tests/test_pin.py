@@ -103,7 +103,8 @@ def test_a_run_that_would_go_into_the_ledger_of_the_other_mode_is_told_and_break
     assert FakeListChatModel(responses=["Hello"]).invoke("Hi", {"callbacks": [handler]}).content == "Hello"
     assert isinstance(told[0].__cause__, ForeignLedgerError)
     with pytest.raises(ForeignLedgerError):
-        handler.close()
+        handler.flush()
+    assert handler.close() is None
     assert len(recorded(postgres_url)) == 1
 
 

@@ -315,7 +315,6 @@ class Database:
         connection.execute("PRAGMA page_size=2048")  # for a new file: a commit writes whole pages, and rows are small
         connection.execute(f"PRAGMA synchronous={self._synchronous}")
         connection.execute("PRAGMA secure_delete=ON")  # what is erased must be gone from the file
-        connection.execute("PRAGMA wal_autocheckpoint=2000")  # at 4 MB, as SQLite does with pages of its default size
 
     def close(self) -> None:
         """Close what this process opened; the next use opens it again."""
