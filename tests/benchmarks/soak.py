@@ -45,8 +45,10 @@ FAULTS = (rate_limited, drop_answer, drop_request, broken_body, server_error, se
 
 @dataclass
 class Figures:
-    """What came of it. Memory and disk in MiB, without SQLite's log, which stays below a few MiB; ``disk_first`` is when
-    the first rows were 45 days old."""
+    """What came of it, in MiB; ``disk_first`` is when the first rows were 45 days old.
+
+    What is on disk is the database without SQLite's log, which stays below a few MiB.
+    """
 
     runs: int
     seconds: float = 0
