@@ -18,6 +18,7 @@ from uuid import UUID, uuid4
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
+from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.leads import lead_session, needs_lookup
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
@@ -39,7 +40,7 @@ from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
-from langchain_stripe_meter.unrecorded import EXACT, amounts_of, lost_of, said_of
+from langchain_stripe_meter.unrecorded import amounts_of, lost_of, said_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from decimal import Context, Decimal
+from decimal import Decimal
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import Unrecorded
 from langchain_stripe_meter.ledger.store import Entry
-
-EXACT = Context(prec=250)
-"""Sums must not go by how the application rounds its decimals."""
 
 
 def lost_of(entries: Sequence[Entry]) -> list[Unrecorded]:
@@ -24,7 +22,7 @@ def lost_of(entries: Sequence[Entry]) -> list[Unrecorded]:
             None if entry.value is None else Decimal(entry.value),
             entry.at,
             entry.account,
-            entry.customer or (f"{entry.reference.by}:{entry.reference.value}" if entry.reference else None),
+            entry.customer or (entry.reference.text if entry.reference else None),
             entry.dimensions,
             entry.estimated,
             entry.reason,
@@ -36,8 +34,8 @@ def lost_of(entries: Sequence[Entry]) -> list[Unrecorded]:
 
 def entry_of(lost: Unrecorded) -> Entry:
     """The entry again, under its own identifier: a ledger that has it all the same stores it only once."""
-    by, colon, value = (lost.customer or "").partition(":")
-    reference = Reference(by, value) if colon else None  # type: ignore[arg-type]
+    named = lost.customer if ":" in (lost.customer or "") else None
+    reference = Reference.of(named) if named else None
     known = ReadingState.RECORDED if reference else ReadingState.RESOLVED
     return Entry(
         lost.identifier, lost.event_name, lost.value, lost.at, ReadingState.HELD if lost.value is None else known,

@@ -36,6 +36,17 @@ class Reference:
             raise ConfigurationError(f"A customer is identified by {', '.join(_FIELDS)}, not by {self.by!r}.")
         object.__setattr__(self, "value", normalise(self.by, self.value))
 
+    @property
+    def text(self) -> str:
+        """As the ledger writes it, such as ``email:ann@example.com``."""
+        return f"{self.by}:{self.value}"
+
+    @classmethod
+    def of(cls, text: str) -> Reference:
+        """What ``text`` was written for; ``MeteringError`` where it names nobody."""
+        by, _, value = text.partition(":")
+        return cls(by, value)  # type: ignore[arg-type]
+
 
 def normalise(by: By, value: object, region: str | None = None) -> str:
     """The exact form in which a reference is kept and compared; it is its own normal form.

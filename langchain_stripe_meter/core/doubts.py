@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
-from functools import reduce
+from decimal import Decimal
 
 from langchain_stripe_meter.core.events import MAX_DIGITS
+from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move
 
 MINUTE = 60
@@ -23,8 +23,6 @@ PERSON = "A person must decide: "
 """How the reason begins with which an event stays doubtful."""
 MANY_SUMS = 2000
 """Beyond so many different sums of the doubts of a minute, chance explains anything, and nothing is told from them."""
-
-_EXACT = Context(prec=250)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +82,7 @@ class Facts:
     @property
     def delivered(self) -> Decimal:
         """What Stripe is known to have."""
-        return _sum([event.value for event in self.events if event.state is EventState.DELIVERED])
+        return exact_sum([event.value for event in self.events if event.state is EventState.DELIVERED])
 
     @property
     def settled_since(self) -> int:
@@ -159,15 +157,15 @@ def _undecidable(facts: Facts, look: Look) -> str | None:
 
 def _can_be_told_apart(delivered: Decimal, values: Sequence[Decimal]) -> bool:
     """Whether every sum that Stripe might have is exact in the digits that it answers with."""
-    parts = [_EXACT.normalize(part) for part in (delivered, *values) if part]
+    parts = [EXACT.normalize(part) for part in (delivered, *values) if part]
     finest = min((int(part.as_tuple().exponent) for part in parts), default=0)
-    most = max(abs(delivered), abs(_sum([delivered, *values])))
+    most = max(abs(delivered), abs(exact_sum([delivered, *values])))
     return most < Decimal((0, (1,), MAX_DIGITS + finest))
 
 
 def _compare(facts: Facts, at_stripe: Decimal, now: int) -> Verdict:
-    in_doubt = _sum([doubt.value for doubt in facts.doubts])
-    unexplained = _EXACT.subtract(at_stripe, facts.delivered)
+    in_doubt = exact_sum([doubt.value for doubt in facts.doubts])
+    unexplained = EXACT.subtract(at_stripe, facts.delivered)
     if unexplained and unexplained != in_doubt:
         return _ask(
             f"Stripe has {at_stripe:f} in that minute; {facts.delivered:f} is delivered, {in_doubt:f} in doubt."
@@ -193,7 +191,7 @@ def _could_have_been_swapped(facts: Facts, *, seen: bool) -> bool:
     doubts = [doubt.value for doubt in facts.doubts]
     delivered = [event.value for event in facts.events if event.state is EventState.DELIVERED]
     missing = {-value if seen else value for value in (*delivered, facts.delivered)}
-    hidden = {value for value in missing if value and (value < 0) == (_sum(doubts) < 0)}
+    hidden = {value for value in missing if value and (value < 0) == (exact_sum(doubts) < 0)}
     if not hidden:
         return False
     sums = _sums(doubts, max(map(abs, hidden)))
@@ -204,7 +202,7 @@ def _sums(values: Sequence[Decimal], most: Decimal) -> set[Decimal] | None:
     """Every sum of some of ``values``, which have one sign, up to the amount ``most``; None where they are too many."""
     sums = {Decimal(0)}
     for value in values:
-        more = (_EXACT.add(known, value) for known in sums)
+        more = (EXACT.add(known, value) for known in sums)
         sums |= {one for one in more if abs(one) <= most}
         if len(sums) > MANY_SUMS:
             return None
@@ -213,7 +211,3 @@ def _sums(values: Sequence[Decimal], most: Decimal) -> set[Decimal] | None:
 
 def _ask(why: str) -> Verdict:
     return Verdict(reason=PERSON + why)
-
-
-def _sum(values: Sequence[Decimal]) -> Decimal:
-    return reduce(_EXACT.add, values, Decimal(0))

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from decimal import Context, Decimal
-from functools import reduce
+from decimal import Decimal
 from typing import Literal
 
+from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.errors import ConfigurationError
 
 Per = Literal["day", "week", "month", "ever"] | timedelta
 _SECONDS = {"day": 86_400, "week": 7 * 86_400}
-_EXACT = Context(prec=250)
-"""Python rounds sums of decimals to 28 digits unless told."""
 _NOTHING = Decimal(0)
 _MONDAY = 4 * 86_400
 """The first Monday after the Unix epoch, which was a Thursday."""
@@ -77,7 +75,7 @@ class Spent:
                     continue
                 its_start = start if end is None or at < end else period.bounds(at)[0]
                 of_payer = _bucket(by_start, its_start).setdefault(name, {})
-                of_payer[what] = _EXACT.add(of_payer.get(what, _NOTHING), amount)
+                of_payer[what] = EXACT.add(of_payer.get(what, _NOTHING), amount)
 
     def move(self, old: str, new: str) -> None:
         """What ``old`` has used is what ``new`` has used."""
@@ -85,12 +83,12 @@ class Spent:
             for by_name in by_start.values():
                 for what, amount in by_name.pop(old, {}).items():
                     of_payer = by_name.setdefault(new, {})
-                    of_payer[what] = _EXACT.add(of_payer.get(what, _NOTHING), amount)
+                    of_payer[what] = EXACT.add(of_payer.get(what, _NOTHING), amount)
 
     def of(self, names: Iterable[str], what: What, period: Period, now: int) -> Decimal:
         """How much all ``names`` together have used in the period that ``now`` is in."""
         by_name = self._sums[period].get(period.bounds(now)[0], {})
-        return reduce(_EXACT.add, (by_name.get(name, {}).get(what, _NOTHING) for name in names), _NOTHING)
+        return exact_sum(by_name.get(name, {}).get(what, _NOTHING) for name in names)
 
 
 def _bucket(by_start: dict[int, dict[str, dict[What, Decimal]]], start: int) -> dict[str, dict[What, Decimal]]:

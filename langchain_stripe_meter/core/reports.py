@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from datetime import datetime
 from decimal import Context, Decimal
 from enum import StrEnum
-from functools import reduce
 from typing import Any
+
+from langchain_stripe_meter.core.exact import exact_sum
 
 MINUTE = 60
 SETTLE_SECONDS = 3600
@@ -18,7 +19,6 @@ SKEW_SECONDS = 600
 GONE_CODES = frozenset({"archived_meter", "no_meter", "meter_event_customer_not_found"})
 """Codes that say that a meter or a customer is not there (any more)."""
 NO_CUSTOMER = "meter_event_customer_not_found"
-_EXACT = Context(prec=250)
 _AS_STRIPE = Context(prec=15)
 """Stripe's sums are floats, which are read to 15 digits."""
 
@@ -129,7 +129,7 @@ def judge(delivered: Sequence[Decimal], uncertain: Sequence[Decimal], at_stripe:
 
 
 def _sum(values: Sequence[Decimal]) -> Decimal:
-    return _AS_STRIPE.plus(reduce(_EXACT.add, values, Decimal(0)))
+    return _AS_STRIPE.plus(exact_sum(values))
 
 
 Ask = Callable[[int, int], Decimal | None]

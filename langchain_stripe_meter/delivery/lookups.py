@@ -11,7 +11,7 @@ from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.creating import create_customer, find_recent
 from langchain_stripe_meter.ledger import resolving
-from langchain_stripe_meter.ledger.payers import digest_of, secret_of
+from langchain_stripe_meter.ledger.payers import digest, secret_of
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -86,7 +86,7 @@ class Lookups:
             recent = find_recent(gateway, reference, account, self._ledger.now())
             if recent:
                 return Answer(recent)
-        key = digest_of(self._secret or secret_of(self._ledger), account, reference)
+        key = digest(self._secret or secret_of(self._ledger), account, reference.text)
         try:
             made = create_customer(gateway, reference, account, key)
         except StripeError as error:

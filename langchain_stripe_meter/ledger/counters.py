@@ -109,7 +109,7 @@ class Counters:
         """Under which names ``who`` is counted: as a customer, and as a lead whose customer was not known then."""
         if who.by == "id":
             return (who.value,)
-        known = self._digest(account, f"{who.by}:{who.value}")
+        known = self._digest(account, who.text)
         self._learn([known])
         customer = self._customers.get(known)
         return (known,) if customer is None else (known, customer)

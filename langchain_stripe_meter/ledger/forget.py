@@ -18,7 +18,7 @@ from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
-from langchain_stripe_meter.ledger.payers import digest_of, secret_of
+from langchain_stripe_meter.ledger.payers import digest, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
@@ -115,7 +115,7 @@ def _whose(person: _Person) -> ColumnElement[bool]:
 
 def _unname(connection: Connection, person: _Person) -> int:
     """Take the name from readings that wait for the person, and the session from those that were skipped."""
-    texts = [f"{one.by}:{one.value}" for one in person.references | person.names]
+    texts = [one.text for one in person.references | person.names]
     named = readings.c.reference.in_(texts)
     held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
     waiting = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.HELD.value])
@@ -134,7 +134,7 @@ def _accounts(connection: Connection) -> set[str]:
 def _erase_traces(connection: Connection, person: _Person, secret: bytes) -> int:
     """To whom the person led, and what acts say of them."""
     everything = person.references | person.names
-    digests = [digest_of(secret, account, one) for account in _accounts(connection) for one in everything]
+    digests = [digest(secret, account, one.text) for account in _accounts(connection) for one in everything]
     mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from decimal import Context, Decimal
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Connection, and_, delete, exists, func, insert, select, tuple_, update
 
 from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -30,7 +31,6 @@ CHORE_SECONDS = 1.0
 """How long a courier prunes at a time, and how long it rests once it is through."""
 CHORE_EVERY = 3600
 
-_EXACT = Context(prec=250)
 _FINAL_EVENTS = events.c.state.in_([EventState.DELIVERED.value, EventState.WRITTEN_OFF.value])
 _FINAL_READINGS = readings.c.state.in_([ReadingState.SKIPPED.value, ReadingState.WRITTEN_OFF.value])
 
@@ -220,7 +220,7 @@ def _keep_sums(connection: Connection, query: Any) -> None:
     for account, event_name, customer, value, at, state in connection.execute(query):
         key = (account, event_name, customer or "", at - at % DAY, state)
         amount, count = sums.get(key, (Decimal(0), 0))
-        sums[key] = _EXACT.add(amount, Decimal(value or 0)), count + 1
+        sums[key] = EXACT.add(amount, Decimal(value or 0)), count + 1
     if not sums:
         return
     keyed = tuple_(*(pruned.c[name] for name in ("account", "event_name", "customer", "day", "state")))
@@ -237,7 +237,7 @@ def _keep_sums(connection: Connection, query: Any) -> None:
 def _sum_row(key: tuple[str, str, str, int, str], known: Any, added: tuple[Decimal, int]) -> dict[str, Any]:
     amount, count = (Decimal(known.amount), known.readings) if known is not None else (Decimal(0), 0)
     names = dict(zip(("account", "event_name", "customer", "day", "state"), key, strict=True))
-    return {**names, "amount": number_text(_EXACT.add(amount, added[0])), "readings": count + added[1]}
+    return {**names, "amount": number_text(EXACT.add(amount, added[0])), "readings": count + added[1]}
 
 
 def _prune_notifications(connection: Connection, before: int) -> Pruned:

@@ -154,7 +154,7 @@ class Leads:
         for amount, has_amount in ((0, readings.c.value.is_not(None)), (None, readings.c.value.is_(None))):
             state, reason = _claim_of(amount)
             claim = update(readings).where(skipped, readings.c.state == ReadingState.SKIPPED.value, has_amount)
-            values = {"state": state.value, "reference": f"{who.by}:{who.value}", "reason": reason, "session": None}
+            values = {"state": state.value, "reference": who.text, "reason": reason, "session": None}
             count += connection.execute(claim.values(**values)).rowcount
         if count:
             write_act(connection, "claimed", f"{count} skipped readings", "their lead was captured", self._ledger.now())

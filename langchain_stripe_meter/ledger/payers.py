@@ -12,7 +12,6 @@ import secrets
 
 from sqlalchemy import Connection, select
 
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.ledger.schema import notes, payers
 from langchain_stripe_meter.ledger.store import Ledger, dialect_insert
 
@@ -35,11 +34,6 @@ def secret_of(ledger: Ledger) -> bytes:
     """The secret, in a transaction of its own: a run may ask, so it does not wait for couriers."""
     with ledger.database.lane("record").transaction() as connection:
         return secret(connection, ledger.now())
-
-
-def digest_of(key: bytes, account: str, reference: Reference) -> str:
-    """As ``digest``."""
-    return digest(key, account, f"{reference.by}:{reference.value}")
 
 
 def digest(key: bytes, account: str, reference: str) -> str:

@@ -42,14 +42,13 @@ def unresolved(connection: Connection, now: int) -> list[Unknown]:
 
 
 def _of(unknown: Unknown) -> Any:
-    return and_(readings.c.account == unknown.account, readings.c.reference == _text(unknown.reference))
+    return and_(readings.c.account == unknown.account, readings.c.reference == unknown.reference.text)
 
 
 def _reference(connection: Connection, told: str | None) -> Reference | None:
     """The reference in a reading; one that is none can only be settled by a person."""
-    by, _, value = (told or "").partition(":")
     try:
-        return Reference(by, value)  # type: ignore[arg-type]
+        return Reference.of(told or "")
     except MeteringError:
         held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
         waiting = RECORDED if told is None else or_(RECORDED, HELD)
@@ -63,7 +62,7 @@ def resolve(connection: Connection, unknown: Unknown, customer: str, now: int) -
 
     A keyed digest of it is kept, by which the spend limits know whose it was.
     """
-    payers.remember(connection, unknown.account, _text(unknown.reference), customer, now)
+    payers.remember(connection, unknown.account, unknown.reference.text, customer, now)
     moved = 0
     for waiting, state, move in (
         (RECORDED, ReadingState.RECORDED, Move.FOUND),
@@ -128,7 +127,3 @@ def free(connection: Connection, condition: ColumnElement[bool]) -> ColumnElemen
     if connection.dialect.name != "postgresql":
         return condition
     return readings.c.id.in_(select(readings.c.id).where(condition).with_for_update(skip_locked=True))
-
-
-def _text(reference: Reference) -> str:
-    return f"{reference.by}:{reference.value}"

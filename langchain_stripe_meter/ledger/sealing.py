@@ -6,13 +6,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
-from decimal import Context, Decimal
-from functools import reduce
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Connection, and_, bindparam, delete, insert, select, update
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, MAX_DIGITS, MeterEvent, number_text, significant_digits
+from langchain_stripe_meter.core.exact import exact_sum
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
@@ -23,7 +23,6 @@ MALFORMED = (ValueError, ArithmeticError, MeteringError)
 """What a row raises that no reading of ours could have become: a person must look at it."""
 
 logger = logging.getLogger("langchain_stripe_meter")
-_EXACT = Context(prec=250)
 
 Row = Mapping[Any, Any]
 
@@ -111,7 +110,7 @@ def _billable(group: list[Row]) -> list[list[Row]]:
 
 
 def _sum(group: list[Row]) -> Decimal:
-    return reduce(_EXACT.add, (Decimal(row["value"]) for row in group), Decimal(0))
+    return exact_sum(Decimal(row["value"]) for row in group)
 
 
 def _is_sound(connection: Connection, row: Row) -> bool:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from decimal import Context, Decimal
+from decimal import Decimal
 
 from sqlalchemy import func, select
 
+from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.ledger.schema import pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger
@@ -15,7 +16,6 @@ from langchain_stripe_meter.ledger.views import html_table
 
 DAY = 86_400
 PRUNED = "no longer known: the readings were pruned"
-_EXACT = Context(prec=250)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def _skipped(key: tuple[int, str, str], parts: list[tuple[int, str | None, int]]
     total = Decimal(0)
     for _, value, times in parts:
         if value is not None:
-            total = _EXACT.add(total, _EXACT.multiply(Decimal(value), Decimal(times)))
+            total = EXACT.add(total, EXACT.multiply(Decimal(value), Decimal(times)))
     return Skipped(
         day=datetime.fromtimestamp(key[0], UTC).date().isoformat(),
         event_name=key[1],

@@ -65,7 +65,7 @@ class Entry:
             self.at,
             int(self.estimated),
             str(self.state),
-            f"{self.reference.by}:{self.reference.value}" if self.reference else None,
+            self.reference.text if self.reference else None,
             json.dumps(dict(self.dimensions), sort_keys=True) if self.dimensions else None,
             self.reason,
             self.account,

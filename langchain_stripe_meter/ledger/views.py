@@ -5,14 +5,14 @@ from __future__ import annotations
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from decimal import Context, Decimal
-from functools import reduce
+from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Connection, func, null, or_, select, union, union_all, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
+from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.epoch import told
@@ -20,8 +20,6 @@ from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
 from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, events, leads, notes, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 
-_EXACT = Context(prec=250)
-"""Python rounds sums of decimals to 28 digits unless told."""
 _SHOWN = ("paused", "clock")
 """The ledger's notes that a status shows."""
 WHAT_TO_RUN = (
@@ -228,7 +226,7 @@ def held(ledger: Ledger) -> HeldList:
 
 def _held(rows: list[Any]) -> Held:
     first = rows[0]
-    value = None if first.value is None else reduce(_EXACT.add, (Decimal(row.value) for row in rows), Decimal(0))
+    value = None if first.value is None else exact_sum(Decimal(row.value) for row in rows)
     ids = tuple(row.id for row in rows)
     return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "")
 
@@ -378,7 +376,7 @@ def totals(ledger: Ledger, since: int = 0, account: str = "") -> dict[tuple[str,
         for name, customer, value, state, event_state in connection.execution_options(yield_per=1000).execute(both):
             by_state = amounts.setdefault((name, customer or "?"), {})
             shown = event_state or state
-            by_state[shown] = _EXACT.add(by_state.get(shown, Decimal(0)), Decimal(value))
+            by_state[shown] = EXACT.add(by_state.get(shown, Decimal(0)), Decimal(value))
     return amounts
 
 
