@@ -17,7 +17,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.delivery import courier as module
 from langchain_stripe_meter.errors import LedgerError, MeteringError
-from langchain_stripe_meter.ledger import outbox, sealing, views
+from langchain_stripe_meter.ledger import database, outbox, sealing, views
 from langchain_stripe_meter.ledger.store import Ledger
 
 ANN = Reference("email", "ann@example.com")
@@ -200,21 +200,45 @@ def test_what_a_close_found_unanswered_is_repeated_under_its_identifier_and_a_la
     assert shop.errors == []
 
 
-def test_an_answer_that_could_not_be_stored_is_stored_at_the_close(quick_folder: Path) -> None:
-    shop = StillShop(quick_folder)
-    shop.ledger = Ledger(f"sqlite:///{quick_folder}/busy.db?timeout=0.05", clock=lambda: shop.now)
-    holder = Ledger(f"sqlite:///{quick_folder}/busy.db")
-    courier = shop.another_courier()
-    shop.record("run")
-    courier.turn()
-    with holder.deliver_lane().transaction():
-        wait_until(lambda: shop.billed() == 1 and courier._results.qsize() > 0)
-        with pytest.raises(MeteringError):
-            courier.turn()
-    courier.close(5)
-    assert shop.states() == {"run": "delivered"}
-    holder.close()
+@pytest.fixture(params=["sqlite", "postgresql"])
+def busy(
+    request: pytest.FixtureRequest, quick_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[StillShop, Ledger]]:
+    """A shop that hardly waits for its ledger, and another process's ledger, which may keep it waiting."""
+    url = f"sqlite:///{quick_folder}/busy.db?timeout=0.05"
+    if request.param == "postgresql":
+        url = str(request.getfixturevalue("postgres_url"))
+    shop, holder = StillShop(quick_folder), Ledger(url)
+    shop.ledger = Ledger(url, clock=lambda: shop.now)
+    shop.courier = shop.another_courier()
+    assert holder.note("x") == shop.ledger.note("x")  # both are open
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    yield shop, holder
     shop.close()
+    shop.ledger.close()
+    holder.close()
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["by the close", "by the next turn"])
+def test_an_answer_that_could_not_be_stored_is_stored_once_the_ledger_is_free(
+    busy: tuple[StillShop, Ledger], closed: bool
+) -> None:
+    shop, holder = busy
+    shop.record("run")
+    shop.courier.turn()
+    with holder.deliver_lane().transaction():
+        wait_until(lambda: shop.billed() == 1 and shop.courier._results.qsize() > 0)
+        with pytest.raises(MeteringError):
+            shop.courier.turn()
+        assert shop.states() == {"run": "sending"}
+    if closed:
+        shop.courier.close(5)
+    else:
+        shop.courier.turn()
+    assert shop.states() == {"run": "delivered"}
+    shop.pass_(outbox.LEASE_SECONDS + 1)
+    shop.another_courier().turn()
+    assert (len(shop.sent()), shop.billed()) == (1, 1)
 
 
 def test_a_close_keeps_its_deadline_where_the_thread_is_stuck(shop: StillShop, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,15 +258,14 @@ def test_a_close_keeps_its_deadline_where_the_thread_is_stuck(shop: StillShop, m
     wait_until(lambda: not courier.is_running)
 
 
-def test_a_close_that_cannot_store_an_answer_is_told_and_the_next_courier_asks_again(quick_folder: Path) -> None:
-    shop = StillShop(quick_folder)
-    shop.ledger = Ledger(f"sqlite:///{quick_folder}/busy.db?timeout=0.05", clock=lambda: shop.now)
-    holder = Ledger(f"sqlite:///{quick_folder}/busy.db")
-    courier = shop.another_courier()
+def test_a_close_that_cannot_store_an_answer_is_told_and_the_next_courier_asks_again(
+    busy: tuple[StillShop, Ledger],
+) -> None:
+    shop, holder = busy
     shop.record("run")
-    courier.turn()
+    shop.courier.turn()
     with holder.deliver_lane().transaction():
-        courier.close(0)
+        shop.courier.close(0)
     assert [type(error) for error in shop.errors] == [LedgerError]
     assert shop.states() == {"run": "sending"}
     shop.pass_(outbox.LEASE_SECONDS + 1)
@@ -251,5 +274,3 @@ def test_a_close_that_cannot_store_an_answer_is_told_and_the_next_courier_asks_a
     shop.pass_(60)
     shop.answered()
     assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 1)
-    holder.close()
-    shop.close()
