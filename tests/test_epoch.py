@@ -32,7 +32,7 @@ from langchain_stripe_meter.ledger import epoch, views
 from langchain_stripe_meter.ledger.backup import backup
 from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox, refuse, server_error
+from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
 
 HOUR = 3600
 
@@ -135,6 +135,37 @@ def test_what_was_sent_after_the_backup_is_not_billed_again_whenever_it_is_resto
     shop.deliver()
     assert shop.billed() == ["first", "lost", "new", "second", "third"]
     assert len(shop.told) == 1
+
+
+@pytest.mark.parametrize("hours", [1, 25, 48])
+def test_what_a_restore_put_in_doubt_is_compared_and_ends_delivered_once(shop: Shop, hours: int) -> None:
+    """One was sent after the backup, one was not: Stripe's sums tell which."""
+    shop.record("first")
+    shop.deliver()
+    shop.sandbox.advance(seconds=120)
+    shop.record("second", value=3)
+    shop.sandbox.advance(seconds=120)
+    shop.record("third", value=5)
+    backup(shop.ledger, shop.copy)
+    shop.sandbox.fail(rate_limited(), where=lambda request: request.params["identifier"] == "third", times=None)
+    shop.deliver(until=lambda: shop.states()["second"] == "delivered")
+    shop.sandbox.clear_faults()
+    shop.sandbox.advance(hours=hours)
+    shop.restore()
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append, chores=[Doubts(shop.ledger, gateway)])
+
+    def in_ten_minutes() -> bool:
+        courier.turn()
+        if not courier.in_flight:
+            shop.sandbox.advance(seconds=600)
+        return set(shop.states().values()) == {"delivered"}
+
+    wait_until(in_ten_minutes)
+    courier.close(5)
+    gateway.close()
+    assert shop.sandbox.billed("m", "cus_1") == 9
+    settled(shop.ledger, shop.sandbox, fault="the ledger is restored from a backup")
 
 
 @contextmanager
