@@ -325,7 +325,7 @@ def test_well_formed_structured_output_is_parsed(speaker: Speaker) -> None:
 def test_a_body_can_be_sent_as_it_stands(speaker: Speaker) -> None:
     with speaker.server() as server:
         server.reply(Reply(status=502, body="<html>Bad Gateway</html>"))
-        with pytest.raises(Exception, match="Bad Gateway") as caught:
+        with pytest.raises(Exception, match="Bad Gateway|502") as caught:
             speaker.to(server).invoke("Hi")
     assert caught.value.status_code == 502  # type: ignore[attr-defined]
 
@@ -339,16 +339,19 @@ def test_the_model_is_the_one_asked_for_unless_scripted() -> None:
 
 # What may go wrong
 
+BROKEN_OFF = "peer closed connection|Connection error"
+"""As httpx says it, or as a client does that hides httpx."""
+
 
 @every_way
 @all_models
 @pytest.mark.parametrize(
     ("status", "words"),
     [
-        (400, "invalid_request_error"),
-        (401, "invalid"),
+        (400, "could not be understood|must be greater than"),
+        (401, "Incorrect API key|invalid x-api-key"),
         (429, "ate limit"),
-        (500, "erver.error"),
+        (500, "server had an error|server error"),
         (529, "erver|verload"),
     ],
 )
@@ -403,7 +406,7 @@ def test_a_dropped_stream_delivers_the_pieces_before_the_break(
     heard: list[str] = []
     with speaker.server() as server:
         server.reply(Reply("one two three", break_after=after))
-        with pytest.raises(Exception, match="peer closed connection"):
+        with pytest.raises(Exception, match=BROKEN_OFF):
             read(speaker.to(server), heard)
     assert heard == ["one", " two", " three"][:after]
 
@@ -482,7 +485,7 @@ def test_a_break_beyond_the_last_piece_is_a_mistake() -> None:
     def ask() -> None:
         with OpenAIServer() as server:
             server.reply(Reply("one two", break_after=3))
-            with pytest.raises(Exception, match="peer closed connection"):
+            with pytest.raises(Exception, match=BROKEN_OFF):
                 list(server.chat().stream("Hi"))
 
     with pytest.raises(ExceptionGroup, match="stand-in failed") as caught:
