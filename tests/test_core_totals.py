@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, Inexact, localcontext
 
 import pytest
 
@@ -55,3 +55,15 @@ def test_a_comparison_names_whose_usage_of_what_on_which_account_it_is() -> None
     found = compare("ai_tokens", "cus_1", {}, None, "acct_1")
     assert (found.event_name, found.customer, found.account) == ("ai_tokens", "cus_1", "acct_1")
     assert {type(amount) for amount in (found.recorded, found.delivered, found.uncertain)} == {Decimal}
+
+
+@pytest.mark.parametrize("traps", [[], [Inexact]])
+def test_an_applications_own_decimal_context_hides_no_difference(traps: list[type[Inexact]]) -> None:
+    with localcontext() as context:
+        context.prec = 6
+        for trap in traps:
+            context.traps[trap] = True
+        off, found = held_against(1_234_569, delivered=1_234_567, pending=7)
+        assert (off, found.recorded) == (2, 1_234_574)
+        later = {"delivered": Decimal(1_234_570), "sending": Decimal(1_000_001)}
+        assert held_against(2_234_572, later, delivered=1_234_567, sending=3)[0] == 1

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 
+from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import EventState
 
 _ON_THE_WAY = (EventState.SENDING, EventState.DOUBTFUL)
@@ -33,8 +34,8 @@ class Comparison:
     def difference(self) -> Decimal:
         """How far Stripe's sum lies outside what is possible: positive, it has too much; negative, too little."""
         at_stripe = Decimal(0) if self.at_stripe is None else self.at_stripe
-        bounds = sorted((self.delivered, self.delivered + self.uncertain))
-        return at_stripe - min(max(at_stripe, bounds[0]), bounds[1])
+        bounds = sorted((self.delivered, EXACT.add(self.delivered, self.uncertain)))
+        return EXACT.subtract(at_stripe, min(max(at_stripe, bounds[0]), bounds[1]))
 
 
 def compare(
@@ -52,12 +53,12 @@ def compare(
     """
     delivered, uncertain = amounts.get(EventState.DELIVERED, Decimal(0)), _on_the_way(amounts)
     if later is not None:
-        most = later.get(EventState.DELIVERED, Decimal(0)) + _on_the_way(later)
-        uncertain = max(uncertain, most - delivered)
+        most = EXACT.add(later.get(EventState.DELIVERED, Decimal(0)), _on_the_way(later))
+        uncertain = max(uncertain, EXACT.subtract(most, delivered))
     return Comparison(
         event_name=event_name,
         customer=customer,
-        recorded=sum(amounts.values(), Decimal(0)),
+        recorded=exact_sum(amounts.values()),
         delivered=delivered,
         uncertain=uncertain,
         at_stripe=at_stripe,
@@ -66,4 +67,4 @@ def compare(
 
 
 def _on_the_way(amounts: Mapping[str, Decimal]) -> Decimal:
-    return sum((amounts.get(state, Decimal(0)) for state in _ON_THE_WAY), Decimal(0))
+    return exact_sum(amounts.get(state, Decimal(0)) for state in _ON_THE_WAY)
