@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from importlib.util import find_spec
 
 from langchain_stripe_meter.core.meters import Cost, Meter
@@ -17,7 +17,11 @@ def is_installed() -> bool:
 
 
 def genai_price(usage: Usage, model: str, provider: str | None) -> Decimal:
-    """The price of ``usage`` in US dollars; ``LookupError`` for a model that genai-prices does not know."""
+    """The price of ``usage`` in US dollars; ``LookupError`` for a model that genai-prices does not know.
+
+    A provider's own price is the only one that counts: the same model costs nothing where a user runs it. But OpenAI's
+    client speaks to anybody's server, and a run that names no provider leaves only the model to go by.
+    """
     import genai_prices
 
     counted = genai_prices.Usage(
@@ -28,13 +32,20 @@ def genai_price(usage: Usage, model: str, provider: str | None) -> Decimal:
         input_audio_tokens=usage.audio_input,
         output_audio_tokens=usage.audio_output,
     )
-    try:
-        price = genai_prices.calc_price(counted, model_ref=model, provider_id=_PROVIDERS.get(provider or "", provider))
-    except LookupError:
-        price = genai_prices.calc_price(counted, model_ref=model)
+    with localcontext(_CONTEXT):  # genai-prices divides in the current context, which may be the application's own
+        try:
+            price = genai_prices.calc_price(
+                counted, model_ref=model, provider_id=_PROVIDERS.get(provider or "", provider)
+            )
+        except LookupError:
+            if provider not in _ANYBODY:
+                raise
+            price = genai_prices.calc_price(counted, model_ref=model)
     return price.total_price
 
 
+_CONTEXT = Context(prec=28, rounding=ROUND_HALF_EVEN, traps=[])
+_ANYBODY = (None, "", "openai")
 _PROVIDERS = {"azure_openai": "azure", "google_genai": "google", "google_vertexai": "google", "amazon_bedrock": "aws"}
 """LangChain's names for providers, where genai-prices has others."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import Decimal
+from decimal import Decimal, Inexact, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,24 @@ def test_a_dated_model_and_a_plain_one_cost_the_same() -> None:
 def test_an_unknown_model_is_a_lookup_error_not_a_price_of_nothing() -> None:
     with pytest.raises(LookupError):
         price("no-such-model-anywhere", input=1000)
+
+
+def test_a_model_that_a_user_runs_is_not_priced_as_somebody_elses() -> None:
+    assert price("deepseek-chat", "deepseek", input=1000) > 0
+    with pytest.raises(LookupError):
+        price("deepseek-chat", "ollama", input=1000)
+
+
+def test_openais_client_may_speak_to_anybodys_server_so_the_model_is_looked_for_everywhere() -> None:
+    assert price("deepseek-chat", "openai", input=1000) == price("deepseek-chat", "deepseek", input=1000)
+
+
+def test_an_applications_own_decimal_context_changes_no_price() -> None:
+    usual = price("gpt-4o", input=123_457, output=23_461)
+    with localcontext() as context:
+        context.prec = 3
+        context.traps[Inexact] = True
+        assert price("gpt-4o", input=123_457, output=23_461) == usual
 
 
 @pytest.mark.parametrize(("unit", "factor"), [("usd", 1), ("cents", 100), ("micro_usd", 1_000_000)])
