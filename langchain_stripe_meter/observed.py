@@ -151,7 +151,13 @@ def _usage(report: Any, response: LLMResult, message: BaseMessage | None) -> Usa
 def _model(response: LLMResult, message: BaseMessage | None) -> str | None:
     said = (message.response_metadata if message is not None else None) or {}
     name = said.get("model_name") or said.get("model") or (response.llm_output or {}).get("model_name")
-    return str(name) if name else None
+    return _once(str(name)) if name else None
+
+
+def _once(name: str) -> str:
+    """``name`` without repetition: LangChain joins what two pieces of a stream say, and some gateways say it twice."""
+    length = (name + name).find(name, 1)  # where a text first finds itself again when it is repeated
+    return name[:length] if length > 3 else name
 
 
 def _has_content(item: BaseMessage | str) -> bool:

@@ -9,7 +9,7 @@ import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 
-from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.ledger.views import Row, tail
 
 SHAPES: dict[str, tuple[dict[str, Any] | None, dict[str, int]]] = {
@@ -128,3 +128,14 @@ def test_a_report_that_contradicts_itself_is_held_by_name_never_billed(
     assert {row.state for row in rows.values()} == {"held"}
     assert {row.value for row in rows.values()} == {None}
     assert all(says in str(row.reason) for row in rows.values())
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "gpt-4ogpt-4o", "gpt-4ogpt-4ogpt-4o"])
+def test_a_model_whose_name_a_gateway_says_again_and_again_is_that_model(name: str, tmp_path: Path) -> None:
+    usage = {"input_tokens": 10, "output_tokens": 2, "total_tokens": 12}
+    answer = AIMessage("Hi", usage_metadata=usage, response_metadata={"model_name": name})
+    worth = Credits("credits", {"gpt-4o": 10}, default=1)
+    ledger = f"sqlite:///{tmp_path}/ledger.db"
+    with StripeMeterCallbackHandler(worth, customer="cus_1", ledger=ledger, deliver=False) as handler:
+        GenericFakeChatModel(messages=iter([answer])).invoke("Hi", {"callbacks": [handler]})
+        assert [row.value for row in tail(handler._ledger)] == [10]
