@@ -325,7 +325,7 @@ def test_well_formed_structured_output_is_parsed(speaker: Speaker) -> None:
 def test_a_body_can_be_sent_as_it_stands(speaker: Speaker) -> None:
     with speaker.server() as server:
         server.reply(Reply(status=502, body="<html>Bad Gateway</html>"))
-        with pytest.raises(Exception, match="Bad Gateway|502") as caught:
+        with pytest.raises(Exception, match=r"Bad Gateway|502") as caught:
             speaker.to(server).invoke("Hi")
     assert caught.value.status_code == 502  # type: ignore[attr-defined]
 
