@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from faults import deliver, settled
@@ -109,36 +111,43 @@ def pythons() -> dict[str, str]:
     return found
 
 
-@pytest.fixture(params=VERSIONS)
-def python(request: pytest.FixtureRequest) -> str:
-    version = str(request.param)
+class Place(NamedTuple):
+    """Where one Python's process records, and to whom it would deliver."""
+
+    python: str
+    url: str
+    sandbox: StripeSandbox
+
+    def begin(self, program: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.python, "-c", START + program, self.url],
+            env={**os.environ, **self.sandbox.environment(), "PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[list[Place]]:
+    """One for each Python; their processes run at the same time."""
+    with ExitStack() as stack:
+        found = []
+        for version, python in pythons().items():
+            sandbox = stack.enter_context(StripeSandbox())
+            sandbox.create_meter("ai_tokens")
+            sandbox.create_customer(id="cus_1")
+            found.append(Place(python, f"sqlite:///{tmp_path}/{version}.db", sandbox))
+        yield found
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_supported_python_is_among_those_that_are_tried(version: str) -> None:
     if version not in pythons():
         pytest.skip(f"no Python {version} with the package's dependencies is named in $STRIPE_METER_PYTHONS")
-    return pythons()[version]
-
-
-@pytest.fixture
-def sandbox() -> Iterator[StripeSandbox]:
-    with StripeSandbox() as sandbox:
-        sandbox.create_meter("ai_tokens")
-        sandbox.create_customer(id="cus_1")
-        yield sandbox
-
-
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/ledger.db"
-
-
-def begin(python: str, program: str, url: str, sandbox: StripeSandbox) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [python, "-c", START + program, url],
-        env={**os.environ, **sandbox.environment(), "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    ask = [pythons()[version], "-c", "import langchain_core, sqlalchemy, stripe"]
+    subprocess.run(ask, check=True, timeout=60)
 
 
 def settle(url: str, sandbox: StripeSandbox, told: int, *, fault: str, exactly: bool = True) -> None:
@@ -156,17 +165,19 @@ def settle(url: str, sandbox: StripeSandbox, told: int, *, fault: str, exactly: 
     ("end", "reachable"), [*((end, True) for end in ENDS), *((end, False) for end in list(ENDS)[:2])]
 )
 def test_what_is_recorded_while_the_interpreter_shuts_down_is_durable_and_nothing_is_printed(
-    python: str, url: str, sandbox: StripeSandbox, end: str, reachable: bool
+    places: list[Place], end: str, reachable: bool
 ) -> None:
     if not reachable:
-        sandbox.fail(refuse(503), path=None, times=None)
-    child = begin(python, ENDS[end], url, sandbox)
-    told, errors = child.communicate(timeout=60)
-    assert (child.returncode, errors) == (0, "")
-    sandbox.clear_faults()
-    assert set(told.splitlines()) == {"recorded"}
-    exactly = "daemon" not in end
-    settle(url, sandbox, told.count("recorded"), fault="the interpreter shuts down while runs end", exactly=exactly)
+        for place in places:
+            place.sandbox.fail(refuse(503), path=None, times=None)
+    children = [place.begin(ENDS[end]) for place in places]
+    for place, child in zip(places, children, strict=True):
+        told, errors = child.communicate(timeout=60)
+        assert (child.returncode, errors) == (0, "")
+        place.sandbox.clear_faults()
+        assert set(told.splitlines()) == {"recorded"}
+        count, exactly = told.count("recorded"), "daemon" not in end
+        settle(place.url, place.sandbox, count, fault="the interpreter shuts down while runs end", exactly=exactly)
 
 
 WORKER = """
@@ -179,16 +190,18 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
 def test_a_process_that_is_told_to_end_with_work_pending_loses_nothing_and_the_next_one_delivers(
-    python: str, url: str, sandbox: StripeSandbox, number: signal.Signals
+    places: list[Place], number: signal.Signals
 ) -> None:
     """By default Python does not run exit functions on SIGTERM: nothing depends on them."""
-    sandbox.fail(refuse(503), path=None, times=None)
-    child = begin(python, WORKER, url, sandbox)
-    assert child.stdout is not None
-    for _ in range(5):
-        assert child.stdout.readline() == "recorded\n"
-    child.send_signal(number)
-    child.communicate(timeout=60)
-    assert child.returncode in (-number, 1)  # KeyboardInterrupt is an error like any other
-    sandbox.clear_faults()
-    settle(url, sandbox, 5, fault=f"{number.name} with work pending")
+    for place in places:
+        place.sandbox.fail(refuse(503), path=None, times=None)
+    children = [place.begin(WORKER) for place in places]
+    for place, child in zip(places, children, strict=True):
+        assert child.stdout is not None
+        for _ in range(5):
+            assert child.stdout.readline() == "recorded\n"
+        child.send_signal(number)
+        child.communicate(timeout=60)
+        assert child.returncode in (-number, 1)  # KeyboardInterrupt is an error like any other
+        place.sandbox.clear_faults()
+        settle(place.url, place.sandbox, 5, fault=f"{number.name} with work pending")
