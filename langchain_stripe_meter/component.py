@@ -6,10 +6,10 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from langchain_stripe_meter.core.events import (
     MeterEvent,
@@ -19,7 +19,6 @@ from langchain_stripe_meter.core.events import (
     check_identifier,
     check_timestamp,
     check_value,
-    number_text,
 )
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
@@ -44,12 +43,21 @@ _ERROR_TYPES = {
 }
 
 
+def _no_truth(value: object) -> object:
+    """Pydantic takes True for 1; a step that yields it yields no amount."""
+    if isinstance(value, bool):
+        raise ValueError(f"{value} is no amount; give a number")  # noqa: TRY004 - pydantic reports ValueErrors
+    return value
+
+
 class MeterEventInput(BaseModel):
     """The component's inputs, as a tool's schema shows them; the limits are checked when it runs."""
 
     event_name: str = Field(description="Event name of the Stripe meter, at most 100 characters.")
     customer_id: str = Field(description="Stripe customer id, such as 'cus_NffrFeUfNV2Hib'.")
-    value: int | Decimal = Field(description="How much to add, at most 15 significant digits; negative to correct.")
+    value: Annotated[int | Decimal, BeforeValidator(_no_truth)] = Field(
+        description="How much to add, at most 15 significant digits; negative to correct."
+    )
     identifier: str | None = Field(
         default=None, description="At most 100 characters; the same identifier is not billed twice. Default: random."
     )
@@ -65,7 +73,8 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
     ``retryable`` and ``identifier``. It never raises for its input or for Stripe, so that the next step can branch.
 
     Give an ``identifier`` to make a step repeatable: Stripe remembers it for a day, and a repetition then succeeds
-    without billing again (its response has ``"duplicate": True``). Without one, every call bills.
+    without billing again. Its response has ``"duplicate": True`` and no payload: what counts is what Stripe got first,
+    also where this input says something else. Without an identifier, every call bills.
 
     ``stripe`` is an API key or a ``stripe.StripeClient``; by default ``$STRIPE_API_KEY``, read when it runs.
     ``stripe_account`` (``acct_…``) bills on a connected account.
@@ -150,7 +159,7 @@ def _send(gateway: Gateway, event: MeterEvent) -> dict[str, Any]:
     if outcome.move is Move.ACCEPTED:
         return {"success": True, "response": answer}
     if outcome.move is Move.DUPLICATE:
-        return {"success": True, "response": _as_sent(event)}
+        return {"success": True, "response": _known_already(event)}
     return _failure(
         _ERROR_TYPES[outcome.move],
         outcome.message,
@@ -160,14 +169,14 @@ def _send(gateway: Gateway, event: MeterEvent) -> dict[str, Any]:
     )
 
 
-def _as_sent(event: MeterEvent) -> dict[str, Any]:
-    """What Stripe has already: it does not return the event again."""
+def _known_already(event: MeterEvent) -> dict[str, Any]:
+    """What is certain of an event whose identifier Stripe has: it does not return the one that it got first."""
     return {
         "object": "billing.meter_event",
         "event_name": event.event_name,
         "identifier": event.identifier,
-        "payload": {"stripe_customer_id": event.customer, "value": number_text(event.value)},
         "duplicate": True,
+        "message": "Stripe has an event with this identifier already, and keeps what it got first.",
     }
 
 

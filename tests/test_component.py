@@ -11,8 +11,11 @@ import pytest
 from freezegun import freeze_time
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
+from pydantic import ValidationError
+from tcp_proxy import FaultProxy, answer_of_another_event
 
 from langchain_stripe_meter import StripeMeterEvent
+from langchain_stripe_meter.component import MeterEventInput
 from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer
 
 INPUT = {"event_name": "ai_tokens_used", "customer_id": "cus_123", "value": 500, "identifier": "job-42"}
@@ -48,6 +51,28 @@ def test_a_retried_step_with_the_same_identifier_succeeds_and_bills_once(sandbox
     assert first["success"] is second["success"] is True
     assert second["response"]["duplicate"] is True
     assert sandbox.billed("ai_tokens_used", "cus_123") == 500
+
+
+def test_a_used_identifier_says_nothing_of_an_event_that_stripe_did_not_take(sandbox: StripeSandbox) -> None:
+    sandbox.create_customer(id="cus_other")
+    StripeMeterEvent().invoke({**INPUT, "identifier": "job-1"})
+    out = StripeMeterEvent().invoke({**INPUT, "identifier": "job-1", "customer_id": "cus_other", "value": 9})
+    assert (out["success"], out["response"]["duplicate"], "payload" in out["response"]) == (True, True, False)
+    assert "keeps what it got first" in out["response"]["message"]
+    assert sandbox.billed("ai_tokens_used") == {"cus_123": 500}
+
+
+def test_an_answer_that_is_not_the_event_is_no_success(sandbox: StripeSandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultProxy(int(sandbox.url.rsplit(":", 1)[1])) as proxy:
+        proxy.plan = [answer_of_another_event]
+        monkeypatch.setenv("STRIPE_METER_API_BASE", proxy.url)
+        error = error_of(StripeMeterEvent().invoke(INPUT))
+    assert (error["type"], error["retryable"]) == ("unknown_outcome", True)
+
+
+def test_true_is_no_amount_for_a_tool_either() -> None:
+    with pytest.raises(ValidationError, match="True is no amount"):
+        MeterEventInput(event_name="ai_tokens_used", customer_id="cus_123", value=True)
 
 
 def test_a_step_whose_answer_was_lost_can_be_repeated_safely(sandbox: StripeSandbox) -> None:

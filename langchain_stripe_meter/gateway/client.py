@@ -138,10 +138,7 @@ class Gateway:
         500 under the old one for a day. The identifier stays, and is what protects from billing twice.
         """
         options = {"idempotency_key": f"{event.identifier}.{attempt}", "max_network_retries": 0}
-        outcome, answer = self._try(event, options)
-        if outcome.move is Move.ACCEPTED and answer.get("identifier") != event.identifier:
-            return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event")
-        return outcome
+        return self._try(event, options)[0]
 
     def send_once(self, event: MeterEvent) -> tuple[Outcome, dict[str, Any]]:
         """Send one meter event outside any ledger: what came of it, and Stripe's own object where it was accepted."""
@@ -150,7 +147,10 @@ class Gateway:
     def _try(self, event: MeterEvent, options: Any) -> tuple[Outcome, dict[str, Any]]:
         try:
             made = self._create(event, options)
-            return Outcome(Move.ACCEPTED, date=_date(made)), made.to_dict()
+            answer = made.to_dict()
+            if answer.get("identifier") != event.identifier:
+                return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event"), {}
+            return Outcome(Move.ACCEPTED, date=_date(made)), answer
         except StripeError as error:  # the meter could not be read, so nothing was sent
             outcome = self.outcome_of(error)
             unsent = replace(outcome, move=Move.REFUSED_FOR_NOW) if outcome.move is Move.UNKNOWN else outcome
