@@ -17,10 +17,12 @@ from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.tokens import MIN_SECRET
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.handler import MAX_ROLL_UP, StripeMeterCallbackHandler
+from langchain_stripe_meter.ledger.address import without_password
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    # What is wrong may be a key or name a person, so pydantic's own message must not quote it.
+    model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 
 
 class MeterSettings(_Strict):
@@ -41,6 +43,8 @@ class MeterSettings(_Strict):
     def build(self) -> meters.Meter:
         """The meter itself; ``ConfigurationError`` names an argument that its kind does not take."""
         arguments = self.model_dump(exclude={"kind"}, exclude_none=True)
+        if self.kind == "credits":
+            arguments.setdefault("credits", {})  # then ``default`` says what every model is worth
         kinds: dict[str, Any] = {
             "tokens": meters.Tokens, "messages": meters.Messages, "credits": meters.Credits, "cost": meters.Cost,
         }  # fmt: skip
@@ -76,7 +80,12 @@ class CustomerSettings(_Strict):
     sources: tuple[CustomerSettings, ...] = ()
 
     def build(self, secrets: Callable[[str], list[str]] = secrets_in) -> customers.CustomerSource:
-        """The source itself; ``secrets`` gives those in an environment variable."""
+        """The source itself; ``secrets`` gives those in an environment variable. ``ConfigurationError`` names a field
+        that this source does not read."""
+        fields = type(self).model_fields
+        foreign = [name for name in fields if name not in _READ[self.source] and self._says(name)]
+        if foreign:
+            raise ConfigurationError(f"source = {self.source!r} does not read {foreign[0]!r}; leave it out.")
         if self.source == "static":
             return customers.static(id=self.id, email=self.email, name=self.name, phone=self.phone, region=self.region)
         if self.source == "first_of":
@@ -93,6 +102,9 @@ class CustomerSettings(_Strict):
             return customers.from_context(key, trust_client=self.trust_client)
         return customers.from_metadata(key, trust_client=self.trust_client)
 
+    def _says(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
     def in_words(self) -> str:
         """Who pays, for people; the customer of a static source is not named."""
         if self.source == "first_of":
@@ -103,16 +115,28 @@ class CustomerSettings(_Strict):
         return f"the lead, by {self.by}" if self.source == "lead" else f"{self.source}, under {self.key or 'its key'}"
 
 
+_READ = {
+    "static": {"source", "id", "email", "name", "phone", "region"},
+    "metadata": {"source", "key", "trust_client"},
+    "auth_user": {"source", "key"},
+    "context": {"source", "key", "trust_client"},
+    "lead": {"source", "by", "trust_client", "region"},
+    "signed_token": {"source", "key", "secret_env", "account"},
+    "first_of": {"source", "sources"},
+}
+"""The fields that each source reads."""
+
+
 class MeteringSettings(_Strict):
     """Everything but the API key, which stays in the environment.
 
     ``MeteringSettings.model_validate_json(text).handler()`` makes the handler. Bad input raises pydantic's
-    ``ValidationError``, which names the field and the value.
+    ``ValidationError``, which names the field and what is wrong with it. A password in ``ledger`` is shown nowhere.
     """
 
     meters: tuple[MeterSettings, ...] = Field(min_length=1)
     customer: CustomerSettings | None = None
-    ledger: str | None = None
+    ledger: str | None = Field(default=None, repr=False)
     deliver: bool = True
     on_missing_usage: Literal["estimate", "hold", "ignore"] = "estimate"
     bill_cache_hits: bool = False
@@ -192,12 +216,16 @@ class MeteringSettings(_Strict):
             else "the authenticated user, else the run's metadata",
             "if_nobody_is_named": otherwise,
             "whom_stripe_does_not_know": unknown,
-            "ledger": self.ledger or "$STRIPE_METER_LEDGER, else stripe_meter.db in the working directory",
+            "ledger": self.shown_ledger() or "$STRIPE_METER_LEDGER, else stripe_meter.db in the working directory",
             "delivered": delivered if self.deliver else "by another process: stripe-meter deliver",
             "usage_that_is_not_reported": {"estimate": "is estimated", "hold": "is held", "ignore": "is not billed"}[
                 self.on_missing_usage
             ],
         }
+
+    def shown_ledger(self) -> str | None:
+        """The ledger's address as people may see it: without its password."""
+        return None if self.ledger is None else without_password(self.ledger)
 
     def _otherwise(self) -> Literal["skip", "raise"] | customers.CustomerSource:
         policy = self.on_unidentified
@@ -224,6 +252,7 @@ def _explain(error: Any) -> str:
     kinds = ("CustomerSettings", "literal[")
     where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(kinds))
     message = _REMEDIES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
-    shown = isinstance(error["input"], str | int | float) and not _PERSONAL & set(error["loc"])
+    unknown = error["type"] == "extra_forbidden"  # nobody knows what it holds: it may be a key
+    shown = not unknown and isinstance(error["input"], str | int | float) and not _PERSONAL & set(error["loc"])
     value = f" = {error['input']!r}" if shown else ""
     return f"{where or 'the settings'}{value}: {message}".rstrip(".")

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from typer.testing import CliRunner
 
-from langchain_stripe_meter import MeteringSettings, first_of, from_lead, static
+from langchain_stripe_meter import Credits, MeteringSettings, first_of, from_lead, static
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.address import without_password
 
 TOML = """
 ledger = "sqlite:///usage.db"
@@ -71,7 +73,7 @@ def test_a_policy_can_be_a_word(tmp_path: Path, policy: str) -> None:
     ("old", "new", "says"),
     [
         ("concurrency = 4", "concurrency = 0", "concurrency = 0: .*greater than or equal to 1"),
-        ("concurrency = 4", 'colour = "red"', "colour = 'red': there is no such setting"),
+        ("concurrency = 4", 'colour = "red"', "colour: there is no such setting"),
         ('event_name = "ai_tokens"', "", r"meters\.0\.event_name: it is missing; add it"),
         ('kind = "tokens"', 'kind = "token"', r"meters\.0\.kind = 'token': .*'tokens', 'messages'"),
         ('by = "phone"\nregion = "DE"', 'by = "phone"\nregion = "Germany"', "region='Germany'.*two letters"),
@@ -121,3 +123,68 @@ def test_the_command_says_what_a_file_means(tmp_path: Path) -> None:
     assert "901820" not in shown
     assert json.loads(call(0, str(file), "--json").stdout)["concurrency"] == 4
     assert "there is no such setting" in call(2, str(write(tmp_path, f"colour = 1\n{TOML}"))).stderr
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("concurrency = 4", 'stripe = "sk_live_canary"'),
+        ('by = "phone"', 'by = "phone"\nsecret = "canary-of-32-bytes"'),
+        ("concurrency = 4", 'concurrency = 4\nwebhook = ["canary"]'),
+    ],
+)
+def test_a_key_in_the_wrong_place_is_never_repeated(tmp_path: Path, old: str, new: str) -> None:
+    with pytest.raises(ConfigurationError, match="there is no such setting") as refused:
+        MeteringSettings.from_file(write(tmp_path, TOML.replace(old, new, 1)))
+    assert "canary" not in str(refused.value)
+    with pytest.raises(ValidationError) as told:
+        MeteringSettings.model_validate(tomllib.loads(TOML.replace(old, new, 1)))
+    assert "canary" not in f"{told.value} {told.value!r}"
+
+
+ADDRESS = "postgresql+psycopg://bill:canary@db/x"
+
+
+def test_the_ledgers_password_is_shown_nowhere(tmp_path: Path) -> None:
+    file = write(tmp_path, TOML.replace("sqlite:///usage.db", ADDRESS))
+    settings = MeteringSettings.from_file(file)
+    assert settings.ledger == ADDRESS
+    shown = [repr(settings), str(settings), *settings.in_words().values()]
+    for form in ([], ["--json"]):
+        shown += [CliRunner().invoke(app, ["settings", str(file), *form], env={"COLUMNS": "200"}).output]
+    assert "canary" not in " ".join(shown)
+    assert "db/x" in shown[-1]
+
+
+@pytest.mark.parametrize(
+    "url", [ADDRESS, "postgresql+psycopg:/bill:canary@db/x", "bill:canary@db", f"{ADDRESS}?password=canary"]
+)
+def test_an_address_is_shown_without_its_password_also_where_it_is_mistyped(url: str) -> None:
+    assert "canary" not in without_password(url)
+    assert "db" in without_password(url)
+
+
+def test_an_address_without_a_password_is_shown_as_it_is() -> None:
+    assert without_password("sqlite:///usage.db") == "sqlite:///usage.db"
+
+
+@pytest.mark.parametrize(
+    ("customer", "foreign"),
+    [
+        ({"source": "metadata", "sources": [{"source": "auth_user"}]}, "sources"),
+        ({"source": "static", "id": "cus_1", "account": "acct_1"}, "account"),
+        ({"source": "auth_user", "id": "cus_123"}, "id"),
+        ({"source": "auth_user", "trust_client": True}, "trust_client"),
+        ({"source": "lead", "key": "crm_lead"}, "key"),
+        ({"source": "first_of", "sources": [{"source": "lead", "name": "canary"}]}, "name"),
+    ],
+)
+def test_a_field_that_its_source_does_not_read_is_refused_by_name(customer: dict[str, Any], foreign: str) -> None:
+    with pytest.raises(ValidationError, match=f"does not read '{foreign}'") as refused:
+        MeteringSettings.model_validate({"meters": [{"kind": "messages", "event_name": "m"}], "customer": customer})
+    assert "canary" not in str(refused.value)
+
+
+def test_credits_need_no_table_where_every_model_is_worth_the_same() -> None:
+    settings = MeteringSettings.model_validate({"meters": [{"kind": "credits", "event_name": "c", "default": 1}]})
+    assert settings.meters[0].build() == Credits("c", {}, default=1)

@@ -258,7 +258,7 @@ def settings(
 
         read = MeteringSettings.from_file(file)
         if as_json:
-            print_json(read.model_dump(mode="json"))
+            print_json({**read.model_dump(mode="json"), "ledger": read.shown_ledger()})
             return
         record(read.in_words(), as_json=False)
 

@@ -26,7 +26,7 @@ def parse_url(url: str) -> URL:
         parsed.get_dialect()
     except (AnyDatabaseError, NoSuchModuleError) as error:
         raise ConfigurationError(
-            f"ledger={_without_password(url)!r} is not a database address. "
+            f"ledger={without_password(url)!r} is not a database address. "
             "Use 'sqlite:///stripe_meter.db' or 'postgresql+psycopg://user@host/name'."
         ) from error
     if backend not in ("sqlite", "postgresql"):
@@ -40,9 +40,12 @@ def parse_url(url: str) -> URL:
     return parsed
 
 
-def _without_password(url: str) -> str:
-    scheme, separator, rest = url.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+def without_password(url: str) -> str:
+    """A database address, also a mistyped one, as people and logs may see it."""
+    plain, asked, _ = url.partition("?")  # a password may be asked for there, too
+    if "@" in plain:
+        plain = f"{plain.partition(':')[0]}://{plain.rpartition('@')[2]}"
+    return plain + asked + ("…" if asked else "")
 
 
 def prepare_file(path: Path) -> None:
