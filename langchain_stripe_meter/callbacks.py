@@ -27,6 +27,7 @@ from langchain_stripe_meter.observed import (
     text_of,
 )
 from langchain_stripe_meter.recording import Ending, Recorder, call_of
+from langchain_stripe_meter.reentry import is_inside, soon
 
 _Decide = Callable[..., Sequence[Ending]]
 
@@ -48,7 +49,9 @@ class _DualEvent:
         if handler is None:
             return self
         decide = self._decide
-        if asyncio._get_running_loop() is None:  # the public one raises, which costs more than all the rest here
+        # The public function raises, which costs more than all the rest here. A thread that was interrupted inside our
+        # code must not wait for a loop: the plain function postpones the event.
+        if asyncio._get_running_loop() is None or is_inside():
             return partial(handler._recorder.settle, decide, handler)
 
         async def aended(*args: Any, **kwargs: Any) -> None:
@@ -145,10 +148,9 @@ class MeteringCallbacks(BaseCallbackHandler):
             prompt=prompt,
             tools=params.get("tools"),
         )
-        self._start(run, parent, params)
+        soon(self._start, run, parent, surrounding_run() if parent is None else None, params)
 
-    def _start(self, run: Run, parent: UUID | None, params: Any = None) -> None:
-        around = surrounding_run() if parent is None else None
+    def _start(self, run: Run, parent: UUID | None, around: Any, params: Any = None) -> None:
         with self._lock:
             started = self._runs.start(run, parent, around)
             if run.parent is not None and run.is_call and run.facts.auth_user is None:
@@ -162,7 +164,8 @@ class MeteringCallbacks(BaseCallbackHandler):
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
-        self._start(Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id)
+        around = surrounding_run() if parent_run_id is None else None
+        soon(self._start, Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id, around)
 
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start

@@ -40,6 +40,7 @@ from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
+from langchain_stripe_meter.reentry import soon, within
 from langchain_stripe_meter.unrecorded import amounts_of, lost_of, said_of
 
 logger = logging.getLogger("langchain_stripe_meter")
@@ -112,7 +113,13 @@ class Recorder:
         self._lock = threading.Lock()
 
     def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
-        """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises."""
+        """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises.
+
+        Where garbage collection interrupted our own code on this thread, that is done first, and this right after.
+        """
+        soon(self._settle, decide, *args, **kwargs)
+
+    def _settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
         entries: Sequence[Entry] = []
         try:
             entries = self._entries(decide(*args, **kwargs))
@@ -130,21 +137,21 @@ class Recorder:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
-            endings = decide(*args, **kwargs)
+            endings = within(decide, *args, **kwargs)
             if endings and self._is_slow(endings):
                 loop = asyncio.get_running_loop()  # shielded: a cancelled task must not take what it owes with it
-                await asyncio.shield(loop.run_in_executor(None, self.settle, lambda: endings))
+                await asyncio.shield(within(loop.run_in_executor, None, self.settle, lambda: endings))
                 return
-            entries = self._entries(endings)
+            entries = within(self._entries, endings)
             if entries:
                 await self.ledger.arecord(entries, partial(self._failed, entries=entries))
         except asyncio.CancelledError:  # the ledger stores it all the same, or tells that it could not
-            self.recorded(entries)
+            within(self.recorded, entries)
             raise
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            self._failed(error, entries)
+            within(self._failed, error, entries)
         else:
-            self.recorded(entries)
+            within(self.recorded, entries)
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
