@@ -16,6 +16,7 @@ from langchain_core.outputs import LLMResult
 
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
+from langchain_stripe_meter.counting import Ending, call_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
     Observed,
@@ -26,7 +27,7 @@ from langchain_stripe_meter.observed import (
     surrounding_user,
     text_of,
 )
-from langchain_stripe_meter.recording import Ending, Recorder, call_of
+from langchain_stripe_meter.recording import Recorder
 from langchain_stripe_meter.reentry import is_inside, soon
 
 _Decide = Callable[..., Sequence[Ending]]

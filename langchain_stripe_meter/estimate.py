@@ -130,10 +130,18 @@ def _count_tools(tools: Any, encoding: Encoding | None) -> int:
     if not tools:
         return 0
     each = PER_OLDER_TOOL if encoding is not None and encoding.name == "cl100k_base" else PER_TOOL
-    return PER_TOOLS + sum(each + _count_tool(tool, encoding) for tool in tools)
+    several = tools if isinstance(tools, list | tuple) else [tools]
+    return PER_TOOLS + sum(each + _count_tool(tool, encoding) for tool in several)
 
 
 def _count_tool(tool: Any, encoding: Encoding | None) -> int:
+    try:
+        return _count_signature(tool, encoding)
+    except Exception:  # noqa: BLE001 - a schema of a shape that nobody expected: all of it counts, marks included
+        return _count_text(str(tool), encoding)
+
+
+def _count_signature(tool: Any, encoding: Encoding | None) -> int:
     """Providers render a tool as a signature, so its names, types and descriptions count, and JSON's marks do not."""
     if not isinstance(tool, Mapping):
         return _count_text(json.dumps(tool, default=str), encoding)
@@ -163,7 +171,10 @@ def _schema_lines(schema: Any) -> Iterator[str]:
 def _count_text(text: str, encoding: Encoding | None) -> int:
     if encoding is None:
         return -(-len(text) // 4)  # LangChain's rule of thumb: four characters a token
-    return len(encoding.encode(text, disallowed_special=()))
+    try:
+        return len(encoding.encode(text, disallowed_special=()))
+    except Exception:  # noqa: BLE001 - tiktoken gives up on some texts, such as a million spaces
+        return _count_text(text, None)
 
 
 def _message_text(message: BaseMessage) -> str:
