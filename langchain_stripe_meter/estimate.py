@@ -56,9 +56,13 @@ class Encodings:
             if ready is None or now - since > RETRY_SECONDS:
                 ready, since = threading.Event(), now
                 self._loading[name] = (ready, since)
-                threading.Thread(
+                thread = threading.Thread(
                     target=self._load, args=(name, ready), name="stripe-meter-tiktoken", daemon=True
-                ).start()
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter is shutting down and starts no threads
+                    ready.set()
         ready.wait(max(since + LOAD_SECONDS - now, 0))
         return self._loaded.get(name)
 

@@ -116,8 +116,7 @@ class Recorder:
         try:
             endings = within(decide, *args, **kwargs)
             if endings and self._is_slow(endings):
-                loop = asyncio.get_running_loop()  # shielded: a cancelled task must not take what it owes with it
-                await asyncio.shield(within(loop.run_in_executor, None, self.settle, lambda: endings))
+                await self._settle_elsewhere(endings)
                 return
             entries = within(self._entries, endings)
             if entries:
@@ -129,6 +128,15 @@ class Recorder:
             within(self._failed, error, entries)
         else:
             within(self.recorded, entries)
+
+    async def _settle_elsewhere(self, endings: Sequence[Ending]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            settling = within(loop.run_in_executor, None, self.settle, lambda: endings)
+        except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
+            self.settle(lambda: endings)
+            return
+        await asyncio.shield(settling)  # a cancelled task must not take what it owes with it
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""

@@ -215,6 +215,15 @@ def test_a_load_that_failed_is_tried_again_after_a_while(monkeypatch: pytest.Mon
     assert encodings.get("o200k_base") is not None
 
 
+def test_where_no_thread_can_start_any_more_an_approximation_serves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    encodings = Encodings()
+    assert [encodings.get("o200k_base") for _ in range(3)] == [None] * 3
+
+
 def test_many_threads_load_a_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> None:
     real, loads = tiktoken.get_encoding, []
 
