@@ -22,10 +22,11 @@ from langchain_stripe_meter.observed import (
     Observed,
     facts_of,
     observe,
+    piece_of,
+    received,
     requested_model,
     surrounding_run,
     surrounding_user,
-    text_of,
 )
 from langchain_stripe_meter.recording import Recorder
 from langchain_stripe_meter.reentry import is_inside, soon
@@ -171,10 +172,10 @@ class MeteringCallbacks(BaseCallbackHandler):
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start
 
-    def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
+    def on_llm_new_token(self, token: Any, *, run_id: UUID, chunk: Any = None, **kwargs: Any) -> None:
         """A streamed piece arrived; kept only in case the end is never told (a cancelled ``ainvoke``)."""
-        if token:
-            self._runs.receive(run_id, token if isinstance(token, str) else text_of(token))
+        message = getattr(chunk, "message", None)
+        self._runs.receive(run_id, piece_of(token, message), getattr(message, "usage_metadata", None))
 
     # -- ends: recorded before the run goes on
 
@@ -253,13 +254,13 @@ class MeteringCallbacks(BaseCallbackHandler):
 
 def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
-    if observed.partial and observed.is_empty and run.received:  # a text completion's error may leave out what came
-        return replace(observed, output=["".join(run.received)])
+    if observed.partial and observed.is_empty and run.produced:  # an error may leave out what came
+        return received(run.reported, run.received)
     batch = run.batch if isinstance(run, _Completion) else None
     return observed if batch is None else batch.share(observed)
 
 
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
-    observed = Observed(partial=True, output=["".join(run.received)])
+    observed = received(run.reported, run.received)
     return Ending(run, observed, call_of(run, observed))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.utils import count_tokens_approximately
 
+from langchain_stripe_meter.core.blocks import thoughts_of
 from langchain_stripe_meter.core.usage import Usage
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ def _count_prompt(prompt: Any, encoding: Encoding | None) -> int:
 
 
 def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
-    text = item if isinstance(item, str) else _message_text(item)
+    text = item if isinstance(item, str) else _message_text(item) + _thoughts(item)
     return _count_text(text, encoding) if text else 0
 
 
@@ -185,3 +186,8 @@ def _message_text(message: BaseMessage) -> str:
     text = str(message.text)
     calls = getattr(message, "tool_calls", None)
     return text + json.dumps([[call["name"], call["args"]] for call in calls], default=str) if calls else text
+
+
+def _thoughts(message: BaseMessage) -> str:
+    """What came before the answer; the prompt's own is left out, since providers drop it from later turns."""
+    return thoughts_of(message.content) + str(message.additional_kwargs.get("reasoning_content") or "")

@@ -43,6 +43,7 @@ class Run:
     tools: Any = field(default=None, repr=False)
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
+    reported: Any = field(default=None, repr=False)
     interrupted: bool = False
     waits_in: Hashable = None
     taken: bool = False
@@ -57,6 +58,11 @@ class Run:
         """The run that stands for the user's message, maybe this one. (Stored, a reference to itself would leave every
         run, and the prompt that it holds, to the garbage collector.)"""
         return self.message or self
+
+    @property
+    def produced(self) -> bool:
+        """Whether there is anything to bill, should its end never be told."""
+        return bool(self.received) or self.reported is not None
 
     def inherit_user(self) -> None:
         """Let a call that lost its authenticated user have that of the nearest step around it.
@@ -120,11 +126,16 @@ class OpenRuns:
                 run.parent.touch(now)
         return run
 
-    def receive(self, run_id: Hashable, text: str) -> None:
-        """A piece of a streamed answer arrived: all that will be known of it, should its end never be told."""
+    def receive(self, run_id: Hashable, text: str, report: Any = None) -> None:
+        """A piece of a streamed answer arrived, maybe with a ``report`` of usage, of which the first is kept: all that
+        will be known of it, should its end never be told."""
         run = self._runs.get(run_id)
-        if run is not None:
+        if run is None:
+            return
+        if text:
             run.received.append(text)
+        if report and run.reported is None:
+            run.reported = report
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message.
@@ -161,7 +172,7 @@ class OpenRuns:
 
         What they had received is known by now. The others stay open for a while: what runs in threads goes on.
         """
-        self._abandon([run for run in self._runs.values() if run.top is top and run.received], now)
+        self._abandon([run for run in self._runs.values() if run.top is top and run.produced], now)
 
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
@@ -172,7 +183,7 @@ class OpenRuns:
             del self._runs[run.id]
             run.ended = now
             self.abandoned += run.is_call
-            if run.received:
+            if run.produced:
                 self.lost.append(run)
 
     def take_lost(self) -> list[Run]:
