@@ -134,19 +134,20 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
     cached = "total_cost" in (report or {})  # LangChain's mark of an answer from its own cache
     model = _model(response, first)
     try:
-        return Observed(_usage(report, response, first), None, model, cached, partial, output)
+        usage = usage_from_metadata(report)
+        if usage is None and first is not None and (usage := _final_usage(first)) is not None:
+            partial = False
+        usage = usage or usage_from_token_usage((response.llm_output or {}).get("token_usage"))
+        return Observed(usage, None, model, cached, partial, output)
     except UsageError as error:
         return Observed(None, str(error), model, cached, partial, output)
 
 
-def _usage(report: Any, response: LLMResult, message: BaseMessage | None) -> Usage | None:
-    usage = usage_from_metadata(report)
-    if usage is not None:
-        return usage
-    if message is not None:  # structured output that failed to parse after being paid for (ChatOpenAI)
-        body = (message.response_metadata or {}).get("body")
-        usage = usage_from_token_usage(body.get("usage")) if isinstance(body, Mapping) else None
-    return usage or usage_from_token_usage((response.llm_output or {}).get("token_usage"))
+def _final_usage(message: BaseMessage) -> Usage | None:
+    """Structured output that failed to parse after being paid for (ChatOpenAI): the answer was whole, and so is its
+    report, although LangChain tells an error."""
+    body = (message.response_metadata or {}).get("body")
+    return usage_from_token_usage(body.get("usage")) if isinstance(body, Mapping) else None
 
 
 def _model(response: LLMResult, message: BaseMessage | None) -> str | None:

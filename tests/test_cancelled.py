@@ -6,11 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessageChunk
-from langchain_core.outputs import ChatGenerationChunk, ChatResult
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableLambda
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
@@ -109,3 +110,18 @@ def test_a_report_that_contradicts_itself_is_held(tmp_path: Path) -> None:
 
 def test_pieces_without_content_are_nothing_to_bill(tmp_path: Path) -> None:
     assert cancelled(tmp_path, [AIMessageChunk(""), AIMessageChunk([{"type": "text"}])], stream=False) == {}
+
+
+def test_a_final_report_that_came_with_an_error_stands_whatever_an_estimate_says(tmp_path: Path) -> None:
+    """Structured output that did not parse: ChatOpenAI raises, with the provider's whole answer in the error."""
+    body = {"usage": {"prompt_tokens": 100, "completion_tokens": 5, "total_tokens": 105}}
+    message = AIMessage(WORDS * 20, response_metadata={"body": body})
+    with StripeMeterCallbackHandler(
+        Tokens("out", count="output"), customer="cus_1", deliver=False, ledger=f"sqlite:///{tmp_path}/l.db"
+    ) as handler:
+        run_id = uuid4()
+        handler.on_chat_model_start({}, [[]], run_id=run_id, invocation_params={"model": "gpt-4o"})
+        response = LLMResult(generations=[[ChatGeneration(message=message)]])
+        handler.on_llm_error(ValueError("does not parse"), run_id=run_id, response=response)
+        (row,) = tail(handler._ledger, 10)
+    assert (row.value, row.estimated) == (5, False)
