@@ -16,17 +16,20 @@ from langchain_core.outputs import LLMResult
 
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import OpenRuns, Run
+from langchain_stripe_meter.counting import Ending, call_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
     Observed,
     facts_of,
     observe,
+    piece_of,
+    received,
     requested_model,
     surrounding_run,
     surrounding_user,
-    text_of,
 )
-from langchain_stripe_meter.recording import Ending, Recorder, call_of
+from langchain_stripe_meter.recording import Recorder
+from langchain_stripe_meter.reentry import is_inside, soon
 
 _Decide = Callable[..., Sequence[Ending]]
 
@@ -48,7 +51,9 @@ class _DualEvent:
         if handler is None:
             return self
         decide = self._decide
-        if asyncio._get_running_loop() is None:  # the public one raises, which costs more than all the rest here
+        # The public function raises, which costs more than all the rest here. A thread that was interrupted inside our
+        # code must not wait for a loop: the plain function postpones the event.
+        if asyncio._get_running_loop() is None or is_inside():
             return partial(handler._recorder.settle, decide, handler)
 
         async def aended(*args: Any, **kwargs: Any) -> None:
@@ -145,10 +150,9 @@ class MeteringCallbacks(BaseCallbackHandler):
             prompt=prompt,
             tools=params.get("tools"),
         )
-        self._start(run, parent, params)
+        soon(self._start, run, parent, surrounding_run() if parent is None else None, params)
 
-    def _start(self, run: Run, parent: UUID | None, params: Any = None) -> None:
-        around = surrounding_run() if parent is None else None
+    def _start(self, run: Run, parent: UUID | None, around: Any, params: Any = None) -> None:
         with self._lock:
             started = self._runs.start(run, parent, around)
             if run.parent is not None and run.is_call and run.facts.auth_user is None:
@@ -162,15 +166,16 @@ class MeteringCallbacks(BaseCallbackHandler):
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
-        self._start(Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id)
+        around = surrounding_run() if parent_run_id is None else None
+        soon(self._start, Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id, around)
 
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start
 
-    def on_llm_new_token(self, token: Any, *, run_id: UUID, **kwargs: Any) -> None:
+    def on_llm_new_token(self, token: Any, *, run_id: UUID, chunk: Any = None, **kwargs: Any) -> None:
         """A streamed piece arrived; kept only in case the end is never told (a cancelled ``ainvoke``)."""
-        if token:
-            self._runs.receive(run_id, token if isinstance(token, str) else text_of(token))
+        message = getattr(chunk, "message", None)
+        self._runs.receive(run_id, piece_of(token, message), getattr(message, "usage_metadata", None))
 
     # -- ends: recorded before the run goes on
 
@@ -249,13 +254,13 @@ class MeteringCallbacks(BaseCallbackHandler):
 
 def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
-    if observed.partial and observed.is_empty and run.received:  # a text completion's error may leave out what came
-        return replace(observed, output=["".join(run.received)])
+    if observed.partial and observed.is_empty and run.produced:  # an error may leave out what came
+        return received(run.reported, run.received)
     batch = run.batch if isinstance(run, _Completion) else None
     return observed if batch is None else batch.share(observed)
 
 
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
-    observed = Observed(partial=True, output=["".join(run.received)])
+    observed = received(run.reported, run.received)
     return Ending(run, observed, call_of(run, observed))

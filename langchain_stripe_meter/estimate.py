@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.utils import count_tokens_approximately
 
+from langchain_stripe_meter.core.blocks import thoughts_of
 from langchain_stripe_meter.core.usage import Usage
 
 if TYPE_CHECKING:
@@ -56,9 +57,13 @@ class Encodings:
             if ready is None or now - since > RETRY_SECONDS:
                 ready, since = threading.Event(), now
                 self._loading[name] = (ready, since)
-                threading.Thread(
+                thread = threading.Thread(
                     target=self._load, args=(name, ready), name="stripe-meter-tiktoken", daemon=True
-                ).start()
+                )
+                try:
+                    thread.start()
+                except RuntimeError:  # the interpreter is shutting down and starts no threads
+                    ready.set()
         ready.wait(max(since + LOAD_SECONDS - now, 0))
         return self._loaded.get(name)
 
@@ -122,7 +127,7 @@ def _count_prompt(prompt: Any, encoding: Encoding | None) -> int:
 
 
 def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
-    text = item if isinstance(item, str) else _message_text(item)
+    text = item if isinstance(item, str) else _message_text(item) + _thoughts(item)
     return _count_text(text, encoding) if text else 0
 
 
@@ -130,10 +135,18 @@ def _count_tools(tools: Any, encoding: Encoding | None) -> int:
     if not tools:
         return 0
     each = PER_OLDER_TOOL if encoding is not None and encoding.name == "cl100k_base" else PER_TOOL
-    return PER_TOOLS + sum(each + _count_tool(tool, encoding) for tool in tools)
+    several = tools if isinstance(tools, list | tuple) else [tools]
+    return PER_TOOLS + sum(each + _count_tool(tool, encoding) for tool in several)
 
 
 def _count_tool(tool: Any, encoding: Encoding | None) -> int:
+    try:
+        return _count_signature(tool, encoding)
+    except Exception:  # noqa: BLE001 - a schema of a shape that nobody expected: all of it counts, marks included
+        return _count_text(str(tool), encoding)
+
+
+def _count_signature(tool: Any, encoding: Encoding | None) -> int:
     """Providers render a tool as a signature, so its names, types and descriptions count, and JSON's marks do not."""
     if not isinstance(tool, Mapping):
         return _count_text(json.dumps(tool, default=str), encoding)
@@ -163,10 +176,18 @@ def _schema_lines(schema: Any) -> Iterator[str]:
 def _count_text(text: str, encoding: Encoding | None) -> int:
     if encoding is None:
         return -(-len(text) // 4)  # LangChain's rule of thumb: four characters a token
-    return len(encoding.encode(text, disallowed_special=()))
+    try:
+        return len(encoding.encode(text, disallowed_special=()))
+    except Exception:  # noqa: BLE001 - tiktoken gives up on some texts, such as a million spaces
+        return _count_text(text, None)
 
 
 def _message_text(message: BaseMessage) -> str:
     text = str(message.text)
     calls = getattr(message, "tool_calls", None)
     return text + json.dumps([[call["name"], call["args"]] for call in calls], default=str) if calls else text
+
+
+def _thoughts(message: BaseMessage) -> str:
+    """What came before the answer; the prompt's own is left out, since providers drop it from later turns."""
+    return thoughts_of(message.content) + str(message.additional_kwargs.get("reasoning_content") or "")

@@ -29,6 +29,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
+from langchain_stripe_meter.reentry import inside
 from langchain_stripe_meter.refusing import RefusingCallbacks
 
 if TYPE_CHECKING:
@@ -218,7 +219,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         if not busy.acquire(timeout=max(patience, 0)):
             return True
         try:
-            with self._ledger.read() as connection:
+            with inside(), self._ledger.read() as connection:
                 return views.pending(connection) > 0
         finally:
             busy.release()
@@ -244,7 +245,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         says how many readings went unrecorded, and what they come to on each meter.
         """
         self._recorder.settle(self._sweep)
-        with self._lock:
+        with inside(), self._lock:
             open_runs, abandoned = len(self._runs), self._runs.abandoned
         with self._recorder.telling():
             return replace(

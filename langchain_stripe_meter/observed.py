@@ -14,6 +14,7 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables.config import var_child_runnable_config
 
+from langchain_stripe_meter.core.blocks import text_of, thoughts_of
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import merged
 from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
@@ -133,19 +134,20 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
     cached = "total_cost" in (report or {})  # LangChain's mark of an answer from its own cache
     model = _model(response, first)
     try:
-        return Observed(_usage(report, response, first), None, model, cached, partial, output)
+        usage = usage_from_metadata(report)
+        if usage is None and first is not None and (usage := _final_usage(first)) is not None:
+            partial = False
+        usage = usage or usage_from_token_usage((response.llm_output or {}).get("token_usage"))
+        return Observed(usage, None, model, cached, partial, output)
     except UsageError as error:
         return Observed(None, str(error), model, cached, partial, output)
 
 
-def _usage(report: Any, response: LLMResult, message: BaseMessage | None) -> Usage | None:
-    usage = usage_from_metadata(report)
-    if usage is not None:
-        return usage
-    if message is not None:  # structured output that failed to parse after being paid for (ChatOpenAI)
-        body = (message.response_metadata or {}).get("body")
-        usage = usage_from_token_usage(body.get("usage")) if isinstance(body, Mapping) else None
-    return usage or usage_from_token_usage((response.llm_output or {}).get("token_usage"))
+def _final_usage(message: BaseMessage) -> Usage | None:
+    """Structured output that failed to parse after being paid for (ChatOpenAI): the answer was whole, and so is its
+    report, although LangChain tells an error."""
+    body = (message.response_metadata or {}).get("body")
+    return usage_from_token_usage(body.get("usage")) if isinstance(body, Mapping) else None
 
 
 def _model(response: LLMResult, message: BaseMessage | None) -> str | None:
@@ -172,6 +174,24 @@ def requested_model(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> s
     return str(name) if name else None
 
 
-def text_of(blocks: Any) -> str:
-    """The text of a streamed piece that came as content blocks (OpenAI's Responses)."""
-    return "".join(str(block.get("text") or "") for block in blocks if isinstance(block, Mapping))
+def piece_of(token: Any, message: Any) -> str:
+    """What a streamed piece adds to the output: text, thoughts, and the calls of tools. ``message`` is its own."""
+    text = token if isinstance(token, str) else text_of(token)
+    if message is None:
+        return text
+    if type(message.content) is list:
+        text += thoughts_of(message.content)
+    if message.additional_kwargs:
+        text += str(message.additional_kwargs.get("reasoning_content") or "")
+    for call in getattr(message, "tool_call_chunks", None) or ():
+        text += (call.get("name") or "") + (call.get("args") or "")
+    return text
+
+
+def received(report: Any, pieces: Sequence[str]) -> Observed:
+    """A call whose end says nothing, as far as it is known: what its provider ``report``ed early, and what came."""
+    output = ["".join(pieces)]
+    try:
+        return Observed(usage_from_metadata(report), partial=True, output=output)
+    except UsageError as error:
+        return Observed(None, str(error), partial=True, output=output)

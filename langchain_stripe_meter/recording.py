@@ -24,12 +24,11 @@ from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import Tenant, TenantSource
-from langchain_stripe_meter.core.usage import completed, usage_from_metadata
-from langchain_stripe_meter.core.values import valueclass
+from langchain_stripe_meter.core.usage import usage_from_metadata
+from langchain_stripe_meter.counting import Ending, Use, estimated, is_known, readings_of
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import (
     ConfigurationError,
-    InvalidValueError,
     LedgerError,
     MeteringError,
     UnrecordedError,
@@ -40,6 +39,7 @@ from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
+from langchain_stripe_meter.reentry import soon, within
 from langchain_stripe_meter.unrecorded import amounts_of, lost_of, said_of
 
 logger = logging.getLogger("langchain_stripe_meter")
@@ -48,28 +48,6 @@ _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
 
 OnMissingUsage = Literal["estimate", "hold", "ignore"]
-
-
-@valueclass
-class Ending:
-    """What ended: a model call that consumed something (``observed``, and the ``call`` that it was), a message (its
-    answer and who pays), or both."""
-
-    run: Run
-    observed: Observed | None = None
-    call: Call | None = None
-    message: tuple[Call, Facts] | None = None
-
-
-@valueclass
-class Use:
-    """What a run, named by ``key``, used: a ``call``, or (``per`` "message") the call that answered a message."""
-
-    key: str
-    at: int
-    facts: Facts
-    per: str
-    call: Call
 
 
 @dataclass(eq=False)
@@ -112,7 +90,13 @@ class Recorder:
         self._lock = threading.Lock()
 
     def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
-        """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises."""
+        """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises.
+
+        Where garbage collection interrupted our own code on this thread, that is done first, and this right after.
+        """
+        soon(self._settle, decide, *args, **kwargs)
+
+    def _settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
         entries: Sequence[Entry] = []
         try:
             entries = self._entries(decide(*args, **kwargs))
@@ -130,28 +114,36 @@ class Recorder:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
-            endings = decide(*args, **kwargs)
+            endings = within(decide, *args, **kwargs)
             if endings and self._is_slow(endings):
-                loop = asyncio.get_running_loop()  # shielded: a cancelled task must not take what it owes with it
-                await asyncio.shield(loop.run_in_executor(None, self.settle, lambda: endings))
+                await self._settle_elsewhere(endings)
                 return
-            entries = self._entries(endings)
+            entries = within(self._entries, endings)
             if entries:
                 await self.ledger.arecord(entries, partial(self._failed, entries=entries))
         except asyncio.CancelledError:  # the ledger stores it all the same, or tells that it could not
-            self.recorded(entries)
+            within(self.recorded, entries)
             raise
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            self._failed(error, entries)
+            within(self._failed, error, entries)
         else:
-            self.recorded(entries)
+            within(self.recorded, entries)
+
+    async def _settle_elsewhere(self, endings: Sequence[Ending]) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            settling = within(loop.run_in_executor, None, self.settle, lambda: endings)
+        except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
+            self.settle(lambda: endings)
+            return
+        await asyncio.shield(settling)  # a cancelled task must not take what it owes with it
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
         if self.needs_lookup:
             return True
         observed = [ending.observed for ending in endings if ending.observed is not None]
-        return self.on_missing_usage == "estimate" and not all(_is_known(one) for one in observed)
+        return self.on_missing_usage == "estimate" and not all(is_known(one) for one in observed)
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
@@ -224,13 +216,16 @@ class Recorder:
     def _entries(self, endings: Sequence[Ending]) -> list[Entry]:
         entries: list[Entry] = []
         for ending in endings:
-            self._add(ending, entries)
+            try:
+                self._add(ending, entries)
+            except Exception as error:  # noqa: BLE001 - what else ended must not go with it
+                self._failed(error, [])
         return entries
 
     def _add(self, ending: Ending, entries: list[Entry]) -> None:
         run, observed, call = ending.run, ending.observed, ending.call
         if observed is not None and call is not None and (self.bill_cache_hits or not observed.cached):
-            if not _is_known(observed):
+            if not is_known(observed):
                 call = self._complete(call, run, observed)
             if call is not None:
                 entries += self._of_run(run, run.facts, "call", call)
@@ -244,22 +239,9 @@ class Recorder:
             return call if observed.usage is not None else None
         if self.on_missing_usage == "hold":
             return replace(call, usage=None)
-        from langchain_stripe_meter.estimate import estimate_usage
+        return estimated(call, run, observed)
 
-        estimated = estimate_usage(run.prompt, run.tools, observed.output, call.model)
-        return replace(call, usage=completed(observed.usage, estimated))
-
-    @staticmethod
-    def _readings(meters: Sequence[Meter], use: Use) -> list[Reading]:
-        readings: list[Reading] = []
-        for meter in meters:
-            if meter.per != use.per:
-                continue
-            try:
-                readings += meter.readings(use.call)
-            except InvalidValueError as error:  # Stripe would refuse it: a person must look, the other meters go on
-                readings.append(Reading(meter.event_name, None, doubt=str(error)))
-        return readings
+    _readings = staticmethod(readings_of)
 
     def _of_run(self, run: Run, facts: Facts, per: str, call: Call) -> list[Entry]:
         key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
@@ -352,20 +334,6 @@ class Recorder:
                 f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
                 "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
             )
-
-
-def _is_known(observed: Observed) -> bool:
-    """Whether there is nothing to estimate: the usage is complete, or contradicts itself and must be held."""
-    usage = observed.usage
-    if observed.doubt is not None:
-        return True
-    # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
-    return usage is not None and bool(usage.input) and usage.output is not None and not observed.partial
-
-
-def call_of(run: Run, observed: Observed) -> Call:
-    """The call that ``run`` was: the model that answered, else the one that was asked for."""
-    return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
 
 
 def make_entry(

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.meters import Call
-from langchain_stripe_meter.core.runs import ABANDONED_AFTER, ORPHANED_AFTER, SWEEP_EVERY, OpenRuns, Run, merged
+from langchain_stripe_meter.core.runs import (
+    ABANDONED_AFTER,
+    ORPHANED_AFTER,
+    STEP_ABANDONED_AFTER,
+    SWEEP_EVERY,
+    OpenRuns,
+    Run,
+    merged,
+)
 
 NOW = 1_780_000_000
 ANSWER = Call(None, "gpt-4o")
@@ -124,6 +132,38 @@ def test_an_interrupted_message_is_not_counted_until_the_resumed_run_ends(runs: 
     assert end(runs, resumed) is not None
 
 
+def graph_that_waits(runs: OpenRuns) -> Run:
+    """A graph under the message's root, of which one node waits for a person."""
+    graph = start(runs, "graph", "root")
+    node = start(runs, "node", "graph")
+    runs.interrupt("node")
+    end(runs, node)
+    return graph
+
+
+def test_an_interrupt_inside_that_the_application_handled_does_not_make_its_answer_free(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    end(runs, graph_that_waits(runs))
+    end(runs, start(runs, "call", "root", call=True), answer=ANSWER)
+    assert end(runs, root) is not None
+
+
+def test_a_call_that_answers_beside_a_node_that_waits_does_not_answer_the_message(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    graph = graph_that_waits(runs)
+    end(runs, start(runs, "beside", "graph", call=True), answer=ANSWER)
+    end(runs, graph)
+    assert end(runs, root) is None
+
+
+def test_a_call_that_answers_after_its_message_has_ended_waiting_does_not_answer_it(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    late = start(runs, "late", "root", call=True)
+    end(runs, graph_that_waits(runs))
+    end(runs, root)
+    assert end(runs, late, answer=ANSWER) is None
+
+
 def test_a_message_that_failed_is_not_counted_even_if_a_call_answers_late(runs: OpenRuns) -> None:
     root = start(runs, "root")
     early = start(runs, "early", "root", call=True)
@@ -168,13 +208,27 @@ def test_a_call_that_ends_after_its_message_was_counted_does_not_count_it_again(
 # -- runs that never say that they ended
 
 
-def test_a_silent_run_is_abandoned_after_an_hour_and_counted_if_it_was_a_call(runs: OpenRuns) -> None:
+def test_a_silent_call_is_abandoned_after_an_hour_and_counted_and_the_step_around_it_after_a_day(
+    runs: OpenRuns,
+) -> None:
     start(runs, "root")
     start(runs, "call", "root", call=True)
     runs.sweep(NOW + ABANDONED_AFTER - 1)
     assert len(runs) == 2
     runs.sweep(NOW + ABANDONED_AFTER)
+    assert (len(runs), runs.abandoned) == (1, 1)
+    runs.sweep(NOW + STEP_ABANDONED_AFTER - 1)
+    assert "root" in runs
+    runs.sweep(NOW + STEP_ABANDONED_AFTER)
     assert (len(runs), runs.abandoned) == (0, 1)
+
+
+def test_a_message_whose_tool_works_for_hours_is_one_message(runs: OpenRuns) -> None:
+    root, later = start(runs, "root"), NOW + 5 * ABANDONED_AFTER
+    assert end(runs, start(runs, "plan", "root", call=True), answer=ANSWER) is None
+    runs.sweep(later)
+    assert end(runs, start(runs, "step", "root", call=True, at=later), answer=ANSWER, at=later) is None
+    assert end(runs, root, at=later) is not None
 
 
 def test_a_long_message_is_not_abandoned_while_things_happen_inside_it(runs: OpenRuns) -> None:
@@ -235,6 +289,30 @@ def test_cutting_a_message_abandons_its_runs_and_no_others(runs: OpenRuns) -> No
     assert runs.abandoned == 1
 
 
+def test_what_had_produced_nothing_when_its_message_was_cut_may_still_end_and_answers_nothing(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    step = start(runs, "step", "root")
+    call = start(runs, "call", "step", call=True)
+    runs.fail("root")
+    runs.end("root", NOW)
+    runs.cut(root, NOW)
+    assert end(runs, call, answer=ANSWER, at=NOW + 60) is None
+    another = start(runs, "another call of the same step", "step", call=True, at=NOW + 60)
+    assert another.top is root
+    assert end(runs, another, answer=ANSWER, at=NOW + 120) is None
+    assert end(runs, step, at=NOW + 120) is None
+    assert (len(runs), runs.take_lost()) == (0, [])
+
+
+def test_what_is_never_told_after_its_message_was_cut_is_let_go_a_while_later(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    start(runs, "call", start(runs, "step", "root").id, call=True)
+    runs.end("root", NOW)
+    runs.cut(root, NOW)
+    runs.sweep(NOW + ORPHANED_AFTER)
+    assert (len(runs), runs.abandoned) == (0, 1)
+
+
 def test_a_clock_that_runs_backwards_abandons_nothing(runs: OpenRuns) -> None:
     start(runs, "root", at=NOW)
     runs.sweep(NOW - 10 * ABANDONED_AFTER)
@@ -285,7 +363,7 @@ def test_a_run_that_never_said_so_ended_when_it_was_let_go(runs: OpenRuns, cut: 
 
 
 def test_every_so_many_starts_the_abandoned_are_looked_for(runs: OpenRuns) -> None:
-    start(runs, "silent")
+    start(runs, "silent", call=True)
     for n in range(SWEEP_EVERY - 2):
         start(runs, f"call {n}", at=NOW + ABANDONED_AFTER)
     assert "silent" in runs

@@ -192,6 +192,38 @@ def test_a_call_that_times_out_inside_a_node_that_goes_on_is_found_a_while_after
     assert billed(arrival)["output"].estimated
 
 
+def test_a_call_that_goes_on_in_a_thread_after_its_message_was_cancelled_is_billed_when_it_ends(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    """A synchronous step runs in a thread, which a timeout around ``ainvoke`` does not stop."""
+    gate, asked, left = threading.Event(), threading.Event(), threading.Event()
+    server.reply(Reply("one two three", gate=gate))
+
+    def step(question: str) -> str:
+        asked.set()
+        try:
+            return str(server.chat().invoke(question).text)
+        finally:
+            left.set()
+
+    async def main() -> None:
+        task = asyncio.create_task(RunnableLambda(step).ainvoke("Count!", config(handler)))
+        await asyncio.to_thread(asked.wait, 60)
+        while handler.status().open_runs < 2:  # the step, and the call inside it
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        assert billed(handler) == {}
+        gate.set()
+        assert await asyncio.to_thread(left.wait, 60)
+
+    asyncio.run(main())
+    rows = billed(handler)
+    assert not rows["tokens"].estimated
+    assert "messages" not in rows
+    assert (handler.status().abandoned, handler.status().open_runs) == (0, 0)
+
+
 def test_an_abandoned_stream_of_a_chain_is_billed_once_though_the_chain_ends_before_its_model(
     handler: StripeMeterCallbackHandler, server: Any
 ) -> None:

@@ -95,10 +95,20 @@ def test_a_tool_counts_the_same_in_every_providers_shape() -> None:
         {"name": "deep", "parameters": {"properties": {"a": {"type": "array", "items": {"anyOf": [SCHEMA, True]}}}}},
         {"name": "odd", "parameters": {"properties": {"a": True, "b": {"enum": [None, 1]}}, "$defs": {"C": SCHEMA}}},
         "a name alone",
+        {"type": "function", "function": "a name alone"},
+        {"type": "function", "function": {"name": "odd", "parameters": {"type": "object", "properties": ["a"]}}},
+        {"name": "odd", "input_schema": {"properties": {"a": {"enum": 5}}}},
+        {"name": "odd", "input_schema": {"enum": True}},
+        {("no", "json"): {1, 2}},
     ],
 )
 def test_tools_of_any_shape_add_something(tool: Any) -> None:
     assert (prompt_tokens([*WEATHER], "gpt-4o", [tool]) or 0) > 33 + 12
+
+
+@pytest.mark.parametrize("tools", [{"function_declarations": [{"name": "f"}]}, 7, ({"name": "f"},)])
+def test_tools_that_are_no_list_add_something_too(tools: Any) -> None:
+    assert (prompt_tokens([*WEATHER], "gpt-4o", tools) or 0) > 33 + 12
 
 
 # What else is in a call
@@ -121,6 +131,11 @@ def test_no_text_is_too_odd_to_be_counted(text: str, model: str | None) -> None:
     usage = estimate_usage([HumanMessage(text)], None, [text], model)
     assert usage.estimated
     assert (usage.output or 0) >= 1
+
+
+def test_where_the_tokenizer_gives_up_an_approximation_serves() -> None:
+    usage = estimate_usage("Hi", None, [" " * 1_000_000], "gpt-4o")
+    assert usage.output == 250_000
 
 
 def test_nothing_at_all_is_no_output() -> None:
@@ -198,6 +213,15 @@ def test_a_load_that_failed_is_tried_again_after_a_while(monkeypatch: pytest.Mon
     assert [encodings.get("o200k_base") for _ in range(3)] == [None] * 3
     monkeypatch.setattr(estimate, "RETRY_SECONDS", -1)
     assert encodings.get("o200k_base") is not None
+
+
+def test_where_no_thread_can_start_any_more_an_approximation_serves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    encodings = Encodings()
+    assert [encodings.get("o200k_base") for _ in range(3)] == [None] * 3
 
 
 def test_many_threads_load_a_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ START = """
 import asyncio, atexit, os, signal, sys, threading
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
-from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, first_of, from_lead
 
 class Model(GenericFakeChatModel):
     async def _agenerate(self, *args, **kwargs):
@@ -39,16 +39,15 @@ class Model(GenericFakeChatModel):
 signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started the tests may ignore these
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-def model():
-    usage = {"input_tokens": 1, "output_tokens": 0, "total_tokens": 1}
+def model(usage={"input_tokens": 1, "output_tokens": 0, "total_tokens": 1}):
     return Model(messages=iter([AIMessage("Hi", usage_metadata=usage)]))
 
 def run(handler):
     model().invoke("Hi", {"callbacks": [handler]})
     os.write(1, b"recorded\\n")
 
-def handler():
-    return StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_1", ledger=sys.argv[1], on_error=print)
+def handler(customer="cus_1"):
+    return StripeMeterCallbackHandler(Tokens("ai_tokens"), customer=customer, ledger=sys.argv[1], on_error=print)
 """
 
 ENDS = {
@@ -76,6 +75,13 @@ atexit.register(lambda: run(made))
     "a loop records by exit functions, when no thread can start any more": """
 atexit.register(lambda: asyncio.run(arun()))
 made = handler()
+async def arun():
+    await model().ainvoke("Hi", {"callbacks": [made]})
+    os.write(1, b"recorded\\n")
+""",
+    "a loop that must look up a lead records by exit functions, when no thread can start any more": """
+atexit.register(lambda: asyncio.run(arun()))
+made = handler(first_of(from_lead("email"), "cus_1"))
 async def arun():
     await model().ainvoke("Hi", {"callbacks": [made]})
     os.write(1, b"recorded\\n")

@@ -286,6 +286,18 @@ def test_a_message_that_waits_for_a_person_counts_once_it_is_answered(
     assert shop.billed() == bill(2, credits=1)
 
 
+def test_an_interrupt_inside_that_the_application_handled_leaves_an_answered_message(
+    shop: Shop, server: OpenAIServer
+) -> None:
+    def outer(question: str) -> str:
+        inner = approval(server).invoke({"draft": question}, {"configurable": {"thread_id": "inner"}})
+        assert "__interrupt__" in inner
+        return str(server.chat().invoke("Tell them that we need an approval").text)
+
+    RunnableLambda(outer).invoke("May I?", shop.config())
+    assert shop.billed()["messages"] == 1
+
+
 # Which model answered
 
 

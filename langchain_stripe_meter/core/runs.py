@@ -14,7 +14,9 @@ from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.meters import Call
 
 ABANDONED_AFTER = 3600
-"""Seconds without a start or an end inside it after which an open run is taken to have ended without saying so."""
+"""Seconds after which an open call is taken to have ended without saying so."""
+STEP_ABANDONED_AFTER = 86400
+"""The same for a step, counted from the last start or end inside it: a tool may work for hours, or ask a person."""
 ORPHANED_AFTER = 900
 """The same for a run whose message has ended: it may still report (abandoned streams, background tasks), and the
 providers' clients wait ten minutes for an answer."""
@@ -28,7 +30,8 @@ _NO_FACTS = Facts()
 @dataclass(slots=True)
 class Run:
     """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
-    ``user`` is whom an agent server authenticated where a step began."""
+    ``user`` is whom an agent server authenticated where a step began. ``interrupted`` marks a message that is not
+    answered for now, and ``waits_in`` the run in which it waits or failed."""
 
     id: Hashable
     started: int
@@ -40,7 +43,9 @@ class Run:
     tools: Any = field(default=None, repr=False)
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
+    reported: Any = field(default=None, repr=False)
     interrupted: bool = False
+    waits_in: Hashable = None
     taken: bool = False
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
@@ -53,6 +58,11 @@ class Run:
         """The run that stands for the user's message, maybe this one. (Stored, a reference to itself would leave every
         run, and the prompt that it holds, to the garbage collector.)"""
         return self.message or self
+
+    @property
+    def produced(self) -> bool:
+        """Whether there is anything to bill, should its end never be told."""
+        return bool(self.received) or self.reported is not None
 
     def inherit_user(self) -> None:
         """Let a call that lost its authenticated user have that of the nearest step around it.
@@ -116,27 +126,38 @@ class OpenRuns:
                 run.parent.touch(now)
         return run
 
-    def receive(self, run_id: Hashable, text: str) -> None:
-        """A piece of a streamed answer arrived: all that will be known of it, should its end never be told."""
+    def receive(self, run_id: Hashable, text: str, report: Any = None) -> None:
+        """A piece of a streamed answer arrived, maybe with a ``report`` of usage, of which the first is kept: all that
+        will be known of it, should its end never be told."""
         run = self._runs.get(run_id)
-        if run is not None:
+        if run is None:
+            return
+        if text:
             run.received.append(text)
+        if report and run.reported is None:
+            run.reported = report
 
     def answered(self, run: Run, call: Call) -> None:
-        """``run`` is a model call that succeeded: for now, it is what answers its message."""
-        (run.message or run).answer = (call, run.facts)
+        """``run`` is a model call that succeeded: for now, it is what answers its message.
+
+        Where the graph that waited for a person has ended, and the message has not, the application handled that.
+        """
+        top = run.message or run
+        top.answer = (call, run.facts)
+        if top.interrupted and top.ended is None and top.waits_in not in self._runs:
+            top.interrupted = False
 
     def interrupt(self, run_id: Hashable) -> None:
         """A person must decide before the message goes on: it is answered when the resumed run ends."""
         run = self._runs.get(run_id)
         if run is not None:
-            run.top.interrupted = True
+            run.top.interrupted, run.top.waits_in = True, (run.parent or run).id
 
     def fail(self, run_id: Hashable) -> None:
         """A step failed; if it stood for the message, the message was not answered."""
         run = self._runs.get(run_id)
         if run is not None and run.top is run:
-            run.interrupted = True
+            run.interrupted, run.waits_in = True, run_id
 
     def take_message(self, run: Run) -> tuple[Call, Facts] | None:
         """The answer of the message that ``run`` belongs to, once: when the message has ended."""
@@ -147,8 +168,11 @@ class OpenRuns:
         return answer
 
     def cut(self, top: Run, now: int) -> None:
-        """A message was cancelled: LangChain will not tell the end of the model calls that were under way for it."""
-        self._abandon([run for run in self._runs.values() if run.top is top], now)
+        """A message was cancelled: LangChain will not tell the end of the model calls that its tasks had under way.
+
+        What they had received is known by now. The others stay open for a while: what runs in threads goes on.
+        """
+        self._abandon([run for run in self._runs.values() if run.top is top and run.produced], now)
 
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
@@ -159,7 +183,7 @@ class OpenRuns:
             del self._runs[run.id]
             run.ended = now
             self.abandoned += run.is_call
-            if run.received:
+            if run.produced:
                 self.lost.append(run)
 
     def take_lost(self) -> list[Run]:
@@ -169,7 +193,7 @@ class OpenRuns:
 
 
 def _is_abandoned(run: Run, now: int) -> bool:
-    if now - run.active >= ABANDONED_AFTER:
+    if now - run.active >= (ABANDONED_AFTER if run.is_call else STEP_ABANDONED_AFTER):
         return True
     return run.top.ended is not None and now - run.top.ended >= ORPHANED_AFTER
 

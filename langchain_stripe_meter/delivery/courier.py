@@ -26,6 +26,7 @@ from langchain_stripe_meter.ledger import outbox, sealing
 from langchain_stripe_meter.ledger.outbox import Claimed, Line
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.reentry import Bell, inside
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -89,7 +90,7 @@ class Courier:
         self.rejected = 0
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._wake = threading.Event()
+        self._wake = Bell()
         self._closing = threading.Event()
         self._deadline = 0.0
         self._work: SimpleQueue[Job | None] = SimpleQueue()
@@ -126,7 +127,7 @@ class Courier:
             self._results.put(None)  # it may be waiting for an answer
 
     def _start(self) -> None:
-        with self._starting:
+        with inside(), self._starting:
             if self._closing.is_set() or (self._thread is not None and self._thread.is_alive()):
                 return
             thread = threading.Thread(target=self._run, name="stripe-meter-courier", daemon=True)
@@ -232,7 +233,7 @@ class Courier:
             return 0
         now, moved = self.ledger.now(), len(self._sent)
         lane = self.ledger.deliver_lane()
-        with lane.lock:  # whoever counts what is pending under this lock sees these counts too
+        with inside(), lane.lock:  # whoever counts what is pending under this lock sees these counts too
             with lane.transaction(shared=not self._found) as connection:
                 states = outbox.finish(connection, self._sent, now)
                 moved += sum(self._lookups.settle(connection, *answer, now) for answer in self._found)

@@ -31,6 +31,7 @@ from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.address import BUSY_SECONDS, parse_url, postgres_engine, prepare_file
 from langchain_stripe_meter.ledger.upgrading import bring_up_to_date
+from langchain_stripe_meter.reentry import inside
 
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
@@ -104,7 +105,7 @@ class Lane:
 
         On PostgreSQL, ``shared`` transactions run beside each other: each must pass over rows that another holds.
         """
-        with self.lock, clear_errors():
+        with inside(), self.lock, clear_errors():
             connection = self._begin(shared=shared)
             try:
                 yield connection
@@ -265,7 +266,7 @@ class Database:
         return (self._opened or self._open()).lanes[name]
 
     def _open(self) -> _Opened:
-        with _opening.lock, clear_errors():
+        with inside(), _opening.lock, clear_errors():
             if self._opened is not None:
                 return self._opened
             engine = self._make_engine()
@@ -318,7 +319,7 @@ class Database:
 
     def close(self) -> None:
         """Close what this process opened; the next use opens it again."""
-        with _opening.lock:
+        with inside(), _opening.lock:
             opened, self._opened = self._opened, None
             if opened is not None:
                 for lane in opened.lanes.values():

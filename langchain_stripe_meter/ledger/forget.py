@@ -22,6 +22,7 @@ from langchain_stripe_meter.ledger.payers import digest, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
+from langchain_stripe_meter.reentry import inside
 
 FORGOTTEN = "forgotten: whoever it was asked to be erased; assign it or write it off"
 _TELLING = 6
@@ -171,7 +172,7 @@ def _scrub(ledger: Ledger, person: _Person) -> str:
 def _vacuum(ledger: Ledger) -> str:
     """PostgreSQL keeps dead rows until they are vacuumed; outside a transaction."""
     lane = ledger.deliver_lane()
-    with lane.lock:
+    with inside(), lane.lock:
         for table in (leads, readings, payers, acts):
             lane.connection.exec_driver_sql(f"VACUUM {table.name}")
     return ""
@@ -183,7 +184,7 @@ def _fold_log(ledger: Ledger) -> bool:
     Erased bytes are overwritten in the file, for the connection has ``secure_delete``.
     """
     lane = ledger.deliver_lane()
-    with lane.lock, ledger.database.reading:
+    with inside(), lane.lock, ledger.database.reading:
         busy = lane.connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()[0]
     return not busy
 

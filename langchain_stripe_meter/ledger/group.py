@@ -11,6 +11,7 @@ from typing import Generic, TypeVar
 
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.forks import renew_after_fork
+from langchain_stripe_meter.reentry import within
 
 T = TypeVar("T")
 
@@ -59,6 +60,9 @@ class GroupCommit(Generic[T]):
 
     def submit(self, items: Sequence[T]) -> None:
         """Return when ``items`` are durable; raises what ``write`` raised for them."""
+        within(self._submit, items)
+
+    def _submit(self, items: Sequence[T]) -> None:
         if not self._jobs and self._leader.acquire(blocking=False):  # nobody else is here: nothing to group
             try:
                 self._write(items)
@@ -82,14 +86,14 @@ class GroupCommit(Generic[T]):
         waiter = asyncio.get_running_loop().create_future()
         job = _Job(items, waiter, on_failure)
         self._jobs.append(job)
-        self._wake_helper()
+        within(self._wake_helper)
         try:
             await waiter
         except (asyncio.CancelledError, GeneratorExit):  # the latter where the loop ended without cancelling its tasks
             if waiter.done() and not waiter.cancelled():
                 waiter.exception()  # told below, and asyncio shall not complain that nobody asked
             job.left = True
-            self._tell([job])
+            within(self._tell, [job])
             raise
 
     def _tell(self, jobs: Sequence[_Job[T]]) -> None:
@@ -124,7 +128,7 @@ class GroupCommit(Generic[T]):
     def _serve(self, bell: SimpleQueue[bool]) -> None:
         while bell.get():
             self._rung = False  # before looking, so that a job that comes meanwhile rings again
-            self._drain()
+            within(self._drain)
 
     def close(self) -> None:
         """Let the helper thread end; it starts anew when it is needed again."""

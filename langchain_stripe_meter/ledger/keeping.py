@@ -19,6 +19,7 @@ from langchain_stripe_meter.ledger.database import clear_errors
 from langchain_stripe_meter.ledger.schema import acts, events, pruned, readings, webhook_events
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.ledger.views import NotebookTable
+from langchain_stripe_meter.reentry import inside
 
 LEAST_DAYS = 36
 """Stripe takes usage of up to 35 days; nothing younger is pruned, so that it can still be compared and corrected."""
@@ -76,7 +77,7 @@ def shrink(ledger: Ledger) -> None:
     """Give free space back to the file system. Nobody can write meanwhile, so do it while nothing runs."""
     if ledger.database.is_sqlite:
         lane = ledger.deliver_lane()
-        with lane.lock, clear_errors():
+        with inside(), lane.lock, clear_errors():
             lane.connection.exec_driver_sql("VACUUM")
         _truncate_log(ledger)
 

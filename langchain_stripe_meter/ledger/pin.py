@@ -12,6 +12,7 @@ from sqlalchemy import Connection, select
 from langchain_stripe_meter.errors import ForeignLedgerError
 from langchain_stripe_meter.ledger.database import Lane
 from langchain_stripe_meter.ledger.schema import notes
+from langchain_stripe_meter.reentry import inside
 
 LIVEMODE = "livemode"
 """The ledger's note of its mode: "test" or "live"."""
@@ -20,7 +21,7 @@ LIVEMODE = "livemode"
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
     """Pin the ledger behind ``lane`` to the key's mode; ``ForeignLedgerError`` where it has the other one."""
     ours = _word(is_test)
-    with lane.lock:
+    with inside(), lane.lock:
         pinned = _pinned(lane.connection)
     if pinned is None:
         with lane.transaction() as connection:

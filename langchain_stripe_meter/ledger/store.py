@@ -25,6 +25,7 @@ from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors,
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.pin import pin, refuse_early
 from langchain_stripe_meter.ledger.schema import acts, notes, readings
+from langchain_stripe_meter.reentry import inside
 
 _ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
 _SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "", "session": None}
@@ -157,7 +158,7 @@ class Ledger:
     def read(self) -> Iterator[Connection]:
         """A connection for reading; on SQLite one at a time, so that a fork can wait for it."""
         turn = self.database.reading if self.database.is_sqlite else nullcontext()
-        with clear_errors(), turn, self.database.engine.connect() as connection:
+        with inside(), clear_errors(), turn, self.database.engine.connect() as connection:
             yield connection
 
     def note(self, name: str) -> str | None:

@@ -1,0 +1,85 @@
+"""From what ended to what each meter counts. Whatever fails here concerns one meter of one call, and is held."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.meters import Call, Meter, Reading
+from langchain_stripe_meter.core.runs import Run
+from langchain_stripe_meter.core.usage import completed
+from langchain_stripe_meter.core.values import valueclass
+from langchain_stripe_meter.errors import InvalidValueError, place_of
+from langchain_stripe_meter.observed import Observed
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+
+@valueclass
+class Ending:
+    """What ended: a model call that consumed something (``observed``, and the ``call`` that it was), a message (its
+    answer and who pays), or both."""
+
+    run: Run
+    observed: Observed | None = None
+    call: Call | None = None
+    message: tuple[Call, Facts] | None = None
+
+
+@valueclass
+class Use:
+    """What a run, named by ``key``, used: a ``call``, or (``per`` "message") the call that answered a message."""
+
+    key: str
+    at: int
+    facts: Facts
+    per: str
+    call: Call
+
+
+def is_known(observed: Observed) -> bool:
+    """Whether there is nothing to estimate: the usage is complete, or contradicts itself and must be held."""
+    usage = observed.usage
+    if observed.doubt is not None:
+        return True
+    # No prompt costs nothing: an input of 0 is one that some gateway left out of its stream.
+    return usage is not None and bool(usage.input) and usage.output is not None and not observed.partial
+
+
+def call_of(run: Run, observed: Observed) -> Call:
+    """The call that ``run`` was: the model that answered, else the one that was asked for."""
+    return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
+
+
+def estimated(call: Call, run: Run, observed: Observed) -> Call:
+    """``call`` with what its provider left out of its usage; without any usage where that cannot be estimated."""
+    from langchain_stripe_meter.estimate import estimate_usage
+
+    try:
+        estimate = estimate_usage(run.prompt, run.tools, observed.output, call.model)
+    except Exception as error:  # noqa: BLE001 - a prompt or a tool of a shape that nobody expected
+        return replace(call, usage=None, doubt=_doubt("the usage could not be estimated", error))
+    return replace(call, usage=completed(observed.usage, estimate))
+
+
+def readings_of(meters: Sequence[Meter], use: Use) -> list[Reading]:
+    """What ``use`` adds to each of ``meters``. What one cannot count a person must look at; the others go on."""
+    readings: list[Reading] = []
+    for meter in meters:
+        if meter.per != use.per:
+            continue
+        try:
+            readings += meter.readings(use.call)
+        except InvalidValueError as error:  # Stripe would refuse it
+            readings.append(Reading(meter.event_name, None, doubt=str(error)))
+        except Exception as error:  # noqa: BLE001 - such as a library of prices that cannot price this
+            readings.append(Reading(meter.event_name, None, doubt=_doubt("the amount could not be worked out", error)))
+    return readings
+
+
+def _doubt(what: str, error: Exception) -> str:
+    """What failed and how, but not the error's text, which may quote a prompt."""
+    logger.warning("stripe-meter: %s, so it is held: %s at %s", what, type(error).__name__, place_of(error))
+    return f"{what}: {type(error).__name__}"

@@ -1,0 +1,134 @@
+"""What garbage collection starts in the midst of our own code waits until that code is done.
+
+The collector may run at any allocation, also where this thread holds one of our locks or has a transaction open. If it
+collects a stream that somebody left, LangChain reports that stream's end at once, on the same thread. Locks that may be
+taken twice would not do: the same dictionary would change under its own loop, and a transaction begin inside another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from queue import Empty, SimpleQueue
+from typing import ParamSpec, TypeVar
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _Place(threading.local):
+    """Whether this thread is inside our code, and what waits until it is not."""
+
+    inside = False
+
+    def __init__(self) -> None:
+        self.waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its put may interrupt itself, by contract
+
+
+_place = _Place()
+
+
+def is_inside() -> bool:
+    """Whether this thread was interrupted inside our code."""
+    return _place.inside
+
+
+def within(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``function``; events that interrupt it wait until it has returned."""
+    place = _place
+    if place.inside:
+        return function(*args, **kwargs)
+    place.inside = True
+    try:
+        return function(*args, **kwargs)
+    finally:  # the first thing done here can not be interrupted by Ctrl-C: nothing is called before it
+        place.inside = False
+        if not place.waiting.empty():
+            _carry_out(place.waiting)
+
+
+def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
+    """As ``within``; but where this thread is inside our code already, ``event`` is what interrupted it, and waits."""
+    if _place.inside:
+        _place.waiting.put(partial(event, *args, **kwargs))
+    else:
+        within(event, *args, **kwargs)
+
+
+@contextmanager
+def inside() -> Iterator[None]:
+    """As ``within``, for a block."""
+    if _place.inside:
+        yield
+        return
+    _place.inside = True
+    try:
+        yield
+    finally:
+        _place.inside = False
+        if not _place.waiting.empty():
+            _carry_out(_place.waiting)
+
+
+def _carry_out(waiting: SimpleQueue[Callable[[], None]]) -> None:
+    """Do what waited; on a thread of its own where an event loop runs in this one, which must not block."""
+    while not waiting.empty():
+        _place.inside = True
+        try:
+            if asyncio._get_running_loop() is None or not _start_thread(waiting):
+                _do_all(waiting)
+        finally:
+            _place.inside = False
+        if asyncio._get_running_loop() is not None:
+            return
+
+
+def _start_thread(waiting: SimpleQueue[Callable[[], None]]) -> bool:
+    try:
+        threading.Thread(target=_carry_out, args=(waiting,), name="stripe-meter-late").start()
+    except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
+        return False
+    return True
+
+
+def _do_all(waiting: SimpleQueue[Callable[[], None]]) -> None:
+    while True:
+        try:
+            event = waiting.get_nowait()
+        except Empty:
+            return
+        try:
+            event()
+        except Exception as error:  # noqa: BLE001 - whoever was interrupted must not hear of it
+            logger.error("stripe-meter: a late event failed: %s", type(error).__name__)  # noqa: TRY400
+
+
+class Bell:
+    """As ``threading.Event``, but ringing it may interrupt its own waiting: that one's lock is a plain one."""
+
+    def __init__(self) -> None:
+        self._rings: SimpleQueue[None] = SimpleQueue()
+
+    def is_set(self) -> bool:
+        return not self._rings.empty()
+
+    def set(self) -> None:
+        if self._rings.empty():
+            self._rings.put(None)
+
+    def clear(self) -> None:
+        with suppress(Empty):
+            while True:
+                self._rings.get_nowait()
+
+    def wait(self, timeout: float) -> None:
+        """Return when it rings or has rung, or when ``timeout`` seconds are up; one waits at a time."""
+        with suppress(Empty):
+            self._rings.get(timeout=max(timeout, 0))
+            self._rings.put(None)

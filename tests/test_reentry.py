@@ -1,0 +1,266 @@
+"""Streams that somebody left, collected in the midst of our own code: nothing hangs, and each is billed once."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+
+from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.ledger.group import GroupCommit
+from langchain_stripe_meter.ledger.views import tail
+from langchain_stripe_meter.reentry import Bell, inside, is_inside, soon, within
+
+
+class Model(BaseChatModel):
+    """Answers 15 tokens at once, or streams two words and reports nothing."""
+
+    @property
+    def _llm_type(self) -> str:
+        return "fake"
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        usage = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+        return ChatResult(generations=[ChatGeneration(message=AIMessage("hi", usage_metadata=usage))])
+
+    async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return self._generate()
+
+    def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+        for word in ("one ", "two "):
+            yield ChatGenerationChunk(message=AIMessageChunk(word))
+
+
+class Clock:
+    """Time that stands still; reading it may collect garbage, as any allocation may."""
+
+    collects = False
+
+    def __call__(self) -> float:
+        if self.collects:
+            gc.collect()
+        return 1_790_000_000.0
+
+
+class Collecting:
+    """An id that collects garbage whenever a dictionary looks at it."""
+
+    def __hash__(self) -> int:
+        gc.collect()
+        return 1
+
+    hex = "collecting"
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture(autouse=True)
+def only_when_told() -> Iterator[None]:
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def make(path: Path, clock: Clock, **options: Any) -> StripeMeterCallbackHandler:
+    options = {"customer": "cus_1", "deliver": False, "clock": clock, **options}
+    return StripeMeterCallbackHandler(
+        Tokens("tokens"), Messages("messages"), ledger=f"sqlite:///{path}/l.db", **options
+    )
+
+
+@pytest.fixture
+def handler(tmp_path: Path, clock: Clock) -> Iterator[StripeMeterCallbackHandler]:
+    with make(tmp_path, clock) as handler:
+        Model().invoke("warm up", {"callbacks": [handler]})
+        yield handler
+
+
+def leave_a_stream(handler: StripeMeterCallbackHandler) -> None:
+    """Garbage that only the collector finds, with a stream inside that was read in part."""
+    box: dict[str, Any] = {"stream": Model().stream("Count, please.", {"callbacks": [handler]})}
+    box["box"] = box
+    next(box["stream"])
+
+
+def done(work: Callable[[], object]) -> bool:
+    """Whether ``work`` returns, on a thread that nobody has to wait for."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    return not thread.is_alive()
+
+
+def billed(handler: StripeMeterCallbackHandler) -> dict[str, list[bool]]:
+    rows = tail(handler._ledger, 1000)
+    return {name: sorted(row.estimated for row in rows if row.event_name == name) for name in ("tokens", "messages")}
+
+
+def test_a_stream_collected_while_the_ledger_writes_is_billed_once(
+    handler: StripeMeterCallbackHandler,
+) -> None:
+    insert = handler._ledger._insert
+
+    def collecting(driver: Any, rows: Any) -> None:
+        gc.collect()
+        insert(driver, rows)
+        gc.collect()
+
+    handler._ledger._insert = collecting
+
+    def work() -> None:
+        leave_a_stream(handler)
+        Model().invoke("hi", {"callbacks": [handler]})
+
+    assert done(work)
+    assert billed(handler) == {"tokens": [False, False, True], "messages": [False, False, False]}
+    assert handler.status().unrecorded == 0
+
+
+def test_a_stream_collected_while_a_run_starts_is_billed_once(handler: StripeMeterCallbackHandler) -> None:
+    run_id: Any = Collecting()
+
+    def work() -> None:
+        leave_a_stream(handler)
+        handler.on_chat_model_start({}, [["hi"]], run_id=run_id)
+
+    assert done(work)
+    assert billed(handler)["tokens"] == [False, True]
+    assert handler.status().open_runs == 1
+
+
+def test_a_stream_collected_while_abandoned_runs_are_looked_for_is_billed_once(
+    handler: StripeMeterCallbackHandler, clock: Clock
+) -> None:
+    def work() -> None:
+        leave_a_stream(handler)
+        clock.collects = True
+        handler.status()
+        clock.collects = False
+
+    assert done(work)
+    assert billed(handler)["tokens"] == [False, True]
+
+
+def test_a_stream_collected_inside_a_transaction_is_billed_once_and_not_rolled_back_with_it(
+    handler: StripeMeterCallbackHandler,
+) -> None:
+    def work() -> None:
+        leave_a_stream(handler)
+        with suppress(KeyError), handler._ledger.deliver_lane().transaction():
+            gc.collect()
+            raise KeyError
+
+    assert done(work)
+    assert billed(handler)["tokens"] == [False, True]
+
+
+def test_a_stream_collected_while_the_ledger_is_read_is_billed_once_where_a_lead_is_looked_up(
+    tmp_path: Path, clock: Clock
+) -> None:
+    with make(tmp_path, clock, customer=from_lead(by="email")) as handler:
+        handler.status()
+
+        def work() -> None:
+            leave_a_stream(handler)
+            with handler._ledger.read():
+                gc.collect()
+
+        assert done(work)
+        assert billed(handler)["tokens"] == [True]
+
+
+def test_many_streams_collected_at_once_are_each_billed(handler: StripeMeterCallbackHandler) -> None:
+    def work() -> None:
+        for _ in range(300):
+            leave_a_stream(handler)
+        with inside():
+            gc.collect()
+
+    assert done(work)
+    assert sum(billed(handler)["tokens"]) == 300
+
+
+def test_a_stream_collected_by_a_loop_inside_our_code_is_recorded_by_another_thread(
+    handler: StripeMeterCallbackHandler,
+) -> None:
+    where: list[str] = []
+    record = handler._ledger.record
+
+    def recording(entries: Any) -> None:
+        where.append(threading.current_thread().name)
+        record(entries)
+
+    handler._ledger.record = recording  # type: ignore[method-assign]
+
+    async def main() -> None:
+        await asyncio.to_thread(leave_a_stream, handler)
+        with inside():
+            gc.collect()
+
+    def work() -> None:
+        asyncio.run(main())
+        for thread in threading.enumerate():
+            if thread.name == "stripe-meter-late":
+                thread.join()
+
+    assert done(work)
+    assert where == ["stripe-meter-late"]
+    assert sum(billed(handler)["tokens"]) == 1
+
+
+def test_what_interrupts_a_group_commit_is_written_after_it() -> None:
+    written: list[int] = []
+
+    def write(items: Sequence[int]) -> None:
+        if items == [1]:
+            soon(group.submit, [2])
+            assert written == []
+        written.extend(items)
+
+    group = GroupCommit(write)
+    assert done(lambda: group.submit([1]))
+    assert written == [1, 2]
+
+
+def test_a_late_event_that_fails_disturbs_neither_its_host_nor_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    def fail() -> None:
+        raise ValueError("a prompt")
+
+    heard: list[int] = []
+
+    def host() -> int:
+        soon(fail)
+        soon(heard.append, 1)
+        assert heard == []
+        return 7
+
+    assert within(host) == 7
+    assert heard == [1]
+    assert not is_inside()
+    assert "ValueError" in caplog.text
+    assert "a prompt" not in caplog.text
+
+
+def test_a_bell_rings_until_it_is_cleared() -> None:
+    bell = Bell()
+    bell.wait(0)
+    assert not bell.is_set()
+    bell.set()
+    bell.set()
+    bell.wait(60)
+    bell.wait(60)
+    assert bell.is_set()
+    bell.clear()
+    assert not bell.is_set()
