@@ -296,7 +296,9 @@ def test_what_had_produced_nothing_when_its_message_was_cut_may_still_end_and_an
     runs.fail("root")
     runs.end("root", NOW)
     runs.cut(root, NOW)
+    assert (len(runs), runs.abandoned) == (1, 1)  # the call counts as abandoned, the step is still open
     assert end(runs, call, answer=ANSWER, at=NOW + 60) is None
+    assert runs.abandoned == 0  # for it was told after all
     another = start(runs, "another call of the same step", "step", call=True, at=NOW + 60)
     assert another.top is root
     assert end(runs, another, answer=ANSWER, at=NOW + 120) is None

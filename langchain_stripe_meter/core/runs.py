@@ -31,7 +31,8 @@ _NO_FACTS = Facts()
 class Run:
     """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
     ``user`` is whom an agent server authenticated where a step began. ``interrupted`` marks a message that is not
-    answered for now, and ``waits_in`` the run in which it waits or failed."""
+    answered for now, and ``waits_in`` the run in which it waits or failed. ``late`` marks a call of a message that was
+    cancelled: it counts as abandoned, unless its end is told after all."""
 
     id: Hashable
     started: int
@@ -47,6 +48,7 @@ class Run:
     interrupted: bool = False
     waits_in: Hashable = None
     taken: bool = False
+    late: bool = False
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
     user: Any = field(default=None, repr=False)
@@ -95,7 +97,7 @@ class OpenRuns:
         self.abandoned = 0
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return sum(not run.late for run in self._runs.values())
 
     def __contains__(self, run_id: Hashable) -> bool:
         return run_id in self._runs
@@ -122,6 +124,7 @@ class OpenRuns:
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.ended = now
+            self.abandoned -= run.late
             if run.parent is not None:
                 run.parent.touch(now)
         return run
@@ -170,9 +173,14 @@ class OpenRuns:
     def cut(self, top: Run, now: int) -> None:
         """A message was cancelled: LangChain will not tell the end of the model calls that its tasks had under way.
 
-        What they had received is known by now. The others stay open for a while: what runs in threads goes on.
+        What they had received is known by now. The others are waited for a while: what runs in threads goes on.
         """
-        self._abandon([run for run in self._runs.values() if run.top is top and run.produced], now)
+        theirs = [run for run in self._runs.values() if run.top is top]
+        self._abandon([run for run in theirs if run.produced], now)
+        for run in theirs:
+            if run.is_call and not run.produced and not run.late:
+                run.late = True
+                self.abandoned += 1
 
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
@@ -182,7 +190,7 @@ class OpenRuns:
         for run in gone:
             del self._runs[run.id]
             run.ended = now
-            self.abandoned += run.is_call
+            self.abandoned += run.is_call and not run.late
             if run.produced:
                 self.lost.append(run)
 
