@@ -322,10 +322,11 @@ class Recorder:
         id: str,
         call: Call,
         customer: CustomerSource | str | None,
-        metadata: Mapping[str, Any] | None,
+        facts: Facts,
         at: int | None,
     ) -> list[Entry]:
-        """Entries for usage that no run reported; raises where the input is bad."""
+        """Entries for usage that no run reported; ``facts`` are those of where it is told. Raises where the input is
+        bad."""
         if not isinstance(id, str) or not id:
             raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
         if not isinstance(usage, Mapping) or not {"input_tokens", "output_tokens"} & usage.keys():
@@ -337,10 +338,10 @@ class Recorder:
         now = self.ledger.now()
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         when = now if at is None else check_timestamp(at, now)
-        use = Use(id, when, Facts(metadata or {}, now=now), "call", replace(call, usage=counted))
+        use = Use(id, when, facts, "call", replace(call, usage=counted))
         entries = self._of_use(use, None if customer is None else as_source(customer))
         if not entries:
-            self._check_counts_calls(use.facts)
+            self._check_counts_calls(facts)
         return entries
 
     def _check_counts_calls(self, facts: Facts) -> None:
