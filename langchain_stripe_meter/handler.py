@@ -139,7 +139,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
                 create_missing=create_missing, chores=todo, watches=[self._ages.chore],
             )  # fmt: skip
         self.leads = Leads(
-            self._ledger, lead_fields(self.customer), account=self._stripe_account,
+            self._ledger, None if tenant else lead_fields(self.customer), account=self._stripe_account,
             region=lead_region(self.customer), claimed=self._claimed,
         )  # fmt: skip
         recorder = Recorder(

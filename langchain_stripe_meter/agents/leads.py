@@ -41,6 +41,7 @@ def capture_lead_tool(
     """
     if by not in lead_fields(meter.customer):
         raise ConfigurationError(f"capture_lead_tool(by={by!r}) needs a handler with customer=from_lead(by={by!r}).")
+    meter.leads.check_bill_from(bill_from)
     called = _CALLED[by]
     sorry = f"That is not a complete {called}. Ask the user to write it once more."
 
