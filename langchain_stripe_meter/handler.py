@@ -26,7 +26,6 @@ from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.observed import facts_of
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
@@ -178,7 +177,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         store it.
         """
         call = Call(None, model, provider)
-        facts = facts_of(metadata, self._ledger.now())
+        facts = self.facts_at_start(metadata)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, facts=facts, at=at)
         self._recorder.recorded(self.leads.record(entries) if entries else [])
 

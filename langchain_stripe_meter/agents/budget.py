@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -22,7 +22,6 @@ from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
-from langchain_stripe_meter.observed import facts_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -232,9 +231,9 @@ class Budget:
         meter = self._meter
         await meter._recorder.asettle(meter._call_failed, error, run_id=run_id)
 
-    def now(self) -> int:
-        """The ledger's clock, in Unix seconds."""
-        return self._meter._ledger.now()
+    def facts_at_start(self, metadata: Mapping[str, Any] | None, parent_run_id: UUID | None = None) -> Facts:
+        """The facts of a call that starts here and now, as the meter sees them."""
+        return self._meter.facts_at_start(metadata, parent_run_id)
 
     def refresh(self) -> None:
         """Read what the first check would, such as when a server starts. Raises ``LedgerError``."""
@@ -250,7 +249,7 @@ class Budget:
             raise ConfigurationError(
                 f"A customer is a 'cus_…' id, a Reference, or the Facts of a run; not {type(customer).__name__}."
             )
-        facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
+        facts = customer or self.facts_at_start((var_child_runnable_config.get() or {}).get("metadata"))
         account, who = self._meter._recorder.payer(facts)
         return None if isinstance(who, Skip) else Spender(who, facts, account)
 
@@ -336,16 +335,30 @@ class SpendLimitCallback(BaseCallbackHandler):
     on_chat_model_start = _Gate()
     on_llm_start = _Gate()
 
-    def _check(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def _check(
+        self,
+        *args: Any,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         try:
-            self._budget.check(facts_of(metadata, self._budget.now()))
+            self._budget.check(self._budget.facts_at_start(metadata, parent_run_id))
         except BaseException as error:
             self._budget.stopped(run_id, error)
             raise
 
-    async def _acheck(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    async def _acheck(
+        self,
+        *args: Any,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         try:
-            await self._budget.acheck(facts_of(metadata, self._budget.now()))
+            await self._budget.acheck(self._budget.facts_at_start(metadata, parent_run_id))
         except BaseException as error:  # a task that is cancelled here makes no call either
             await self._budget.astopped(run_id, error)
             raise

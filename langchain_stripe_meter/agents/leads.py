@@ -18,7 +18,6 @@ from langchain_stripe_meter.core.leads import lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.leads import BillFrom
-from langchain_stripe_meter.observed import facts_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -46,7 +45,7 @@ def capture_lead_tool(
     sorry = f"That is not a complete {called}. Ask the user to write it once more."
 
     def capture_lead(config: RunnableConfig, **typed: str) -> str:
-        place = meter._recorder.place_of_lead(facts_of(config.get("metadata"), meter._ledger.now()))
+        place = meter._recorder.place_of_lead(meter.facts_at_start(config.get("metadata")))
         if place is None:
             return "This conversation has no session, so nothing can be noted. Go on without it."
         try:
