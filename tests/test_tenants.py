@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -22,7 +23,7 @@ from langchain_stripe_meter import (
 )
 from langchain_stripe_meter.agents.leads import capture_lead_tool
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
-from langchain_stripe_meter.core.customers import Facts, static
+from langchain_stripe_meter.core.customers import Facts, Reference, static
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, SpendLimitError
 from langchain_stripe_meter.ledger import views
@@ -261,6 +262,39 @@ def test_a_limit_is_that_of_a_customer_on_one_account(platform: Platform) -> Non
         assert budget.remaining(Facts({"tenant": "bert"})) == 5
         with platform.handler(customer="cus_1", stripe_account=ANNA) as hers:
             assert budget_of(hers).remaining("cus_1") == 0
+
+
+def test_with_tenants_a_limit_is_asked_for_with_the_account(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", tenant=of_metadata) as handler:
+        budget = Budget(handler, SpendLimit("ai_tokens", 20))
+        for name in ("anna", "anna", "bert"):
+            answer(handler, tenant=name)
+        for customer in ("cus_1", Reference("id", "cus_1")):
+            assert budget.remaining(customer, account=ANNA) == 0
+            assert budget.remaining(customer, account=BERT) == 5
+            assert budget.remaining(customer, account="") == 20
+            (allowance,) = budget.allowances(customer, account=BERT)
+            assert allowance.used == 15
+            budget.check(customer, account=BERT)
+            with pytest.raises(SpendLimitError):
+                budget.check(customer, account=ANNA)
+            with pytest.raises(SpendLimitError):
+                asyncio.run(budget.acheck(customer, account=ANNA))
+            for ask in (budget.remaining, budget.allowances, budget.check):
+                with pytest.raises(ConfigurationError, match=r"tenant=.*account="):
+                    ask(customer)  # type: ignore[operator]
+        with pytest.raises(InvalidValueError, match="no connected account"):
+            budget.remaining("cus_1", account="anna")
+        with pytest.raises(ConfigurationError, match="account="):
+            budget.remaining(Facts({"tenant": "anna"}), account=ANNA)
+
+
+def test_without_tenants_a_limit_is_asked_for_on_the_handlers_account_by_default(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", stripe_account=ANNA) as handler:
+        budget = Budget(handler, SpendLimit("ai_tokens", 20))
+        answer(handler)
+        assert budget.remaining("cus_1") == budget.remaining("cus_1", account=ANNA) == 5
+        assert budget.remaining("cus_1", account=BERT) == 20
 
 
 @pytest.mark.parametrize(
