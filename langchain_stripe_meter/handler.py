@@ -139,7 +139,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
                 create_missing=create_missing, chores=todo, watches=[self._ages.chore],
             )  # fmt: skip
         self.leads = Leads(
-            self._ledger, lead_fields(self.customer), account=self._stripe_account,
+            self._ledger, None if tenant else lead_fields(self.customer), account=self._stripe_account,
             region=lead_region(self.customer), claimed=self._claimed,
         )  # fmt: skip
         recorder = Recorder(
@@ -170,14 +170,16 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
 
         ``usage`` is shaped like LangChain's ``usage_metadata``; a sum that is left out is 0. The meters that count
         calls apply (``Tokens``, ``Cost``, ``Credits`` per call). ``id`` names the job: the same id is never billed
-        twice. ``customer`` defaults to the handler's source, read against ``metadata``. ``at`` is when it happened, in
-        Unix seconds (default now).
+        twice. ``customer`` defaults to the handler's source, read against ``metadata`` and the run around this, as a
+        run's would be: on an agent server, metadata is the client's word. ``at`` is when it happened, in Unix seconds
+        (default now).
 
         Unlike a run, this raises: ``MeteringError`` if the input is bad, no meter counts calls, or the ledger cannot
         store it.
         """
         call = Call(None, model, provider)
-        entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, metadata=metadata, at=at)
+        facts = self.facts_at_start(metadata)
+        entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, facts=facts, at=at)
         self._recorder.recorded(self.leads.record(entries) if entries else [])
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:

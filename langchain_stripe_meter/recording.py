@@ -19,7 +19,7 @@ from uuid import UUID, uuid4
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
 from langchain_stripe_meter.core.exact import EXACT
-from langchain_stripe_meter.core.leads import lead_session, needs_lookup
+from langchain_stripe_meter.core.leads import lead_fields, lead_session, needs_lookup
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
@@ -255,13 +255,15 @@ class Recorder:
         readings = self._readings(self.meters if tenant.meters is None else tenant.meters, use)
         if not readings:
             return []
-        payer, facts, session = source or tenant.customer or self.customer, use.facts, None
+        payer, facts = source or tenant.customer or self.customer, use.facts
         if self.needs_lookup or source is not None:
             facts = self._with_leads(facts, tenant.account, payer)
         who = payer.identify(facts)
+        entries = [make_entry(use, who, reading, tenant.account) for reading in readings]
         if self.needs_lookup and source is None and isinstance(who, Skip):
-            session = lead_session(payer, facts)
-        return [make_entry(use, who, reading, tenant.account, session) for reading in readings]
+            session, reads = lead_session(payer, facts), lead_fields(payer)
+            return [replace(entry, session=session, reads=reads) for entry in entries]
+        return entries
 
     def _with_leads(self, facts: Facts, account: str, payer: CustomerSource) -> Facts:
         return replace(facts, lead=partial(self.leads.find, account=account)) if needs_lookup(payer) else facts
@@ -304,10 +306,11 @@ class Recorder:
         id: str,
         call: Call,
         customer: CustomerSource | str | None,
-        metadata: Mapping[str, Any] | None,
+        facts: Facts,
         at: int | None,
     ) -> list[Entry]:
-        """Entries for usage that no run reported; raises where the input is bad."""
+        """Entries for usage that no run reported; ``facts`` are those of where it is told. Raises where the input is
+        bad."""
         if not isinstance(id, str) or not id:
             raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
         if not isinstance(usage, Mapping) or not {"input_tokens", "output_tokens"} & usage.keys():
@@ -319,10 +322,10 @@ class Recorder:
         now = self.ledger.now()
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         when = now if at is None else check_timestamp(at, now)
-        use = Use(id, when, Facts(metadata or {}, now=now), "call", replace(call, usage=counted))
+        use = Use(id, when, facts, "call", replace(call, usage=counted))
         entries = self._of_use(use, None if customer is None else as_source(customer))
         if not entries:
-            self._check_counts_calls(use.facts)
+            self._check_counts_calls(facts)
         return entries
 
     def _check_counts_calls(self, facts: Facts) -> None:
@@ -336,10 +339,8 @@ class Recorder:
             )
 
 
-def make_entry(
-    use: Use, who: Reference | Skip, reading: Reading, account: str = "", session: str | None = None
-) -> Entry:
-    """One reading of a run, with what is known of who pays; ``session`` is where a lead may still be captured."""
+def make_entry(use: Use, who: Reference | Skip, reading: Reading, account: str = "") -> Entry:
+    """One reading of a run, with what is known of who pays."""
     customer, reference, reason = None, None, reading.doubt
     if isinstance(who, Skip):
         state, reason = ReadingState.SKIPPED, who.reason
@@ -352,5 +353,5 @@ def make_entry(
     key = derive_identifier(use.key, reading.event_name, reading.dimensions, account)
     return Entry(
         key, reading.event_name, reading.value, use.at, state, customer, reference, reading.dimensions,
-        reading.estimated, reason, account, session,
+        reading.estimated, reason, account,
     )  # fmt: skip

@@ -6,13 +6,15 @@ import asyncio
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import Facts, Skip
 from langchain_stripe_meter.errors import UnidentifiedError
-from langchain_stripe_meter.observed import facts_of
+from langchain_stripe_meter.observed import facts_of, surrounding_run
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -37,14 +39,14 @@ class _Gate:
         if handler._recorder.needs_lookup and sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE:
 
             async def astarted(*args: Any, **kwargs: Any) -> None:
-                facts = facts_of(kwargs.get("metadata"), handler._recorder.ledger.now())
+                facts = handler.facts_at_start(kwargs.get("metadata"), kwargs.get("parent_run_id"))
                 await asyncio.to_thread(handler._check_payer, facts)
                 start(*args, **kwargs)
 
             return astarted
 
         def started(*args: Any, **kwargs: Any) -> None:
-            handler._check_payer(facts_of(kwargs.get("metadata"), handler._recorder.ledger.now()))
+            handler._check_payer(handler.facts_at_start(kwargs.get("metadata"), kwargs.get("parent_run_id")))
             start(*args, **kwargs)
 
         return started
@@ -65,6 +67,15 @@ class RefusingCallbacks(MeteringCallbacks):
         Only a refusal goes on into the chain, nothing else ever.
         """
         return isinstance(sys.exception(), UnidentifiedError)
+
+    def facts_at_start(self, metadata: Mapping[str, Any] | None, parent_run_id: UUID | None = None) -> Facts:
+        """Who could pay for a call that starts here and now, as it will be recorded; ``parent_run_id`` is as LangChain
+        tells it of the call, if it does."""
+        facts = facts_of(metadata, self._recorder.ledger.now())
+        if facts.auth_user is not None:
+            return facts
+        user = self._runs.user_around(parent_run_id, surrounding_run() if parent_run_id is None else None)
+        return facts if user is None else replace(facts, auth_user=user, on_server=True)
 
     def _check_payer(self, facts: Facts) -> None:
         try:

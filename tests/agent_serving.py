@@ -97,19 +97,37 @@ one = builder.compile().with_config(callbacks=[meter])
 other = builder.compile().with_config(callbacks=[meter])
 """
 """A graph file that makes its own handler, and holds two graphs."""
+WITHOUT_A_RUN = """
+from uuid import uuid4
+from everything import meter
+from langchain_core.runnables import RunnableConfig
+from langgraph.graph import START, MessagesState, StateGraph
+
+async def embed(state, config: RunnableConfig):
+    await meter.arecord_usage({"input_tokens": 5}, id=uuid4().hex)
+    await meter.arecord_usage({"input_tokens": 7}, id=uuid4().hex, metadata=config["metadata"])
+
+builder = StateGraph(MessagesState)
+builder.add_node("embed", embed)
+builder.add_edge(START, "embed")
+graph = builder.compile()
+"""
+"""A graph that records what LangChain has no callback for, with and without its run's metadata."""
 GRAPHS = {
     "slow": "./slow.py:graph",
     "open": "./open_to_all.py:graph",
     "outer": "./open_to_all.py:outer",
     "one": "./own.py:one",
     "other": "./own.py:other",
+    "without_a_run": "./without_a_run.py:graph",
 }
 
 
 def install(folder: Path, sandbox: StripeSandbox, *, auth: bool = True) -> dict[str, str]:
     """The example, with more graphs, in ``folder``; its environment. Without ``auth`` anybody may do anything."""
     shutil.copytree(EXAMPLE, folder, dirs_exist_ok=True)  # the server writes next to its graphs
-    for name, text in (("slow", SLOW), ("everything", EVERYTHING), ("open_to_all", OPEN), ("own", OWN)):
+    modules = {"slow": SLOW, "everything": EVERYTHING, "open_to_all": OPEN, "own": OWN, "without_a_run": WITHOUT_A_RUN}
+    for name, text in modules.items():
         (folder / f"{name}.py").write_text(text)
     with (folder / "metering.py").open("a") as module:
         module.write('print("metering.py is imported", flush=True)\n')

@@ -111,6 +111,18 @@ def test_what_a_run_is_created_with_decides_nothing(
 
 
 @pytest.mark.parametrize("forged", FORGERIES, ids=["config", "context"])
+def test_usage_that_a_node_records_is_the_authenticated_users_too(
+    server: Server, bills: Bills, forged: dict[str, Any]
+) -> None:
+    async def talk(known: Any) -> None:
+        await known.runs.wait(None, "without_a_run", input=HELLO, **forged)
+
+    chat(server, "ann", talk)
+    chat(server, "eve", talk)
+    assert bills.since() == {("everything", "cus_ann"): 12, ("", "skipped"): 2}
+
+
+@pytest.mark.parametrize("forged", FORGERIES, ids=["config", "context"])
 def test_an_assistant_that_a_client_made_decides_nothing(server: Server, bills: Bills, forged: dict[str, Any]) -> None:
     async def talk(known: Any) -> None:
         made = await known.assistants.create("open", **forged)

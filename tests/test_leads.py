@@ -248,8 +248,9 @@ def test_what_cannot_be_captured_is_refused_and_changes_nothing(desk: Desk) -> N
 
 def test_a_run_that_ends_while_its_lead_is_captured_is_billed_from_either_side(desk: Desk) -> None:
     """It found no lead, and before it is stored the lead is captured: nothing may slip in between."""
-    leads = Leads(desk.ledger, ("email",))
-    decided = Entry("run", "tokens", Decimal(3), desk.ledger.now(), ReadingState.SKIPPED, reason="x", session="s1")
+    leads, now = Leads(desk.ledger, ("email",)), desk.ledger.now()
+    waits: Any = {"reason": "x", "session": "s1", "reads": ("email",)}
+    decided = Entry("run", "tokens", Decimal(3), now, ReadingState.SKIPPED, **waits)
     leads.capture("s1", email="ann@example.com", bill_from="first_message")
     (stored,) = leads.record([decided])
     assert (stored.state, stored.session) == (ReadingState.RECORDED, None)

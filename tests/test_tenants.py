@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,8 +21,9 @@ from langchain_stripe_meter import (
     from_lead,
     from_metadata,
 )
+from langchain_stripe_meter.agents.leads import capture_lead_tool
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
-from langchain_stripe_meter.core.customers import Facts, static
+from langchain_stripe_meter.core.customers import Facts, Reference, static
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, SpendLimitError
 from langchain_stripe_meter.ledger import views
@@ -147,6 +149,40 @@ def test_leads_of_one_session_on_two_accounts_are_two_leads(platform: Platform) 
     assert platform.bert.billed("ai_tokens") == {"cus_max": 15}
 
 
+def test_of_a_lead_only_what_the_tenants_own_source_reads_pays(platform: Platform) -> None:
+    platform.anna.create_customer(id="cus_eve", email="eve@example.com", phone="+4930901820")
+
+    def tenant(facts: Facts) -> Tenant:
+        return Tenant(ANNA, customer=from_lead(by="phone"))
+
+    with platform.handler(customer=from_lead(by="email"), tenant=tenant) as handler:
+        handler.leads.capture("s-1", email="eve@example.com", account=ANNA)
+        answer(handler, session_id="s-1")
+        assert handler.flush().skipped == 1
+        handler.leads.capture("s-1", phone="+4930901820", account=ANNA)
+        answer(handler, session_id="s-1")
+        assert handler.flush().held == 0
+    assert platform.anna.billed("ai_tokens") == {"cus_eve": 15}
+
+
+def test_with_tenants_a_lead_pays_from_now_on_and_from_the_first_message_only_for_one_account(
+    platform: Platform,
+) -> None:
+    """What the source of a skipped run's tenant reads of a lead is known while it runs, and not afterwards."""
+    platform.anna.create_customer(id="cus_eve", email="eve@example.com")
+    with platform.handler(customer=from_lead(by="email"), tenant=of_metadata) as handler:
+        answer(handler, tenant="anna", session_id="s-1")
+        with pytest.raises(ConfigurationError, match=r"tenant=.*stripe_account="):
+            handler.leads.capture("s-1", email="eve@example.com", account=ANNA, bill_from="first_message")
+        assert handler.leads.find("s-1", ANNA) is None
+        with pytest.raises(ConfigurationError, match=r"tenant=.*stripe_account="):
+            capture_lead_tool(handler, bill_from="first_message")
+    with platform.handler(customer=from_lead(by="email"), stripe_account=ANNA) as hers:
+        assert hers.leads.capture("s-1", email="eve@example.com", bill_from="first_message") == 1
+        assert hers.flush().pending == 0
+    assert platform.anna.billed("ai_tokens") == {"cus_eve": 15}
+
+
 def test_a_meter_that_is_missing_on_one_account_holds_only_that_accounts_usage(platform: Platform) -> None:
     platform.sandbox.connect("acct_new").create_customer(id="cus_1")
     with platform.handler(customer="cus_1", tenant=of_metadata) as handler:
@@ -226,6 +262,39 @@ def test_a_limit_is_that_of_a_customer_on_one_account(platform: Platform) -> Non
         assert budget.remaining(Facts({"tenant": "bert"})) == 5
         with platform.handler(customer="cus_1", stripe_account=ANNA) as hers:
             assert budget_of(hers).remaining("cus_1") == 0
+
+
+def test_with_tenants_a_limit_is_asked_for_with_the_account(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", tenant=of_metadata) as handler:
+        budget = Budget(handler, SpendLimit("ai_tokens", 20))
+        for name in ("anna", "anna", "bert"):
+            answer(handler, tenant=name)
+        for customer in ("cus_1", Reference("id", "cus_1")):
+            assert budget.remaining(customer, account=ANNA) == 0
+            assert budget.remaining(customer, account=BERT) == 5
+            assert budget.remaining(customer, account="") == 20
+            (allowance,) = budget.allowances(customer, account=BERT)
+            assert allowance.used == 15
+            budget.check(customer, account=BERT)
+            with pytest.raises(SpendLimitError):
+                budget.check(customer, account=ANNA)
+            with pytest.raises(SpendLimitError):
+                asyncio.run(budget.acheck(customer, account=ANNA))
+            for ask in (budget.remaining, budget.allowances, budget.check):
+                with pytest.raises(ConfigurationError, match=r"tenant=.*account="):
+                    ask(customer)  # type: ignore[operator]
+        with pytest.raises(InvalidValueError, match="no connected account"):
+            budget.remaining("cus_1", account="anna")
+        with pytest.raises(ConfigurationError, match="account="):
+            budget.remaining(Facts({"tenant": "anna"}), account=ANNA)
+
+
+def test_without_tenants_a_limit_is_asked_for_on_the_handlers_account_by_default(platform: Platform) -> None:
+    with platform.handler(customer="cus_1", stripe_account=ANNA) as handler:
+        budget = Budget(handler, SpendLimit("ai_tokens", 20))
+        answer(handler)
+        assert budget.remaining("cus_1") == budget.remaining("cus_1", account=ANNA) == 5
+        assert budget.remaining("cus_1", account=BERT) == 20
 
 
 @pytest.mark.parametrize(

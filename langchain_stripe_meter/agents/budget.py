@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,11 +18,11 @@ from langchain_core.runnables.config import var_child_runnable_config
 
 from langchain_stripe_meter.arguments import is_async
 from langchain_stripe_meter.core.customers import Facts, Reference, Skip
+from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
-from langchain_stripe_meter.observed import facts_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -161,17 +161,21 @@ class Budget:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(map(repr, self.limits))})"
 
-    def allowances(self, customer: Customer = None) -> list[Allowance]:
+    def allowances(self, customer: Customer = None, *, account: str | None = None) -> list[Allowance]:
         """How each limit stands for ``customer``: a ``cus_…`` id, a ``Reference``, or the facts of a run.
 
         Without one it is whoever pays for the present run (inside a tool or a node). Empty where that is nobody.
+        ``account`` is the connected account of an id or a ``Reference``: by default the handler's ``stripe_account``,
+        and with ``tenant=`` it must be said (``""`` for the key's own).
         Raises ``LedgerError`` where the ledger cannot be read, ``ConfigurationError`` where a limit's callable fails.
         It reads the database: on an event loop, call it with ``asyncio.to_thread``.
         """
-        spender, now = self._spender(customer), self._meter._ledger.now()
+        spender, now = self._spender(customer, account), self._meter._ledger.now()
         return [] if spender is None else [_allowance(one, spender, used, now) for one, used in self._used(spender)]
 
-    def remaining(self, customer: Customer = None, event_name: str | None = None) -> Decimal | None:
+    def remaining(
+        self, customer: Customer = None, event_name: str | None = None, *, account: str | None = None
+    ) -> Decimal | None:
         """What ``customer`` may still use of ``event_name`` (needed where the limits are on several meters): the least
         that any limit leaves; None where there is no limit, or nobody to limit. Otherwise as ``allowances``."""
         names = {limit.event_name for limit in self.limits}
@@ -180,13 +184,13 @@ class Budget:
         if event_name is not None and event_name not in names:
             raise ConfigurationError(f"There is no limit on {event_name!r}, only on {', '.join(sorted(names))}.")
         wanted = event_name or names.pop()
-        left = [one.remaining for one in self.allowances(customer) if one.event_name == wanted]
+        left = [one.remaining for one in self.allowances(customer, account=account) if one.event_name == wanted]
         return min((amount for amount in left if amount is not None), default=None)
 
-    def check(self, customer: Customer = None) -> None:
-        """Raise ``SpendLimitError`` where ``customer`` (as for ``allowances``) has used up a limit."""
+    def check(self, customer: Customer = None, *, account: str | None = None) -> None:
+        """Raise ``SpendLimitError`` where ``customer`` (of ``account``, as for ``allowances``) has used up a limit."""
         try:
-            spender = self._spender(customer)
+            spender = self._spender(customer, account)
             used = [] if spender is None else self._used(spender)
         except LedgerError as error:
             self._failed(error)
@@ -218,9 +222,9 @@ class Budget:
         used = self._counters.used(spender.reference, wanted, spender.account)
         return list(zip(self.limits, used, strict=True))
 
-    async def acheck(self, customer: Customer = None) -> None:
+    async def acheck(self, customer: Customer = None, *, account: str | None = None) -> None:
         """As ``check``, without blocking the event loop."""
-        await asyncio.to_thread(self.check, customer)
+        await asyncio.to_thread(self.check, customer, account=account)
 
     def stopped(self, run_id: UUID, error: BaseException) -> None:
         """Tell the meter that a call, of whose start it may have been told, is not made: LangChain does not."""
@@ -232,25 +236,25 @@ class Budget:
         meter = self._meter
         await meter._recorder.asettle(meter._call_failed, error, run_id=run_id)
 
-    def now(self) -> int:
-        """The ledger's clock, in Unix seconds."""
-        return self._meter._ledger.now()
+    def facts_at_start(self, metadata: Mapping[str, Any] | None, parent_run_id: UUID | None = None) -> Facts:
+        """The facts of a call that starts here and now, as the meter sees them."""
+        return self._meter.facts_at_start(metadata, parent_run_id)
 
     def refresh(self) -> None:
         """Read what the first check would, such as when a server starts. Raises ``LedgerError``."""
         self._counters.used(Reference("id", "cus_nobody"), ())
 
-    def _spender(self, customer: Customer) -> Spender | None:
-        account = self._meter._stripe_account
-        if isinstance(customer, str):
-            return Spender(Reference("id", customer), Facts(), account)
-        if isinstance(customer, Reference):
-            return Spender(customer, Facts(), account)
+    def _spender(self, customer: Customer, account: str | None) -> Spender | None:
+        if isinstance(customer, str | Reference):
+            reference = Reference("id", customer) if isinstance(customer, str) else customer
+            return Spender(reference, Facts(), account_of(self._meter, account))
         if customer is not None and not isinstance(customer, Facts):
             raise ConfigurationError(
                 f"A customer is a 'cus_…' id, a Reference, or the Facts of a run; not {type(customer).__name__}."
             )
-        facts = customer or facts_of((var_child_runnable_config.get() or {}).get("metadata"), self._meter._ledger.now())
+        if account is not None:
+            raise ConfigurationError("account= goes with a 'cus_…' id or a Reference: a run has the account it bills.")
+        facts = customer or self.facts_at_start((var_child_runnable_config.get() or {}).get("metadata"))
         account, who = self._meter._recorder.payer(facts)
         return None if isinstance(who, Skip) else Spender(who, facts, account)
 
@@ -259,6 +263,18 @@ def check_meter(meter: object, what: str) -> None:
     """Refuse what is no handler, for ``what`` takes one first."""
     if not isinstance(meter, StripeMeterCallbackHandler):
         raise ConfigurationError(f"{what} takes a StripeMeterCallbackHandler first, not {type(meter).__name__}.")
+
+
+def account_of(meter: StripeMeterCallbackHandler, account: str | None) -> str:
+    """On which connected account somebody named by id or ``Reference`` pays."""
+    if account is not None:
+        return check_account(account)
+    if meter._has_tenants:
+        raise ConfigurationError(
+            "The handler has tenant=, and the same id is somebody else on each account: say whose customer this is "
+            "with account='acct_…' (account='' for the key's own)."
+        )
+    return meter._stripe_account
 
 
 def check_budget(budget: object, what: str) -> None:
@@ -336,16 +352,30 @@ class SpendLimitCallback(BaseCallbackHandler):
     on_chat_model_start = _Gate()
     on_llm_start = _Gate()
 
-    def _check(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def _check(
+        self,
+        *args: Any,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         try:
-            self._budget.check(facts_of(metadata, self._budget.now()))
+            self._budget.check(self._budget.facts_at_start(metadata, parent_run_id))
         except BaseException as error:
             self._budget.stopped(run_id, error)
             raise
 
-    async def _acheck(self, *args: Any, run_id: UUID, metadata: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    async def _acheck(
+        self,
+        *args: Any,
+        run_id: UUID,
+        parent_run_id: UUID | None = None,
+        metadata: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         try:
-            await self._budget.acheck(facts_of(metadata, self._budget.now()))
+            await self._budget.acheck(self._budget.facts_at_start(metadata, parent_run_id))
         except BaseException as error:  # a task that is cancelled here makes no call either
             await self._budget.astopped(run_id, error)
             raise

@@ -18,7 +18,6 @@ from langchain_stripe_meter.core.leads import lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.leads import BillFrom
-from langchain_stripe_meter.observed import facts_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -41,11 +40,12 @@ def capture_lead_tool(
     """
     if by not in lead_fields(meter.customer):
         raise ConfigurationError(f"capture_lead_tool(by={by!r}) needs a handler with customer=from_lead(by={by!r}).")
+    meter.leads.check_bill_from(bill_from)
     called = _CALLED[by]
     sorry = f"That is not a complete {called}. Ask the user to write it once more."
 
     def capture_lead(config: RunnableConfig, **typed: str) -> str:
-        place = meter._recorder.place_of_lead(facts_of(config.get("metadata"), meter._ledger.now()))
+        place = meter._recorder.place_of_lead(meter.facts_at_start(config.get("metadata")))
         if place is None:
             return "This conversation has no session, so nothing can be noted. Go on without it."
         try:

@@ -66,17 +66,23 @@ class Run:
         """Whether there is anything to bill, should its end never be told."""
         return bool(self.received) or self.reported is not None
 
+    @property
+    def nearest_user(self) -> Any:
+        """Whom an agent server authenticated where this step, or the nearest one around it that knows, began."""
+        run: Run | None = self
+        while run is not None and run.user is None:
+            run = run.parent
+        return None if run is None else run.user
+
     def inherit_user(self) -> None:
         """Let a call that lost its authenticated user have that of the nearest step around it.
 
         LangGraph drops the user from the configurable of a graph that is called, inside a graph, with a thread of its
         own.
         """
-        around = self.parent
-        while around is not None and around.user is None:
-            around = around.parent
-        if around is not None:
-            self.facts = replace(self.facts, auth_user=around.user, on_server=True)
+        user = None if self.parent is None else self.parent.nearest_user
+        if user is not None:
+            self.facts = replace(self.facts, auth_user=user, on_server=True)
 
     def touch(self, now: int) -> None:
         """Something happened in this run: it and those around it are alive."""
@@ -118,6 +124,11 @@ class OpenRuns:
         if self._starts % SWEEP_EVERY == 0:
             self.sweep(run.started)
         return True
+
+    def user_around(self, parent_id: Hashable, around: Hashable = None) -> Any:
+        """Whom a call that starts under the same would inherit as its user; None for nobody. It needs no lock."""
+        parent = self._runs.get(parent_id) or self._runs.get(around)
+        return None if parent is None else parent.nearest_user
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""

@@ -28,7 +28,8 @@ _CLAIMED_WITHOUT_AMOUNT = next_reading_state(_CLAIMED, Move.HOLD)
 class Leads:
     """What the application learned about the person behind a session: durable, shared by all processes.
 
-    ``by`` are the fields that say who pays, in the order in which they are tried; ``account`` is the connected account
+    ``by`` are the fields that say who pays, in the order in which they are tried, or None where each tenant has its
+    own; ``account`` is the connected account
     where none is given; ``region`` is where phone numbers without a leading ``+`` are dialled; ``claimed`` is called
     when skipped readings shall be billed after all.
     """
@@ -36,14 +37,14 @@ class Leads:
     def __init__(
         self,
         ledger: Ledger,
-        by: Sequence[By] = LEAD_FIELDS,
+        by: Sequence[By] | None = LEAD_FIELDS,
         *,
         account: str = "",
         region: str | None = None,
         claimed: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger = ledger
-        self._by = tuple(by)
+        self._by = None if by is None else tuple(by)
         self._account = account
         self._region = region
         self._claimed = claimed
@@ -74,7 +75,8 @@ class Leads:
             account: The connected account (``acct_…``) that the session belongs to; by default the handler's
                 ``stripe_account``. With ``tenant=``, say whose session it is.
             bill_from: ``"now"`` leaves the runs before this skipped. ``"first_message"`` bills those of this session
-                that were skipped for want of a lead, once, if this lead has what ``customer=`` reads of it.
+                that were skipped for want of a lead, once, if this lead has what ``customer=`` reads of it; not with
+                ``tenant=``.
 
         Returns:
             How many readings that had been skipped will be billed after all.
@@ -85,10 +87,7 @@ class Leads:
         """
         account = self._account if account is None else account
         session, fields = _session(session), _fields(region or self._region, email=email, name=name, phone=phone)
-        if bill_from not in ("now", "first_message"):
-            raise ConfigurationError(f"bill_from={bill_from!r}: use 'now' or 'first_message'.")
-        if bill_from == "first_message" and not self._by:
-            raise ConfigurationError("bill_from='first_message' needs a handler whose customer= is from_lead(...).")
+        self.check_bill_from(bill_from)
         with self._ledger.database.lane("record").transaction() as connection:
             _lock(connection, [session_digest(account, session)])
             _store(connection, account, session, {**fields, "captured_at": self._ledger.now()})
@@ -96,6 +95,19 @@ class Leads:
         if count:
             self._claimed()
         return count
+
+    def check_bill_from(self, bill_from: object) -> None:
+        """Refuse a ``bill_from`` that ``capture`` cannot follow."""
+        if bill_from not in ("now", "first_message"):
+            raise ConfigurationError(f"bill_from={bill_from!r}: use 'now' or 'first_message'.")
+        if bill_from == "first_message" and self._by is None:
+            raise ConfigurationError(
+                "bill_from='first_message' cannot be followed with tenant=: what a tenant's source reads of a lead is "
+                "not stored with the runs that it skipped. Capture with a handler for that one account: "
+                "stripe_account='acct_…' and that tenant's customer=, on the same ledger."
+            )
+        if bill_from == "first_message" and not self._by:
+            raise ConfigurationError("bill_from='first_message' needs a handler whose customer= is from_lead(...).")
 
     async def acapture(self, session: str, **fields: Any) -> int:
         """As ``capture``, without blocking the event loop."""
@@ -139,14 +151,14 @@ class Leads:
     def _look_again(self, connection: Connection, entry: Entry) -> Entry:
         if not entry.session or not _is_session(entry.session):
             return replace(entry, session=None)
-        who = self._payer(_find(connection, entry.account, entry.session))
+        who = _payer(entry.reads, _find(connection, entry.account, entry.session))
         if who is None:
             return entry
         state, reason = _claim_of(entry.value)
         return replace(entry, state=state, reference=who, reason=reason, session=None)
 
     def _claim(self, connection: Connection, account: str, session: str) -> int:
-        who = self._payer(_find(connection, account, session))
+        who = _payer(self._by or (), _find(connection, account, session))
         if who is None:
             return 0
         skipped = (readings.c.session == session_digest(account, session)) & (readings.c.account == account)
@@ -160,8 +172,9 @@ class Leads:
             write_act(connection, "claimed", f"{count} skipped readings", "their lead was captured", self._ledger.now())
         return count
 
-    def _payer(self, lead: Mapping[str, str] | None) -> Reference | None:
-        return next((Reference(by, lead[by]) for by in self._by if lead and by in lead), None)
+
+def _payer(reads: Sequence[By], lead: Mapping[str, str] | None) -> Reference | None:
+    return next((Reference(by, lead[by]) for by in reads if lead and by in lead), None)
 
 
 def _claim_of(value: object) -> tuple[ReadingState, str | None]:

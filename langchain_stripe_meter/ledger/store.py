@@ -15,7 +15,7 @@ from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.customers import By, Reference
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import ReadingState
@@ -40,7 +40,8 @@ class Entry:
     """One reading on its way into the ledger. ``key`` makes it unique: a second entry with it changes nothing.
 
     ``value`` is ``None`` where the amount is unknown; ``reference`` names who pays until Stripe's customer is known.
-    ``session`` is that of a skipped run whose lead may be captured later; only its digest is stored.
+    ``session`` is that of a skipped run whose lead may be captured later; only its digest is stored. ``reads`` are the
+    fields of that lead that would say who pays, in order; they are not stored.
     """
 
     key: str
@@ -55,6 +56,7 @@ class Entry:
     reason: str | None = None
     account: str = ""
     session: str | None = field(default=None, repr=False)
+    reads: tuple[By, ...] = ()
 
     def row(self) -> tuple[Any, ...]:
         """The values of the columns, in their order."""
