@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import wait_until
@@ -92,6 +93,57 @@ def test_who_has_no_credit_or_is_unknown_may_use_nothing(
     assert credit.refresh("cus_1") == 0
     nobody = Spender(Reference("email", "nobody@example.com"), Facts())
     wait_until(lambda: credit(nobody) == 0)
+
+
+def test_a_balance_below_zero_leaves_nothing(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:
+    sandbox.set_credit("cus_1", -5)
+    credit = StripeCredit(meter, unit_price=1)
+    assert credit.refresh("cus_1") == 0
+    with pytest.raises(SpendLimitError):
+        Budget(meter, SpendLimit("ai_tokens", credit), on_failure="allow").check("cus_1")
+
+
+def test_a_currency_may_be_written_in_capitals(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:
+    sandbox.set_credit("cus_1", 7)
+    assert StripeCredit(meter, unit_price=1, currency="USD").refresh("cus_1") == 7
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"currency": "dollars"}, "currency='dollars'"),
+        ({"currency": 840}, "currency=840"),
+        ({"max_age": -1}, "max_age=-1"),
+        ({"max_age": "60"}, "max_age='60'"),
+        ({"max_age": float("nan")}, "max_age=nan"),
+        ({"max_age": True}, "max_age=True"),
+        ({"until_known": 0.5}, "until_known=: .* not 0.5"),
+        ({"until_known": -1}, "until_known=: .* not -1"),
+        ({"until_known": "7"}, "until_known=: .* not str"),
+    ],
+)
+def test_what_would_open_the_door_later_is_refused_when_it_is_made(
+    meter: StripeMeterCallbackHandler, wrong: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        StripeCredit(meter, unit_price=1, **wrong)
+
+
+def test_a_customer_is_refreshed_on_the_handlers_account_or_on_the_one_that_is_said(
+    sandbox: StripeSandbox, tmp_path: Path
+) -> None:
+    there = sandbox.connect("acct_there")
+    there.create_customer(id="cus_1")
+    there.set_credit("cus_1", 11)
+    options: dict[str, Any] = {"customer": "cus_1", "ledger": f"sqlite:///{tmp_path}/l.db"}
+    with StripeMeterCallbackHandler(Tokens("t"), **options, stripe_account="acct_there") as one:
+        assert StripeCredit(one, unit_price=1).refresh("cus_1") == 11
+    with StripeMeterCallbackHandler(Tokens("t"), **options, tenant=lambda facts: None) as several:
+        credit = StripeCredit(several, unit_price=1)
+        assert credit.refresh("cus_1", "acct_there") == 11
+        assert credit.refresh("cus_1", "") == 0
+        with pytest.raises(ConfigurationError, match=r"tenant=.*account="):
+            credit.refresh("cus_1")
 
 
 def test_credits_belong_to_an_account(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:

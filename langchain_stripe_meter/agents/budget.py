@@ -60,7 +60,7 @@ class SpendLimit:
     def __post_init__(self) -> None:
         Period(self.per)
         if not callable(self.amount):
-            _check_amount(self.amount)
+            check_amount(self.amount)
         elif is_async(self.amount):
             raise ConfigurationError(f"The amount of the limit on {self.event_name!r} is async; use a plain function.")
 
@@ -82,12 +82,13 @@ class SpendLimit:
         except Exception as error:  # its text is not repeated: it may quote whom the limit is for
             raise ConfigurationError(f"{what}: its amount failed with {type(error).__name__}.") from error
         try:
-            return None if amount is None else _check_amount(amount)
+            return None if amount is None else check_amount(amount)
         except ConfigurationError as error:
             raise ConfigurationError(f"{what}. {error}") from None
 
 
-def _check_amount(amount: object) -> Decimal:
+def check_amount(amount: object) -> Decimal:
+    """An amount of a limit, exactly as it was given."""
     if isinstance(amount, int | Decimal) and not isinstance(amount, bool):
         exact = Decimal(amount)
         if exact.is_finite() and exact >= 0:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 from cachetools import LRUCache
 
-from langchain_stripe_meter.agents.budget import Spender, check_meter
+from langchain_stripe_meter.agents.budget import Spender, account_of, check_amount, check_meter
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -33,7 +33,7 @@ class StripeCredit:
         meter: The handler, whose key may read credit balances.
         unit_price: What one unit of the limited meter costs, in the currency's minor unit (cents): ``Decimal("0.002")``
             for 2 dollars per 100,000 tokens; 1 for a ``Cost`` meter in cents.
-        currency: The credits' currency.
+        currency: The credits' currency, such as ``"usd"``.
         max_age: Seconds after which what Stripe said is asked for again.
         until_known: What somebody may use as long as Stripe has not said anything; None for no limit.
 
@@ -52,11 +52,12 @@ class StripeCredit:
         until_known: int | Decimal | None = None,
     ) -> None:
         check_meter(meter, "StripeCredit(...)")
-        self._price = _price(unit_price, currency)
+        self._currency = _currency(currency)
+        self._price = _price(unit_price, self._currency)
+        self._max_age = _seconds(max_age)
+        self._until_known = _until_known(until_known)
+        self._meter = meter
         self._gateway = meter._gateway("StripeCredit")
-        self._currency = currency
-        self._max_age = max_age
-        self._until_known = until_known
         self.after_fork()
         renew_after_fork(self)
 
@@ -78,9 +79,12 @@ class StripeCredit:
                 self._ask_later(key)
         return self._until_known if known is None else known[0]
 
-    def refresh(self, customer: str, account: str = "") -> Decimal:
-        """Ask Stripe now, such as when a customer logs in; returns the units. Raises ``StripeError``."""
-        return self._ask((account, Reference("id", customer)))
+    def refresh(self, customer: str, account: str | None = None) -> Decimal:
+        """Ask Stripe now, such as when a customer logs in; returns the units. Raises ``StripeError``.
+
+        ``account`` is as for ``Budget.allowances``.
+        """
+        return self._ask((account_of(self._meter, account), Reference("id", customer)))
 
     def _ask_later(self, key: _Key) -> None:
         self._questions.put(key)
@@ -106,10 +110,29 @@ class StripeCredit:
         account, reference = key
         found = self._gateway.find_customers(reference, account)
         cents = credit_of(self._gateway, found[0], self._currency, account) if len(found) == 1 else Decimal(0)
-        units = cents / self._price
+        units = max(cents, Decimal(0)) / self._price  # a debt at Stripe is no negative amount that may be used
         with self._lock:
             self._known[key] = units, time.monotonic()
         return units
+
+
+def _currency(currency: object) -> str:
+    if isinstance(currency, str) and len(currency) == 3 and currency.isascii() and currency.isalpha():
+        return currency.lower()
+    raise ConfigurationError(f"currency={currency!r}: use the three letters of a currency, such as 'usd'.")
+
+
+def _seconds(max_age: object) -> float:
+    if isinstance(max_age, int | float) and not isinstance(max_age, bool) and max_age >= 0:
+        return max_age
+    raise ConfigurationError(f"max_age={max_age!r}: a number of seconds, at least 0.")
+
+
+def _until_known(amount: object) -> Decimal | None:
+    try:
+        return None if amount is None else check_amount(amount)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"until_known=: {error}") from None
 
 
 def _price(unit_price: object, currency: str) -> Decimal:

@@ -10,6 +10,7 @@ from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error, on_a
 
 def credit_of(gateway: Gateway, customer: str, currency: str, account: str = "") -> Decimal:
     """What the customer's credits for metered prices still pay for, in the currency's minor unit; 0 without credits.
+    Below 0 where more was taken than there was. ``currency`` is in lower case, as Stripe writes them.
 
     Stripe takes usage off them when it finalises the invoice of a period, not before. Raises ``StripeError``.
     """
