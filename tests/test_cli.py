@@ -107,6 +107,11 @@ def test_deliver_says_with_its_exit_code_that_something_is_still_pending(
     assert "Not everything could be sent" in result.stderr
 
 
+def test_deliver_with_a_timeout_says_so_too(sandbox: StripeSandbox, recorded: None) -> None:
+    with sandbox.outage():
+        assert "Not everything could be sent" in call("deliver", "--timeout", "0.5", code=1).stderr
+
+
 def test_deliver_says_when_stripe_refused_the_key(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
     sandbox.revoke(sandbox.api_key)
 
@@ -226,6 +231,22 @@ def test_assign_says_what_is_missing_or_no_id(sandbox: StripeSandbox, recorded: 
     assert "is resolved, not held" in said
 
 
+@pytest.mark.parametrize("command", [["assign", "--customer", "cus_1"], ["retime"], ["write-off", "--reason", "x"]])
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [
+        ("7-3", "'7-3' ends before it begins. Give 3-7."),
+        ("1-99999999999999", "'1-99999999999999' is more than 100,000 readings. Give fewer at a time."),
+        ("99999999999999999999", "'99999999999999999999'"),
+    ],
+)
+def test_a_range_that_can_only_be_a_slip_is_refused(
+    sandbox: StripeSandbox, recorded: None, command: list[str], ids: str, says: str
+) -> None:
+    assert says in call(*command, ids, code=2).stderr
+    assert says in as_json(*command, ids, code=2)["error"]
+
+
 def test_status_tells_why_runs_were_skipped_and_nothing_that_it_cannot_know(sandbox: StripeSandbox) -> None:
     with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer=from_lead(), deliver=False) as handler:
         handler.record_usage({"input_tokens": 1}, id="job")
@@ -244,8 +265,11 @@ def test_names_are_shown_as_they_are(sandbox: StripeSandbox, name: str) -> None:
 
 def test_verify_agrees_or_names_the_difference(sandbox: StripeSandbox, recorded: None) -> None:
     call("deliver", "--once")
-    assert as_json("verify")[0]["at_stripe"] == "100"
+    agreed = as_json("verify")[0]
+    assert (agreed["at_stripe"], agreed["difference"], agreed["agrees"]) == ("100", "0", True)
     sandbox.reject(sandbox.events[0].identifier)
+    differs = as_json("verify", code=1)[0]
+    assert (differs["at_stripe"], differs["difference"], differs["agrees"]) == ("0", "-100", False)
     result = call("verify", code=1)
     assert "cus_1 on ai_tokens by -100" in " ".join(result.stderr.split())
 
@@ -358,6 +382,21 @@ def test_without_a_key_or_a_ledger_the_error_is_one_sentence_and_exit_code_2(
     assert "STRIPE_API_KEY" in call("meters", code=2).stderr
     assert f"no ledger at {tmp_path}/stripe_meter.db" in call("status", code=2).stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_with_json_the_error_is_json_too_and_its_remedy_is_one_for_a_command_line(
+    sandbox: StripeSandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    away = ["--ledger", f"sqlite:///{tmp_path}/away.db"]
+    for command in (["status"], ["assign", "1", "--customer", "cus_1"], ["verify"], ["tail"], ["export"]):
+        assert "There is no ledger at" in as_json(*command, *away, code=2)["error"]
+    assert "Nothing to deliver" in as_json("deliver", "--once", *away, code=1)["error"]
+    assert "cannot be read" in as_json("settings", "absent.toml", code=2)["error"]
+    assert "--customer" in as_json("assign", "1", code=2)["error"]
+    monkeypatch.delenv("STRIPE_API_KEY")
+    for command in (["meters"], ["meters", "create", "tokens"]):
+        assert as_json(*command, code=2)["error"] == "There is no Stripe API key. Set $STRIPE_API_KEY to yours."
+    assert as_json("doctor", code=1)[0]["said"] == "There is no Stripe API key. Set $STRIPE_API_KEY to yours."
 
 
 def test_the_ledgers_place_and_its_upgrade(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:

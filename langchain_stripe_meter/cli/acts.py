@@ -21,7 +21,7 @@ def acts(
     as_json: JsonOption = False,
 ) -> None:
     """The newest decisions of persons and webhooks."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.acts import every_act
 
         rows(every_act(opened, number), as_json=as_json, empty="Nothing was decided by hand or by a webhook yet.")
@@ -34,7 +34,7 @@ def cancel(
     as_json: JsonOption = False,
 ) -> None:
     """Take back what was delivered within the last 24 hours; cancelling again is safe."""
-    with clear_errors(), open_ledger(ledger) as opened, open_gateway() as gateway:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened, open_gateway() as gateway:
         from langchain_stripe_meter.operations import cancel as take_back
 
         take_back(opened, gateway, identifier)
@@ -55,7 +55,7 @@ def correct(
     as_json: JsonOption = False,
 ) -> None:
     """Correct a customer's total on a meter, by a reading of its own."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.acts import correct as record
 
         identifier = record(opened, customer, event_name, value, reason=reason, id=name, at=at, account=account)
@@ -71,7 +71,7 @@ def retime(
     as_json: JsonOption = False,
 ) -> None:
     """Bill usage that is too old for Stripe, as usage of another time."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.acts import retime as move
 
         moved = move(opened, from_ranges(ids), at)
@@ -87,11 +87,11 @@ def write_off(
     as_json: JsonOption = False,
 ) -> None:
     """Decide not to bill what is held, rejected or doubtful."""
-    ids = from_ranges([one for one in what if _is_range(one)])
     names = [one for one in what if not _is_range(one)]
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.acts import write_off as decide
 
+        ids = from_ranges([one for one in what if _is_range(one)])
         count = decide(opened, [*ids, *names], reason=reason)
         say(f"{count} written off.", {"written_off": count}, as_json=as_json)
 

@@ -56,8 +56,8 @@ def demo(
         import langchain.agents  # noqa: F401
         import langgraph.graph  # noqa: F401
     except ImportError:
-        fail("The demo builds a real agent. Run: pip install 'langchain-stripe-meter[agents]'")
-    with clear_errors():
+        fail("The demo builds a real agent. Run: pip install 'langchain-stripe-meter[agents]'", as_json=as_json)
+    with clear_errors(as_json=as_json):
         from langchain_stripe_meter.cli.demo import run
 
         played = run(live=live, quiet=as_json)
@@ -70,7 +70,7 @@ def demo(
 @app.command()
 def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Counts and ages: delivered, pending, held, skipped and why."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from dataclasses import asdict
 
         from langchain_stripe_meter.audit.ages import Ages
@@ -89,7 +89,7 @@ def tail(
     as_json: JsonOption = False,
 ) -> None:
     """The newest usage, and what became of it."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import views
 
         newest = views.tail(opened, number)
@@ -100,7 +100,7 @@ def tail(
 @app.command()
 def held(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """What waits for Stripe to know a customer, or for a person."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import views
 
         found = views.held(opened)
@@ -116,7 +116,7 @@ def skips(
     as_json: JsonOption = False,
 ) -> None:
     """What went unbilled because nobody was named: per day, meter and reason."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.skips import skips as unbilled
 
         rows(unbilled(opened, since), as_json=as_json, empty="Nothing was skipped.")
@@ -135,7 +135,7 @@ def forget(
     as_json: JsonOption = False,
 ) -> None:
     """Erase a person; amounts are kept. Exit code 1 if it must be run again."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from dataclasses import asdict
 
         from langchain_stripe_meter.ledger.forget import forget as erase
@@ -155,12 +155,12 @@ def assign(
     as_json: JsonOption = False,
 ) -> None:
     """Settle held readings: who pays, and how much where unknown."""
-    numbers = from_ranges(ids)
     if customer is None and value is None:
-        fail("Say who pays with --customer cus_…, how much with --value, or both.")
-    with clear_errors(), open_ledger(ledger) as opened:
+        fail("Say who pays with --customer cus_…, how much with --value, or both.", as_json=as_json)
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import views
 
+        numbers = from_ranges(ids)
         moved = views.assign(opened, numbers, customer, value)
     said = f"{moved} of {len(numbers)} readings will be sent. Run: stripe-meter deliver --once"
     say(said, {"moved": moved, "asked": len(numbers)}, as_json=as_json)
@@ -171,7 +171,7 @@ def assign(
 @app.command()
 def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Try held and rejected things again."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import views
 
         count = views.retry(opened)
@@ -189,7 +189,9 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Hold the ledger against Stripe's sums; exit code 1 if they differ."""
-    with clear_errors(), open_ledger(ledger) as opened, open_gateway() as gateway:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened, open_gateway() as gateway:
+        from dataclasses import asdict
+
         from langchain_stripe_meter.audit.verify import verify as compare
 
         opened.pin(is_test=gateway.is_test)
@@ -200,7 +202,11 @@ def verify(
                 since,
                 progress=lambda done, all_: shown.update(f"{done} of {all_}"),
             )
-    rows(found.comparisons, as_json=as_json, empty="Nothing was recorded in that time.")
+    if as_json:
+        compared = [(one, {"difference": one.difference, "agrees": not one.difference}) for one in found.comparisons]
+        print_json([asdict(one) | judged for one, judged in compared])
+    else:
+        rows(found.comparisons, as_json=False, empty="Nothing was recorded in that time.")
     if not found.agrees:
         names = ", ".join(
             f"{one.customer} on {one.event_name} by {one.difference:+,}" for one in found.differences[:10]
@@ -220,14 +226,17 @@ def sandbox(
     as_json: JsonOption = False,
 ) -> None:
     """A local Stripe for your own tests, until Ctrl-C."""
-    with clear_errors(), until_stopped() as stopping:
+    with clear_errors(as_json=as_json), until_stopped() as stopping:
         from langchain_stripe_meter.sandbox import StripeSandbox
 
         running = StripeSandbox(port=port)
         try:
             running.start()
         except OSError as error:
-            fail(f"Port {port} cannot be used: {error.strerror}. Give another with --port, or --port 0 for a free one.")
+            said = (
+                f"Port {port} cannot be used: {error.strerror}. Give another with --port, or --port 0 for a free one."
+            )
+            fail(said, as_json=as_json)
         try:
             _furnish(running, list(dict.fromkeys(meter or ["ai_tokens"])), customer or [], as_json=as_json)
             stopping.wait()
@@ -253,7 +262,7 @@ def settings(
     as_json: JsonOption = False,
 ) -> None:
     """Check a file of settings, and say what it means."""
-    with clear_errors():
+    with clear_errors(as_json=as_json):
         from langchain_stripe_meter.settings import MeteringSettings
 
         read = MeteringSettings.from_file(file)

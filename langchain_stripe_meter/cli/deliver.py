@@ -40,9 +40,16 @@ def deliver(
     """Send what is recorded, until Ctrl-C or SIGTERM.
 
     With --once, what was held because of its meter is looked at again at once; what else is held, when it is due.
-    Exit code 1 if something is left to be sent, was rejected, or could not be looked at.
+    Exit code 1 if something was rejected or could not be looked at and, with --once or --timeout, if something is left
+    to be sent.
     """
-    with clear_errors(), until_stopped() as stopping, _ledger(ledger, once=once) as opened, open_gateway() as gateway:
+    seconds = 60.0 if once and timeout is None else timeout
+    with (
+        clear_errors(as_json=as_json),
+        until_stopped() as stopping,
+        _ledger(ledger, once=once, as_json=as_json) as opened,
+        open_gateway() as gateway,
+    ):
         from langchain_stripe_meter.audit.ages import Ages
         from langchain_stripe_meter.audit.chores import chores
         from langchain_stripe_meter.delivery.courier import Courier
@@ -55,10 +62,9 @@ def deliver(
             opened, gateway, roll_up=roll_up, create_missing=create_missing,
             chores=chores(opened, gateway), watches=[Ages(opened, billing_day=billing_day).chore],
         )  # fmt: skip
-        seconds = 60.0 if once and timeout is None else timeout
         try:
             if once:
-                _look_again(opened)
+                _look_again(opened, as_json=as_json)
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
         finally:
             courier.close(10)
@@ -68,11 +74,11 @@ def deliver(
     say(", ".join(f"{count:,} {what}" for what, count in done.items()) + ".", done, as_json=as_json)
     if courier.rejected:
         fail("Stripe refused events for good: see 'stripe-meter tail' for why, then 'stripe-meter retry'.", 1)
-    if once and now.pending:
+    if seconds is not None and now.pending:
         fail(f"Not everything could be sent. {now.paused or 'It is kept; run this again later.'}", 1)
 
 
-def _ledger(url: str | None, *, once: bool) -> closing[Ledger]:
+def _ledger(url: str | None, *, once: bool, as_json: bool) -> closing[Ledger]:
     """The ledger. A courier may be started before the first run, and then makes the file, as the first run would."""
     opened = new_ledger(url)
     missing = missing_file(opened)
@@ -81,13 +87,14 @@ def _ledger(url: str | None, *, once: bool) -> closing[Ledger]:
             f"Nothing to deliver: there is no ledger at {missing} yet. If there should be one, give its address with "
             "--ledger or $STRIPE_METER_LEDGER.",
             1,
+            as_json=as_json,
         )
     if missing is not None:
         errors.print(f"stripe-meter: there is no ledger yet; this courier makes it: {missing}", soft_wrap=True)
     return closing(opened)
 
 
-def _look_again(ledger: Ledger) -> None:
+def _look_again(ledger: Ledger, *, as_json: bool) -> None:
     """What is held and may go on is pending from here on, so that nobody leaves before it was tried."""
     from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, NewerLedgerError
     from langchain_stripe_meter.ledger import views
@@ -97,7 +104,7 @@ def _look_again(ledger: Ledger) -> None:
     except (ForeignLedgerError, NewerLedgerError):
         raise
     except LedgerError as error:
-        fail(f"Nothing was sent: {error}", 1)
+        fail(f"Nothing was sent: {error}", 1, as_json=as_json)
 
 
 def _check(gateway: Gateway, names: list[str]) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from langchain_stripe_meter.cli.world import new_gateway
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.checking import problem_with
-from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
+from langchain_stripe_meter.gateway.client import MeterInfo
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.ledger.store import Ledger
@@ -36,7 +37,7 @@ def examine(ledger: str, meters: list[str]) -> list[Finding]:
 
 def _stripe(names: list[str]) -> Iterator[Finding]:
     try:
-        gateway = Gateway()
+        gateway = new_gateway()
     except MeteringError as error:
         yield Finding("key", "fail", str(error))
         return
@@ -109,7 +110,7 @@ def _belongs(ledger: Ledger) -> Iterator[Finding]:
     from langchain_stripe_meter.ledger.pin import LIVEMODE
 
     try:
-        gateway = Gateway()
+        gateway = new_gateway()
     except MeteringError:  # said above
         return
     with closing(gateway):

@@ -17,7 +17,7 @@ def doubtful(context: typer.Context, ledger: LedgerOption = None, as_json: JsonO
     """List the events that Stripe may have or not; most are settled by comparing with its sums."""
     if context.invoked_subcommand is not None:
         return
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import doubts
 
         rows(doubts.doubtful(opened), as_json=as_json, empty="Nothing is in doubt.")
@@ -33,7 +33,7 @@ def settle(
     as_json: JsonOption = False,
 ) -> None:
     """Say what Stripe has, after you have looked. With --absent, what Stripe has after all is billed twice."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import doubts
 
         moved = doubts.settle_doubt(opened, identifiers, delivered=delivered)

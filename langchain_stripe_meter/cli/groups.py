@@ -23,7 +23,7 @@ def meters(context: typer.Context, as_json: JsonOption = False) -> None:
     """List the meters of your Stripe account, and what is wrong with them."""
     if context.invoked_subcommand is not None:
         return
-    with clear_errors(), open_gateway() as gateway:
+    with clear_errors(as_json=as_json), open_gateway() as gateway:
         found = gateway.meters()
     if as_json:
         print_json([_plain(meter) for meter in found])
@@ -46,7 +46,7 @@ def create(
     as_json: JsonOption = False,
 ) -> None:
     """Make a meter that sums up what it is sent."""
-    with clear_errors(), open_gateway() as gateway:
+    with clear_errors(as_json=as_json), open_gateway() as gateway:
         from langchain_stripe_meter.core.events import check_event_name
 
         made = gateway.create_meter(check_event_name(event_name), display_name)
@@ -70,7 +70,7 @@ def capture(
     as_json: JsonOption = False,
 ) -> None:
     """Remember who is behind a session. What somebody typed into a chat proves nothing."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.core.customers import from_lead
         from langchain_stripe_meter.ledger.leads import Leads
 
@@ -87,18 +87,18 @@ def capture(
 @leads_app.command()
 def forget(session: str, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Erase what was captured for a session."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.leads import Leads
 
         if not Leads(opened).forget(session):
-            fail("Nothing was captured for that session.", 1)
+            fail("Nothing was captured for that session.", 1, as_json=as_json)
         say("Forgotten.", {"session": session, "forgotten": True}, as_json=as_json)
 
 
 @leads_app.command()
 def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """For how many sessions somebody is known; nobody is named."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import views
 
         count = views.leads_count(opened)
@@ -108,7 +108,7 @@ def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None
 @ledger_app.command()
 def path(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Where the ledger is."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         where = opened.database.url.render_as_string(hide_password=True)
         say(where, {"ledger": where}, as_json=as_json)
 
@@ -116,7 +116,7 @@ def path(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 @ledger_app.command()
 def upgrade(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Bring the ledger's tables up to date, or make them (SQLite's do it by themselves)."""
-    with clear_errors():
+    with clear_errors(as_json=as_json):
         from langchain_stripe_meter.ledger.database import upgrade as migrate
         from langchain_stripe_meter.ledger.schema import HEAD
 

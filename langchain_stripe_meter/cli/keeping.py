@@ -31,7 +31,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of CSV.")] = False,
 ) -> None:
     """Every reading and what became of it, as CSV or JSON lines."""
-    with clear_errors(), open_ledger(ledger) as opened, errors.status("exporting") as shown:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened, errors.status("exporting") as shown:
         if file is None:
             _export(opened, sys.stdout, shown, as_json=as_json)
             return
@@ -39,7 +39,7 @@ def export(
             with file.open("w", newline="", encoding="utf-8") as stream:
                 count = _export(opened, stream, shown, as_json=as_json)
         except OSError as error:
-            fail(f"{file} cannot be written: {error.strerror}. Give another path.")
+            fail(f"{file} cannot be written: {error.strerror}. Give another path.", as_json=as_json)
     console.print(f"{count:,} readings written to {file}.", soft_wrap=True)
 
 
@@ -72,7 +72,7 @@ def prune(
     as_json: JsonOption = False,
 ) -> None:
     """Delete what is final and old; its sums are kept."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger import keeping
 
         with errors.status("pruning") as shown:
@@ -95,7 +95,7 @@ def backup(
     as_json: JsonOption = False,
 ) -> None:
     """Copy the ledger (SQLite) as it stands now, while others go on recording."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.backup import backup as copy
 
         with errors.status("copying") as shown:
@@ -106,7 +106,7 @@ def backup(
 @ledger_app.command()
 def restored(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Say that the ledger was restored from a backup, before anything is sent (SQLite's is noticed by itself)."""
-    with clear_errors(), open_ledger(ledger) as opened:
+    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.epoch import restored as mark
 
         mark(opened)

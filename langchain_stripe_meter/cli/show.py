@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 
 LedgerOption = Annotated[
     str | None, typer.Option("--ledger", envvar="STRIPE_METER_LEDGER", help="The ledger's database address.")
@@ -31,21 +31,30 @@ console = Console(markup=False, emoji=False, highlight=False)
 errors = Console(stderr=True, markup=False, emoji=False, highlight=False)
 _piped = Console(markup=False, emoji=False, highlight=False, width=100_000)
 """For a pipe or a file: nothing is cut or wrapped, so that it can be copied and searched."""
+IDS_AT_ONCE = 100_000
+"""The longest range of ids that is taken for meant."""
+ID_DIGITS = 18
+"""A database's ids have no more."""
 _COLOURS = {"ok": "green", "delivered": "green", "warn": "yellow", "held": "yellow", "doubtful": "yellow",
             "fail": "red", "rejected": "red", "skipped": "dim"}  # fmt: skip
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def clear_errors(*, as_json: bool) -> Iterator[None]:
     """A ``MeteringError`` becomes one sentence and exit code 2."""
     try:
         yield
     except MeteringError as error:
-        fail(str(error))
+        fail(str(error), as_json=as_json)
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Say what is wrong on standard error, and leave."""
+def fail(message: str, code: int = 2, *, as_json: bool = False) -> NoReturn:
+    """Say what is wrong on standard error, and leave; with ``as_json`` on standard output, too, where nothing is yet.
+
+    It is one line there, so that it can end an export's lines.
+    """
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message}) + "\n")
     errors.print(Text.assemble(("stripe-meter: ", "red"), message), soft_wrap=True)
     raise typer.Exit(code)
 
@@ -129,13 +138,18 @@ def in_ranges(ids: Sequence[int]) -> str:
 
 
 def from_ranges(texts: Sequence[str]) -> list[int]:
-    """Ids that a person gave, one by one or as ranges, each once and in order."""
+    """Ids that a person gave, one by one or as ranges, each once and in order; ``ConfigurationError`` names a slip."""
     ids: set[int] = set()
     for text in texts:
         first, _, last = text.partition("-")
-        if not first.isdecimal() or not (last or first).isdecimal():
-            raise typer.BadParameter(f"{text!r} is no id of a held reading. Give such as 3 or 3-7.")
-        ids.update(range(int(first), int(last or first) + 1))
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal()) or max(len(first), len(last)) > ID_DIGITS:
+            raise ConfigurationError(f"{text!r} is no id of a held reading. Give such as 3 or 3-7.")
+        if int(first) > int(last):
+            raise ConfigurationError(f"{text!r} ends before it begins. Give {last}-{first}.")
+        if int(last) - int(first) >= IDS_AT_ONCE:
+            raise ConfigurationError(f"{text!r} is more than {IDS_AT_ONCE:,} readings. Give fewer at a time.")
+        ids.update(range(int(first), int(last) + 1))
     return sorted(ids)
 
 

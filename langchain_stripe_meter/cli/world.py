@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from langchain_stripe_meter.cli.show import fail
+from langchain_stripe_meter.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.gateway.client import Gateway
@@ -24,7 +25,9 @@ def open_ledger(url: str | None) -> Iterator[Ledger]:
     ledger = new_ledger(url)
     missing = missing_file(ledger)
     if missing is not None:
-        fail(f"There is no ledger at {missing}. Give its address with --ledger or $STRIPE_METER_LEDGER.")
+        raise ConfigurationError(
+            f"There is no ledger at {missing}. Give its address with --ledger or $STRIPE_METER_LEDGER."
+        )
     with closing(ledger):
         yield ledger
 
@@ -47,10 +50,17 @@ def missing_file(ledger: Ledger) -> Path | None:
 @contextmanager
 def open_gateway() -> Iterator[Gateway]:
     """Stripe, by ``$STRIPE_API_KEY``."""
+    with closing(new_gateway()) as gateway:
+        yield gateway
+
+
+def new_gateway() -> Gateway:
+    """Stripe, for the caller to close. The gateway's own advice about a missing key is for Python."""
     from langchain_stripe_meter.gateway.client import Gateway
 
-    with closing(Gateway()) as gateway:
-        yield gateway
+    if not os.environ.get("STRIPE_API_KEY"):
+        raise ConfigurationError("There is no Stripe API key. Set $STRIPE_API_KEY to yours.")
+    return Gateway()
 
 
 @contextmanager

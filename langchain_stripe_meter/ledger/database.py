@@ -360,7 +360,7 @@ def explain(error: BaseException) -> LedgerError:
         "readonly": "Make the file and its folder writable.",
         "unable to open": "Make the file and its folder writable.",
     }
-    hint = next((text for word, text in advice.items() if word in said), "See the cause for details.")
+    hint = next((text for word, text in advice.items() if word in said), "Look at the database and at its own log.")
     return LedgerError(f"The ledger's database says: {said}. {hint}")
 
 
