@@ -221,6 +221,28 @@ def test_what_a_lead_used_is_what_its_customer_used(books: Books, others: Books,
     assert (books.used(), books.used(ANN)) == (7, 7)
 
 
+def test_when_an_address_moves_to_another_customer_every_process_comes_to_count_the_same(
+    books: Books, others: Books, clock: Clock
+) -> None:
+    """What was counted for the old customer by the address alone is the new one's, also where nobody asks by it."""
+    both = CUS_1, Reference("id", "cus_2")
+    books.resolve(ANN, "cus_1")
+    books.record(entry("a", 1, ANN))
+    assert books.used(ANN) == 1
+    books.record(entry("b", 2, ANN))
+    assert [books.used(one) for one in both] == [3, 0]
+    others.resolve(ANN, "cus_2")
+    books.record(entry("c", 4, ANN))
+    assert books.used(ANN) >= 4
+    clock.now += counters.RECOUNT_SECONDS
+    assert [books.used(one) for one in both] == [others.used(one) for one in both] == [0, 7]
+    others.resolve(ANN, "cus_1")
+    others.record(entry("d", 8, ANN))
+    clock.now += counters.RECOUNT_SECONDS
+    assert [books.used(one) for one in both] == [others.used(one) for one in both] == [12, 3]
+    assert books.used(ANN) == others.used(ANN)
+
+
 def test_the_table_that_remembers_leads_does_not_hold_them(books: Books) -> None:
     books.record(entry("a", 1, ANN))
     books.resolve(ANN, "cus_1")

@@ -4,8 +4,8 @@ What any process has recorded counts at once: each answer first reads the readin
 seen, which costs one look at the end of an index. What happens to readings later is seen otherwise:
 
 - a reading named by e-mail, name or phone finds its customer: the table ``payers`` says so (ledger/payers.py);
-- a person, a webhook or a captured lead changes readings or events: whoever does that leaves a row in ``acts``, and
-  everything is counted anew;
+- a person, a webhook or a captured lead changes readings or events, or such a name finds another customer than before:
+  whoever does that leaves a row in ``acts``, and everything is counted anew;
 - old readings are pruned: their sums were counted already, and are in ``pruned`` for those who count anew.
 """
 
@@ -102,15 +102,17 @@ class Counters:
                 self._begun += 1
                 self._refresh(now)
                 self._done = self._begun
-            names = self._names(who, account)
+            names = self._names(who, account, now)
             return [self._spent.of(names, (account, event_name), period, now) for event_name, period in wanted]
 
-    def _names(self, who: Reference, account: str) -> Sequence[str]:
+    def _names(self, who: Reference, account: str, now: int) -> Sequence[str]:
         """Under which names ``who`` is counted: as a customer, and as a lead whose customer was not known then."""
         if who.by == "id":
             return (who.value,)
         known = self._digest(account, who.text)
-        self._learn([known])
+        if self._learn([known]):
+            self._load(now)  # at once: until then, the lead would have used nothing
+            self._learn([known])
         customer = self._customers.get(known)
         return (known,) if customer is None else (known, customer)
 
@@ -213,17 +215,23 @@ class Counters:
         ((last, count),) = self._query("SELECT coalesce(max(id), 0), count(*) FROM acts WHERE id > ?", base)
         return base, int(last), int(count)
 
-    def _learn(self, digests: Sequence[str]) -> None:
-        """Find out whose customer the unknown are by now, and count what they have used as that customer's."""
+    def _learn(self, digests: Sequence[str]) -> bool:
+        """Find out whose customer the unknown are by now, and count what they have used as that customer's.
+
+        True where one is another's than before: then what was counted by name alone stands with the wrong customer.
+        """
         if not digests:
-            return
+            return False
+        moved = False
         some = "IN (SELECT value FROM json_each(?))" if self._sqlite else "= ANY(?)"
         asked = json.dumps(digests) if self._sqlite else digests
         for known, customer in self._query(f"SELECT digest, customer FROM payers WHERE digest {some}", asked):  # noqa: S608
+            moved = moved or self._customers.get(known, customer) != customer
             self._customers[known] = customer
             if known in self._unresolved:
                 self._unresolved.discard(known)
                 self._spent.move(known, customer)
+        return moved
 
     def _digest(self, account: str, reference: str) -> str:
         if self._secret is None:

@@ -13,7 +13,7 @@ import secrets
 from sqlalchemy import Connection, select
 
 from langchain_stripe_meter.ledger.schema import notes, payers
-from langchain_stripe_meter.ledger.store import Ledger, dialect_insert
+from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, write_act
 
 SECRET = "payers_secret"  # noqa: S105 - the name of a note
 """The note that holds the secret. Without it, nobody's digest can be worked out again."""
@@ -42,11 +42,17 @@ def digest(key: bytes, account: str, reference: str) -> str:
 
 
 def remember(connection: Connection, account: str, reference: str, customer: str, now: int) -> None:
-    """``reference`` leads to ``customer``, as of now."""
+    """``reference`` leads to ``customer``, as of now.
+
+    Where it led to another one before, that is left as an act: some process may have counted by it.
+    """
     known = digest(secret(connection, now), account, reference)
-    query = select(payers.c.customer).where(payers.c.digest == known)
-    if connection.execute(query).scalar() == customer:
+    before = connection.execute(select(payers.c.customer).where(payers.c.digest == known)).scalar()
+    if before == customer:
         return
+    if before is not None:
+        by = reference.partition(":")[0]
+        write_act(connection, "another customer", f"a customer's {by}", "Stripe finds another customer by it now", now)
     values = {"account": account, "customer": customer, "at": now}
     statement = dialect_insert(connection, payers).values(digest=known, **values)
     connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_=values))
