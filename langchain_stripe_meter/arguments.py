@@ -26,6 +26,19 @@ def check_on_error(on_error: object) -> None:
         raise ConfigurationError("on_error= takes a plain function; an async one would never be awaited.")
 
 
+def check_tenant(tenant: object) -> None:
+    """None, or what a plain call with a run's facts gives its tenant."""
+    if tenant is None:
+        return
+    if not callable(tenant):
+        raise ConfigurationError(
+            f"tenant= takes a function from a run's facts to its Tenant, or None, not {_kind(tenant)}. "
+            "For one account, use stripe_account='acct_…'."
+        )
+    if is_async(tenant):
+        raise ConfigurationError("tenant= takes a plain function; an async one would never be awaited.")
+
+
 def check_webhook_secret(secret: object) -> None:
     """None (or ``""``), or a signing secret as Stripe makes them; it is never repeated."""
     if secret not in (None, "") and not (isinstance(secret, str) and secret.startswith("whsec_")):

@@ -12,7 +12,7 @@ from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_stripe_meter.arguments import check_on_error, check_webhook_secret
+from langchain_stripe_meter.arguments import check_on_error, check_tenant, check_webhook_secret
 from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
@@ -120,6 +120,7 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
             raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
         if stripe_account is not None and tenant is not None:
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
+        check_tenant(tenant)
         check_on_error(on_error)
         check_webhook_secret(webhook_secret)
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER

@@ -280,7 +280,9 @@ class Recorder:
         return Skip("no tenant") if tenant is None else self._no_tenant("tenant= gave no Tenant")
 
     def _no_tenant(self, why: str) -> Skip:
-        self._tell(ConfigurationError(f"{why}; the run is billed to nobody. Return a Tenant, or None for nobody."))
+        said = f"{why}; the run is billed to nobody. Return a Tenant, or None for nobody."
+        logger.error("stripe-meter: %s", said)
+        self._tell(ConfigurationError(said))
         return Skip(why)
 
     def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:

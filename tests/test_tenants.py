@@ -208,7 +208,9 @@ def test_a_tenants_customer_may_be_a_plain_id() -> None:
     assert Tenant(ANNA).customer is None
 
 
-def test_a_tenant_function_that_fails_bills_nobody_and_is_told(platform: Platform) -> None:
+def test_a_tenant_function_that_fails_bills_nobody_and_is_told(
+    platform: Platform, caplog: pytest.LogCaptureFixture
+) -> None:
     told: list[Exception] = []
 
     def broken(facts: Facts) -> Tenant:
@@ -222,6 +224,24 @@ def test_a_tenant_function_that_fails_bills_nobody_and_is_told(platform: Platfor
     assert platform.billed() == (0, 0, 0)
     assert told
     assert "secret" not in str(told)
+    (line,) = {record.getMessage() for record in caplog.records if "tenant=" in record.getMessage()}
+    assert "KeyError" in line
+    assert "billed to nobody" in line
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize("tenant", [7, "acct_anna", Tenant(ANNA)])
+def test_what_is_no_tenant_function_is_refused_at_once(platform: Platform, tenant: Any) -> None:
+    with pytest.raises(ConfigurationError, match="tenant= takes a function"):
+        platform.handler(customer="cus_1", tenant=tenant)
+
+
+def test_an_async_tenant_function_is_refused_at_once(platform: Platform) -> None:
+    async def tenant(facts: Facts) -> Tenant:
+        return Tenant(ANNA)
+
+    with pytest.raises(ConfigurationError, match="tenant= takes a plain function"):
+        platform.handler(customer="cus_1", tenant=tenant)
 
 
 def test_what_is_no_connected_account_is_refused_by_name(platform: Platform) -> None:
