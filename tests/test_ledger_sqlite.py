@@ -504,3 +504,17 @@ def test_an_interrupt_while_writing_for_others_loses_nothing_of_theirs(ledger: L
 
 def interrupted(_entries: object) -> None:
     raise KeyboardInterrupt
+
+
+def test_closing_a_ledger_waits_for_nobody_who_must_open_it(tmp_path: Path) -> None:
+    """Whoever holds the lane may be about to read, and so to open the ledger that is being closed."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db")
+    lane = ledger.deliver_lane()
+    with lane.lock:
+        closing = threading.Thread(target=ledger.close, daemon=True)
+        closing.start()
+        wait_until(lambda: ledger.database._opened is None)
+        assert ledger.note("anything") is None  # it was opened again meanwhile
+    closing.join(60)
+    assert not closing.is_alive()
+    ledger.close()

@@ -319,9 +319,10 @@ class Database:
 
     def close(self) -> None:
         """Close what this process opened; the next use opens it again."""
-        with inside(), _opening.lock:
-            opened, self._opened = self._opened, None
-            if opened is not None:
+        with inside():
+            with _opening.lock:
+                opened, self._opened = self._opened, None
+            if opened is not None:  # without that lock: whoever uses a lane may be waiting for it, to open the ledger
                 for lane in opened.lanes.values():
                     lane.close()
                 opened.engine.dispose()
