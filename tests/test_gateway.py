@@ -11,6 +11,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import stripe
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, StripeMeterEvent, Tokens
 from langchain_stripe_meter.core.customers import Reference
@@ -18,6 +19,7 @@ from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
+from langchain_stripe_meter.gateway.replies import classify
 from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse
 
 SPEC = Path(__file__).parent.parent.parent / "shared" / "spec" / "stripe-meters.subset.json"
@@ -118,6 +120,9 @@ def test_the_idempotency_key_changes_with_every_attempt_and_the_identifier_does_
         (403, Move.UNAUTHORISED),
         (429, Move.REFUSED_FOR_NOW),
         (409, Move.UNKNOWN),
+        (423, Move.UNKNOWN),
+        (424, Move.UNKNOWN),
+        (425, Move.UNKNOWN),
         (500, Move.UNKNOWN),
         (503, Move.UNKNOWN),
     ],
@@ -127,6 +132,20 @@ def test_each_status_has_its_meaning(sandbox: StripeSandbox, gateway: Gateway, s
     outcome = gateway.send(event(sandbox), 0)
     assert outcome.move is move
     assert str(status) in outcome.message
+
+
+def test_a_no_that_stripe_says_to_try_again_is_not_final() -> None:
+    body = {"error": {"type": "invalid_request_error", "message": "Lock timeout.", "code": "lock_timeout"}}
+    error = stripe.InvalidRequestError(
+        "Lock timeout.", None, http_status=400, json_body=body, headers={"Stripe-Should-Retry": "true"}
+    )
+    assert classify(error).move is Move.UNKNOWN
+
+
+@pytest.mark.parametrize("said", ["²", "9" * 5000, "-1", "soon", ""])
+def test_a_retry_after_that_is_no_number_of_seconds_says_nothing(said: str) -> None:
+    outcome = classify(stripe.RateLimitError("Slow down", http_status=429, headers={"Retry-After": said}))
+    assert (outcome.move, outcome.retry_after) == (Move.REFUSED_FOR_NOW, None)
 
 
 def test_retry_after_is_heard_and_the_sdk_itself_never_retries(sandbox: StripeSandbox, gateway: Gateway) -> None:

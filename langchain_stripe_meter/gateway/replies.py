@@ -36,6 +36,10 @@ def classify(error: Exception) -> Outcome:
     return Outcome(_move(error), message, request_id, _retry_after(error), date_of(error.headers))
 
 
+_NOT_FINAL = (408, 409, 423, 424, 425)
+"""Statuses that speak of now: too slow, in conflict, locked, something Stripe depends on failed, too early."""
+
+
 def _move(error: stripe.StripeError) -> Move:
     """A final no needs Stripe's own words: a cut answer, or the page of a box on the way, says nothing of it."""
     status = error.http_status or 0
@@ -47,7 +51,8 @@ def _move(error: stripe.StripeError) -> Move:
         return Move.REFUSED_FOR_NOW
     if _is_gone(error):
         return Move.UNSEAL
-    final = 400 <= status < 500 and status not in (408, 409) and not isinstance(error, stripe.IdempotencyError)
+    final = 400 <= status < 500 and status not in _NOT_FINAL and not isinstance(error, stripe.IdempotencyError)
+    final = final and _header(error.headers, "stripe-should-retry") != "true"
     return Move.REFUSED if final and error.error is not None else Move.UNKNOWN
 
 
@@ -74,13 +79,17 @@ def _is_ahead(error: stripe.StripeError) -> bool:
 
 
 def _retry_after(error: stripe.StripeError) -> int | None:
-    text = (error.headers or {}).get("Retry-After") or (error.headers or {}).get("retry-after")
-    return min(int(text), 3600) if text and text.isdigit() else None
+    text = _header(error.headers, "retry-after") or ""
+    return min(int(text), 3600) if text.isascii() and text.isdigit() and len(text) < 10 else None
+
+
+def _header(headers: Mapping[str, str] | None, wanted: str) -> str | None:
+    return next((value for name, value in (headers or {}).items() if name.lower() == wanted), None)
 
 
 def date_of(headers: Mapping[str, str] | None) -> int | None:
     """When an answer was given, by Stripe's clock, in Unix seconds; None where it does not say."""
-    text = next((value for name, value in (headers or {}).items() if name.lower() == "date"), None)
+    text = _header(headers, "date")
     try:
         return None if text is None else int(parsedate_to_datetime(text).timestamp())
     except ValueError:
