@@ -144,6 +144,19 @@ def test_a_search_that_hangs_does_not_delay_those_whose_customer_is_known(shop: 
     assert (shop.status.delivered, shop.status.held) == (1, 10)
 
 
+def test_those_whose_search_stripe_refuses_are_held_and_keep_nobody_waiting(shop: Shop) -> None:
+    """As where an account may not search: those found by e-mail are listed, and are not concerned."""
+    customer = shop.sandbox.create_customer(email="ann@example.com")
+    shop.sandbox.fail(refuse(400, message="Search is not supported."), path="/v1/customers/search", times=None)
+    for number in range(6):
+        shop.record(f"named-{number}", reference=Reference("name", f"Somebody {number}"))
+    shop.record("run", reference=Reference("email", "ann@example.com"))
+    shop.drive()
+    assert shop.billed(customer) == 1
+    assert shop.status.held == 6
+    assert all("HTTP 400: Search is not supported." in held.reason for held in views.held(shop.ledger))
+
+
 def test_a_search_that_fails_is_told_and_tried_again(shop: Shop) -> None:
     customer = shop.sandbox.create_customer(email="ann@example.com")
     shop.sandbox.fail(server_error(), path="/v1/customers*")

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from cachetools import TTLCache
 from sqlalchemy import Connection
 
+from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.creating import create_customer, find_recent
@@ -68,11 +69,17 @@ class Lookups:
             return sum(self.settle(connection, one, answer, now) for one, answer in answers.items())
 
     def ask(self, gateway: Gateway, asked: Unknown) -> Answer:
-        """Ask Stripe; any thread may. Raises ``StripeError``, which does not repeat who was asked for."""
+        """Ask Stripe; any thread may. Raises ``StripeError``, which does not repeat who was asked for.
+
+        A final no (a search that this account may not make, say) concerns this one alone: it is held, with Stripe's
+        words, and the others are looked up all the same.
+        """
         try:
             found = gateway.find_customers(asked.reference, asked.account)
             return Answer(found) if found or not self._create_missing else self._create(gateway, asked)
         except StripeError as error:
+            if gateway.outcome_of(error).move is Move.REFUSED:
+                return Answer([], str(_unnamed(error, asked)))
             raise _unnamed(error, asked) from error.__cause__
 
     def _create(self, gateway: Gateway, asked: Unknown) -> Answer:
