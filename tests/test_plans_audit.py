@@ -1,4 +1,4 @@
-"""What Stripe's error reports and doubts are held against is found by indexes, not by reading every event."""
+"""What the courier, Stripe's error reports and doubts ask is found by indexes, not by reading all of the history."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Connection, event, insert
 
-from langchain_stripe_meter.ledger import doubts, reports, views
+from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.ledger import doubts, reports, resolving, sealing, views
 from langchain_stripe_meter.ledger.reports import Window
 from langchain_stripe_meter.ledger.schema import events
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 NOW = 1_780_000_000
 REPORT = Window("window:1", "acct_1", ("ai_tokens",), NOW - 3600, NOW, 5, customer_missing=False)
@@ -75,3 +76,29 @@ def test_no_question_of_the_audit_reads_every_event(ledger: Ledger, question: st
         assert all(name in plan for name in index.split())
         assert "Seq Scan on events" not in plan
         assert "SCAN events\n" not in f"{plan}\n"
+
+
+COURIERS: dict[str, Callable[[Connection], object]] = {
+    "who must be looked up": lambda known: resolving.unresolved(known, NOW),
+    "on which meters": sealing.open_meters,
+    "what can be sealed": lambda known: sealing.seal(known, NOW),
+    "whether anything is pending": views.pending,
+}
+
+
+@pytest.mark.parametrize("question", COURIERS)
+def test_no_question_of_a_turn_reads_the_readings_that_are_sealed(tmp_path: Path, question: str) -> None:
+    """On SQLite, which keeps no statistics: there a plan follows from the statement alone."""
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db")
+    ledger.record([Entry("run", "ai_tokens", 1, NOW, ReadingState.RESOLVED, "cus_1")])
+    asked: list[tuple[str, object]] = []
+    with ledger.deliver_lane().transaction() as connection:
+        event.listen(connection, "before_cursor_execute", lambda *told: asked.append((told[2], told[3])))
+        COURIERS[question](connection)
+        wanted = [(text, bound) for text, bound in asked if "readings" in text and not text.startswith("INSERT")]
+        plans = [plan_of(connection, text, bound) for text, bound in wanted if not isinstance(bound, list)]
+    ledger.close()
+    assert plans
+    for plan in plans:
+        for table in ("readings", "events"):
+            assert f"SCAN {table}\n" not in f"{plan}\n"

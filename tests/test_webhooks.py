@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from auditing import ERROR_REPORT, Books
+from conftest import assert_invariant
 from faults import settled
 from sqlalchemy import select, update
 
@@ -409,3 +410,21 @@ def test_a_notification_that_names_nothing_is_remembered_and_changes_nothing_els
         assert connection.execute(select(webhook_events.c.id)).scalars().all() == [rejection.id]
     assert rejection.type == ERROR_REPORT
     small.take(*small.sandbox.reject("run-1"))
+
+
+def test_an_identifier_that_stripe_took_and_refused_is_never_sent_again_whatever_becomes_of_the_customer(
+    small: Books,
+) -> None:
+    """Refused later, tried again, held because the customer is gone, assigned to another: Stripe knows the first."""
+    small.deliver("run-1", value=500)
+    small.sandbox.delete_customer("cus_1")
+    small.take(*small.sandbox.reject("run-1"))
+    views.retry(small.ledger)
+    small.deliver()
+    (held,) = views.held(small.ledger)
+    views.assign(small.ledger, held.ids, "cus_2")
+    small.deliver()
+    assert small.sandbox.billed("ai_tokens", "cus_2") == 500
+    assert small.states() == {"run-1": "delivered"}
+    assert [event.identifier for event in small.sandbox.events if event.billed] == ["run-1-r1"]
+    assert_invariant(small.ledger, small.sandbox, settled=True)

@@ -5,7 +5,6 @@ Each function that changes something takes all that it is given, or refuses by n
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
@@ -14,7 +13,6 @@ from typing import Any
 from sqlalchemy import Connection, exists, func, select, update
 
 from langchain_stripe_meter.core.events import (
-    MAX_NAME_LENGTH,
     check_account,
     check_customer_id,
     check_event_name,
@@ -33,6 +31,7 @@ from langchain_stripe_meter.core.states import (
 )
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.schema import acts, events, readings
+from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
 from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, html_table
 
@@ -40,10 +39,9 @@ CANCEL_SECONDS = 86_400
 """Stripe cancels an event within 24 hours of receiving it."""
 CANCEL_ASKED, CANCELLED, REFUSED = "cancel asked", "cancelled", "cancel refused"
 CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
-REJECTED_LATER, UNEXPLAINED = "rejected later", "unexplained"
+UNEXPLAINED = "unexplained"
 MAX_REASON = 300
 _IDS_AT_ONCE = 10_000
-_RESENT = re.compile(r"-r\d+\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ def reject_later(connection: Connection, row: Any, code: str, now: int) -> str |
     Returns the new identifier; None where the event has moved on meanwhile.
     """
     state = next_event_state(EventState(row.state), Move.REJECTED_LATER)
-    number, identifier = _fresh(connection, row.identifier, row.resent)
+    number, identifier = fresh_identifier(connection, row.identifier, row.resent)
     changed = connection.execute(
         update(events)
         .where(events.c.id == row.id, events.c.state == row.state, events.c.identifier == row.identifier)
@@ -101,17 +99,6 @@ def reject_later(connection: Connection, row: Any, code: str, now: int) -> str |
         return None
     write_act(connection, REJECTED_LATER, row.identifier, f"{code}; it is now {identifier}", now)
     return identifier
-
-
-def _fresh(connection: Connection, identifier: str, resent: int) -> tuple[int, str]:
-    lead = _RESENT.sub("", identifier) if resent else identifier
-    number = resent
-    while True:
-        number += 1
-        end = f"-r{number}"
-        fresh = f"{lead[: MAX_NAME_LENGTH - len(end)]}{end}"
-        if not connection.execute(select(exists().where(events.c.identifier == fresh))).scalar():
-            return number, fresh
 
 
 # -- cancelled

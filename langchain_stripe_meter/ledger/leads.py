@@ -88,6 +88,7 @@ class Leads:
         account = self._account if account is None else account
         session, fields = _session(session), _fields(region or self._region, email=email, name=name, phone=phone)
         self.check_bill_from(bill_from)
+        self._ledger.database.reopen_if_moved()
         with self._ledger.database.lane("record").transaction() as connection:
             _lock(connection, [session_digest(account, session)])
             _store(connection, account, session, {**fields, "captured_at": self._ledger.now()})
@@ -141,6 +142,7 @@ class Leads:
         if not any(entry.session for entry in entries):
             self._ledger.record(entries)
             return entries
+        self._ledger.database.reopen_if_moved()
         with self._ledger.database.lane("record").transaction() as connection:
             _lock(connection, [session_digest(one.account, one.session) for one in entries if one.session])
             final = [self._look_again(connection, entry) for entry in entries]

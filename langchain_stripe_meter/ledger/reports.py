@@ -24,8 +24,9 @@ from langchain_stripe_meter.core.reports import (
     Sample,
 )
 from langchain_stripe_meter.core.states import EventState
-from langchain_stripe_meter.ledger.acts import CANCEL_ASKED, REJECTED_LATER, reject_later
+from langchain_stripe_meter.ledger.acts import CANCEL_ASKED, reject_later
 from langchain_stripe_meter.ledger.schema import acts, events, notes, webhook_events
+from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
 from langchain_stripe_meter.ledger.store import insert_or_ignore
 
 _WINDOW = "window:"

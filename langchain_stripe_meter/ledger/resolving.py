@@ -10,13 +10,11 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger import payers
-from langchain_stripe_meter.ledger.schema import readings
+from langchain_stripe_meter.ledger.schema import OPEN_READINGS, readings
 
 RESOLVE_AT_MOST = 100
 HELD_RETRY = (60, 300, 900, 3600)
 """Seconds between looks at a held reading whose customer, or whose meter, Stripe did not have."""
-OPEN_READINGS = readings.c.state.in_([ReadingState.RECORDED.value, ReadingState.RESOLVED.value])
-"""As the partial index says it, so that it is used."""
 RECORDED = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
 RESOLVED = and_(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
 HELD = readings.c.state == ReadingState.HELD.value

@@ -101,8 +101,11 @@ events = Table(
     Index("events_minute", "customer", "at"),  # what Stripe's sum of a minute is held against
 )
 
+OPEN_READINGS = text("readings.state IN ('recorded', 'resolved')")
+IS_PENDING, IS_SENDING = text("events.state = 'pending'"), text("events.state = 'sending'")
 IS_DOUBTFUL = and_(events.c.state == "doubtful", text("events.state IN ('doubtful', 'rejected')"))
-"""In the words of the partial index as well, else SQLite would read every event."""
+"""In the words of the partial indexes: of a value that is bound, SQLite does not know that an index has it, and would
+read every row."""
 
 leads = Table(
     "leads",

@@ -5,20 +5,31 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, and_, bindparam, delete, exists, insert, or_, select, update
 
-from langchain_stripe_meter.core.events import FUTURE_LIMIT, MAX_DIGITS, MeterEvent, number_text, significant_digits
+from langchain_stripe_meter.core.events import (
+    FUTURE_LIMIT,
+    MAX_DIGITS,
+    MAX_NAME_LENGTH,
+    MeterEvent,
+    number_text,
+    significant_digits,
+)
 from langchain_stripe_meter.core.exact import exact_sum
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
-from langchain_stripe_meter.ledger.schema import events, notes, readings
+from langchain_stripe_meter.ledger.schema import acts, events, notes, readings
 
 SEAL_AT_MOST = 1000
+REJECTED_LATER = "rejected later"
+"""The act that says that Stripe refused an event which it had taken."""
+_RESENT = re.compile(r"-r\d+\Z")
 MALFORMED = (ValueError, ArithmeticError, MeteringError)
 """What a row raises that no reading of ours could have become: a person must look at it."""
 
@@ -77,6 +88,7 @@ def _seal(
     if not groups:
         return
     made = [_event_row(group, now) for group in groups]
+    _avoid_refused(connection, made)
     if past is not None:
         for event, group in zip(made, groups, strict=True):
             event["first_unknown_at"] = _unknown_since(group, past, rolls_up=rolls_up)
@@ -137,6 +149,34 @@ def meter_event(row: Row, identifier: str) -> MeterEvent:
         dimensions=json.loads(row["dimensions"]) if row["dimensions"] else {},
         account=row["account"],
     )
+
+
+def _avoid_refused(connection: Connection, made: list[dict[str, Any]]) -> None:
+    """Give those a fresh identifier whose own Stripe took and then refused: by that, it would bill nothing again.
+
+    (They come back when the customer of such an event was gone, so that its readings were held and assigned anew.)
+    """
+    ours = [event["identifier"] for event in made]
+    query = select(acts.c.subject).where(acts.c.act == REJECTED_LATER, acts.c.subject.in_(ours))
+    refused = set(connection.execute(query).scalars())
+    for event in made:
+        event["resent"] = 0
+        if event["identifier"] in refused:
+            event["resent"], event["identifier"] = fresh_identifier(connection, event["identifier"], 0)
+
+
+def fresh_identifier(connection: Connection, identifier: str, resent: int) -> tuple[int, str]:
+    """How often the event got a new identifier by now, and one that Stripe has never been sent."""
+    lead = _RESENT.sub("", identifier) if resent else identifier
+    number = resent
+    while True:
+        number += 1
+        end = f"-r{number}"
+        fresh = f"{lead[: MAX_NAME_LENGTH - len(end)]}{end}"
+        used = exists().where(events.c.identifier == fresh)
+        refused = exists().where(acts.c.act == REJECTED_LATER, acts.c.subject == fresh)
+        if not connection.execute(select(or_(used, refused))).scalar():
+            return number, fresh
 
 
 def _event_row(group: list[Row], now: int) -> dict[str, Any]:

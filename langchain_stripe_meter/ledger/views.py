@@ -16,8 +16,17 @@ from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.epoch import told
-from langchain_stripe_meter.ledger.resolving import OPEN_READINGS
-from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, events, leads, notes, pruned, readings
+from langchain_stripe_meter.ledger.schema import (
+    IS_DOUBTFUL,
+    IS_PENDING,
+    IS_SENDING,
+    OPEN_READINGS,
+    events,
+    leads,
+    notes,
+    pruned,
+    readings,
+)
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 _SHOWN = ("paused", "clock")
@@ -153,9 +162,9 @@ def pending(connection: Connection) -> int:
 
     One statement, so that what moves meanwhile is neither missed nor counted twice.
     """
-    waiting = select(func.count()).where(readings.c.state.in_(["recorded", "resolved"])).scalar_subquery()
-    unsent = select(func.count()).where(events.c.state == "pending").scalar_subquery()
-    sending = select(func.count()).where(events.c.state == "sending").scalar_subquery()
+    waiting = select(func.count()).select_from(readings).where(OPEN_READINGS).scalar_subquery()
+    unsent = select(func.count()).select_from(events).where(IS_PENDING).scalar_subquery()
+    sending = select(func.count()).select_from(events).where(IS_SENDING).scalar_subquery()
     return int(connection.execute(select(waiting + unsent + sending)).scalar_one())
 
 
@@ -171,8 +180,8 @@ def status(ledger: Ledger) -> Status:
     with ledger.read() as connection:
         count = counts(connection)
         oldest = [
-            connection.execute(select(func.min(readings.c.at)).where(readings.c.state.in_(["recorded", "resolved"]))),
-            connection.execute(select(func.min(events.c.at)).where(events.c.state == "pending")),
+            connection.execute(select(func.min(readings.c.at)).where(OPEN_READINGS)),
+            connection.execute(select(func.min(events.c.at)).where(IS_PENDING)),
             connection.execute(select(func.min(events.c.at)).where(events.c.state == "sending")),
         ]
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
