@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,41 @@ def test_an_agent_notes_an_address_for_its_own_thread(shop: Shop) -> None:
     assert "is noted" in talk(agent_that_notes(shop, {"email": "ann@example.com"}), shop)
     assert shop.handler.leads.find("t1") == {"email": "ann@example.com"}
     assert shop.billed("cus_ann") == {"tokens": 10}, "the call before the capture stays skipped"
+
+
+def test_what_the_application_captured_is_not_replaced_and_the_model_is_told(shop: Shop) -> None:
+    shop.handler.leads.capture("t1", email="ann@example.com")
+    for _ in range(2):
+        answer = talk(agent_that_notes(shop, {"email": "victim@example.com"}), shop)
+        assert answer == "An e-mail address was noted before and stays as it is. Do not ask for it again."
+    assert shop.handler.leads.find("t1") == {"email": "ann@example.com"}
+    assert shop.billed("cus_ann") == {"tokens": 40}
+
+
+def test_what_was_typed_first_stays_too_also_from_the_first_message(shop: Shop) -> None:
+    talk(agent_that_notes(shop, {"email": "ann@example.com"}, bill_from="first_message"), shop)
+    answer = talk(agent_that_notes(shop, {"email": "victim@example.com"}, bill_from="first_message"), shop)
+    assert "stays as it is" in answer
+    assert shop.handler.leads.find("t1") == {"email": "ann@example.com"}
+
+
+def test_a_field_is_noted_beside_those_that_the_application_captured(shop: Shop) -> None:
+    shop.handler.leads.capture("t1", name="Ann")
+    assert "is noted" in talk(agent_that_notes(shop, {"email": "ann@example.com"}), shop)
+    assert shop.handler.leads.find("t1") == {"email": "ann@example.com", "name": "Ann"}
+
+
+def test_of_two_who_note_at_once_the_first_is_kept(shop: Shop) -> None:
+    barrier, leads = threading.Barrier(8), shop.handler.leads
+
+    def note(number: int) -> bool:
+        barrier.wait()
+        return leads.note("t1", email=f"{number}@example.com", account="", region=None, bill_from="now")
+
+    with ThreadPoolExecutor(8) as pool:
+        noted = list(pool.map(note, range(8)))
+    assert noted.count(True) == 1
+    assert leads.find("t1") == {"email": f"{noted.index(True)}@example.com"}
 
 
 def test_from_the_first_message_when_it_is_made_so(shop: Shop) -> None:

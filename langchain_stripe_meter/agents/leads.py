@@ -33,7 +33,8 @@ def capture_lead_tool(
 
     The session is that of the run (``thread_id``, ``session_id`` or ``conversation_id`` of its metadata, on an agent
     server only the ``thread_id``); the model never chooses it. ``region`` and ``bill_from`` are as in
-    ``meter.leads.capture``. The tool never raises into the agent, and never repeats what was typed.
+    ``meter.leads.capture``. What was captured before, by your application or by this tool, is not replaced. The tool
+    never raises into the agent, and never repeats what was typed.
 
     Raises:
         ConfigurationError: The handler's ``customer=`` does not read the lead's ``by``.
@@ -42,6 +43,7 @@ def capture_lead_tool(
         raise ConfigurationError(f"capture_lead_tool(by={by!r}) needs a handler with customer=from_lead(by={by!r}).")
     meter.leads.check_bill_from(bill_from)
     called = _CALLED[by]
+    there = f"{'An' if by == 'email' else 'A'} {called} was noted before and stays as it is. Do not ask for it again."
     sorry = f"That is not a complete {called}. Ask the user to write it once more."
 
     def capture_lead(config: RunnableConfig, **typed: str) -> str:
@@ -50,7 +52,8 @@ def capture_lead_tool(
             return "This conversation has no session, so nothing can be noted. Go on without it."
         try:
             account, session = place
-            meter.leads.capture(session, **typed, account=account, region=region, bill_from=bill_from)
+            if not meter.leads.note(session, **typed, account=account, region=region, bill_from=bill_from):
+                return there
         except InvalidValueError:
             return sorry
         except MeteringError as error:  # the chat must not break over it

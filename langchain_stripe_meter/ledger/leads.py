@@ -88,9 +88,23 @@ class Leads:
         account = self._account if account is None else account
         session, fields = _session(session), _fields(region or self._region, email=email, name=name, phone=phone)
         self.check_bill_from(bill_from)
+        return self._capture(account, session, fields, bill_from, replaces=True) or 0
+
+    def note(self, session: str, *, account: str, region: str | None, bill_from: BillFrom, **typed: str) -> bool:
+        """As ``capture``, for what a user typed: False, and nothing is changed, where any of it would be replaced."""
+        session, fields = _session(session), _fields(region or self._region, **typed)
+        self.check_bill_from(bill_from)
+        return self._capture(account, session, fields, bill_from, replaces=False) is not None
+
+    def _capture(
+        self, account: str, session: str, fields: Mapping[str, str], bill_from: BillFrom, *, replaces: bool
+    ) -> int | None:
+        """How many readings are claimed; None where nothing was captured."""
         self._ledger.database.reopen_if_moved()
         with self._ledger.database.lane("record").transaction() as connection:
             _lock(connection, [session_digest(account, session)])
+            if not replaces and not fields.keys().isdisjoint(_find(connection, account, session) or {}):
+                return None
             _store(connection, account, session, {**fields, "captured_at": self._ledger.now()})
             count = self._claim(connection, account, session) if bill_from == "first_message" else 0
         if count:
@@ -186,7 +200,8 @@ def _claim_of(value: object) -> tuple[ReadingState, str | None]:
 
 def _fields(region: str | None, **given: str | None) -> dict[str, str]:
     check_region(region)
-    fields: dict[str, str] = {by: normalise(by, given[by], region) for by in LEAD_FIELDS if given[by] is not None}
+    told = {by: given.get(by) for by in LEAD_FIELDS}
+    fields: dict[str, str] = {by: normalise(by, value, region) for by, value in told.items() if value is not None}
     if not fields:
         raise ConfigurationError("leads.capture() takes at least one of email=, name= and phone=.")
     return fields
