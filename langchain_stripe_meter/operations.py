@@ -7,7 +7,9 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from langchain_stripe_meter.arguments import seconds
+from langchain_stripe_meter.core.customers import CustomerSource
 from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.leads import lead_region
 from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, StripeError, UnrecordedError
@@ -32,6 +34,7 @@ class Operations:
     """The handler's acts on what is recorded already. ``_courier`` is None where the handler only records."""
 
     meters: tuple[Meter, ...]
+    customer: CustomerSource
     _ledger: Ledger
     _courier: Courier | None
     _recorder: Recorder
@@ -59,13 +62,18 @@ class Operations:
         name: str | None = None,
         session: str | None = None,
         customer: str | None = None,
+        region: str | None = None,
     ) -> Forgotten:
         """Erase a person from the ledger and its files: leads, names on waiting usage, and what points to them.
 
         Amounts are kept: usage that waited for the person is held without a name. Look at the report's ``complete``:
-        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again.
+        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again. ``region``
+        (``"DE"``) is where a phone without a leading ``+`` is dialled, by default that of ``from_lead``.
         """
-        return forget(self._ledger, email=email, phone=phone, name=name, session=session, customer=customer)
+        region = region or lead_region(self.customer)
+        return forget(
+            self._ledger, email=email, phone=phone, name=name, session=session, customer=customer, region=region
+        )
 
     def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
         """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""

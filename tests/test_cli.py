@@ -322,6 +322,10 @@ def test_leads_are_captured_and_forgotten(sandbox: StripeSandbox, recorded: None
     assert as_json("leads", "forget", "chat-1")["forgotten"]
     assert "0 sessions" in call("leads", "show-count").stdout
     call("leads", "forget", "chat-1", code=1)
+    call("leads", "capture", "chat-1", "--email", "ann@example.com", "--account", "acct_9")
+    call("leads", "forget", "chat-1", code=1)
+    assert as_json("leads", "forget", "chat-1", "--account", "acct_9")["forgotten"]
+    assert "Nothing in this ledger named" in call("forget", "--session", "chat-1").stdout
     result = call("leads", "capture", "chat-1", "--email", "not an address", code=2)
     assert "not an address" not in result.stderr
 

@@ -13,6 +13,7 @@ import pytest
 from sqlalchemy import create_engine, insert, select
 from typer.testing import CliRunner
 
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
@@ -120,6 +121,41 @@ def test_the_session_of_skipped_runs_is_forgotten_with_it(ledger: Ledger) -> Non
     for account in ("", "acct_1"):
         captured = {"email": "new@example.com", "account": account, "bill_from": "first_message"}
         assert Leads(ledger).capture(SESSION, **captured) == 0
+
+
+def test_what_a_person_led_to_on_a_connected_account_goes_also_when_its_readings_were_pruned(ledger: Ledger) -> None:
+    Leads(ledger).capture(SESSION, email=MAIL, name=NAME, account="acct_shop")
+    with ledger.deliver_lane().transaction() as connection:
+        remember(connection, "acct_1", f"email:{MAIL}", "cus_1", 1)
+        remember(connection, "acct_shop", f"name:{NAME}", "cus_2", 1)
+    assert forget(ledger, email=MAIL).traces == 2
+    with ledger.read() as connection:
+        assert connection.execute(select(payers)).all() == []
+
+
+def test_an_address_is_erased_however_its_letters_were_written(ledger: Ledger) -> None:
+    written = "Canary-Mail@example.com"
+    ledger.record([named("waits", Reference("email", written))])
+    Leads(ledger).capture("s1", email="CANARY-mail@example.com")
+    with ledger.deliver_lane().transaction() as connection:
+        remember(connection, "", f"email:{written}", "cus_1", 1)
+        connection.execute(insert(acts), [{"at": 1, "act": "assign", "subject": "held", "detail": f"email:{written}"}])
+    done = forget(ledger, email=MAIL)
+    assert (done.leads, done.readings, done.traces, done.complete) == (1, 1, 2, True)
+    assert "canary" not in dump(ledger).lower()
+
+
+def test_a_number_is_read_as_dialled_where_the_caller_or_the_handlers_leads_say(tmp_path: Path) -> None:
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    for customer, more in ((from_lead("phone", region="DE"), {}), (from_lead("phone"), {"region": "DE"})):
+        with StripeMeterCallbackHandler(Tokens("tokens"), customer=customer, ledger=ledger, deliver=False) as meter:
+            meter.leads.capture("s", phone=PHONE)
+            assert meter.forget(phone="030 901820", **more).leads == 1
+
+
+def test_it_says_so_when_nothing_named_the_person(ledger: Ledger) -> None:
+    done = forget(ledger, email=MAIL)
+    assert (done.complete, done.advice) == (True, "Nothing in this ledger named whom you asked for.")
 
 
 def test_nobody_is_erased_by_mistake(ledger: Ledger) -> None:

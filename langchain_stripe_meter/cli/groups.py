@@ -85,12 +85,17 @@ def capture(
 
 
 @leads_app.command()
-def forget(session: str, ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
+def forget(
+    session: str,
+    account: Annotated[str, typer.Option(help="The connected account of the session: 'acct_…'.")] = "",
+    ledger: LedgerOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Erase what was captured for a session."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.leads import Leads
 
-        if not Leads(opened).forget(session):
+        if not Leads(opened).forget(session, account):
             fail("Nothing was captured for that session.", 1, as_json=as_json)
         say("Forgotten.", {"session": session, "forgotten": True}, as_json=as_json)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, delete, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Row, delete, func, or_, select, union, update
 
 from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import check_customer_id
@@ -33,7 +33,8 @@ _TELLING = 6
 class Forgotten(NotebookTable):
     """How many ``leads`` were erased, how many ``readings`` lost their name, how many other ``traces`` went.
 
-    ``complete`` is False where the files may still hold the erased bytes; ``advice`` then says what to do.
+    ``complete`` is False where the files may still hold the erased bytes; ``advice`` then says what to do. It also says
+    so where nothing named the person.
     """
 
     leads: int
@@ -65,6 +66,9 @@ def forget(
 ) -> Forgotten:
     """Erase whoever has this e-mail, phone, name, session or customer, and what their leads tie to them.
 
+    An e-mail is looked for without regard to upper and lower case. ``region`` (``"DE"``) is where a phone without a
+    leading ``+`` is dialled.
+
     Raises ``ConfigurationError`` where nobody is named, ``LedgerError`` where the database cannot be written. Doing it
     again is harmless, and finishes what was incomplete.
     """
@@ -76,13 +80,17 @@ def forget(
         raise ConfigurationError("forget() takes at least one of email=, phone=, name=, session= and customer=.")
     secret = secret_of(ledger)
     with ledger.deliver_lane().transaction() as connection:
+        accounts = _accounts(connection)  # before rows go that tell of them
         if session is not None:
-            person.sessions = {(account, session) for account in _accounts(connection)}
+            person.sessions = {(account, session) for account in accounts}
         found = _gather(connection, person)
+        person.references |= _spellings(connection, person)
         renamed = _unname(connection, person)
-        traces = _erase_traces(connection, person, secret)
+        traces = _erase_traces(connection, person, accounts, secret)
         write_act(connection, "forgotten", f"{renamed} readings", "a person was erased", ledger.now())
     advice = _scrub(ledger, person)
+    if not (advice or found or renamed or traces):
+        return Forgotten(0, 0, 0, complete=True, advice="Nothing in this ledger named whom you asked for.")
     return Forgotten(found, renamed, traces, not advice, advice)
 
 
@@ -109,9 +117,24 @@ def _told(lead: Row[Any]) -> list[Reference]:
 
 def _whose(person: _Person) -> ColumnElement[bool]:
     asked = person.references
-    exact = [leads.c[one.by] == one.value for one in asked]
+    exact = [_same(leads.c[one.by], one.value, one.by) for one in asked]
     sessions = [leads.c.session == session for _, session in person.sessions]
     return or_(*exact, *sessions) if exact or sessions else leads.c.session.is_(None)
+
+
+def _same(column: ColumnElement[str], value: str, by: By) -> ColumnElement[bool]:
+    """Nobody remembers how the letters of their address were written; the database folds both in its own way."""
+    return func.lower(column) == func.lower(value) if by == "email" else column == value
+
+
+def _spellings(connection: Connection, person: _Person) -> set[Reference]:
+    """The person's addresses as readings have them, and in lower case, for readings of another time."""
+    asked = [one for one in person.references if one.by == "email"]
+    if not asked:
+        return set()
+    mine = or_(*(_same(readings.c.reference, one.text, "email") for one in asked))
+    texts = connection.execute(select(readings.c.reference).where(mine).distinct()).scalars()
+    return {Reference("email", text.removeprefix("email:")) for text in [*texts, *(one.text.lower() for one in asked)]}
 
 
 def _unname(connection: Connection, person: _Person) -> int:
@@ -129,20 +152,22 @@ def _unname(connection: Connection, person: _Person) -> int:
 
 
 def _accounts(connection: Connection) -> set[str]:
-    return {"", *connection.execute(select(readings.c.account).distinct()).scalars()}
+    """Those that any row tells of: readings are pruned, and what they led to stays."""
+    told = union(*(select(table.c.account) for table in (readings, payers, leads)))
+    return {"", *connection.execute(told).scalars()}
 
 
-def _erase_traces(connection: Connection, person: _Person, secret: bytes) -> int:
+def _erase_traces(connection: Connection, person: _Person, accounts: set[str], secret: bytes) -> int:
     """To whom the person led, and what acts say of them."""
     everything = person.references | person.names
-    digests = [digest(secret, account, one.text) for account in _accounts(connection) for one in everything]
+    digests = [digest(secret, account, one.text) for account in accounts for one in everything]
     mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)
     count = connection.execute(delete(payers).where(or_(*mine))).rowcount
     for one in everything:
         said = f"name:{one.value}" if one.by == "name" else one.value
-        told = acts.c.detail.contains(said, autoescape=True)
+        told = acts.c.detail.icontains(said, autoescape=True)
         count += connection.execute(update(acts).where(told).values(detail=None)).rowcount
     return count
 
