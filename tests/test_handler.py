@@ -17,7 +17,7 @@ from langchain_core.runnables import RunnableConfig, RunnableLambda
 from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
-from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata, stripe_meter
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata, static, stripe_meter
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError, UsageError
 from langchain_stripe_meter.ledger.views import FlushReport, skips
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -190,6 +190,17 @@ def test_a_static_customer_pays_whatever_the_metadata_says(shop: Shop, server: O
 
 
 # Durable before the run returns, without blocking the loop
+
+
+def test_a_retry_finds_a_customer_who_was_made_a_moment_ago(stripe_sandbox: StripeSandbox) -> None:
+    stripe_sandbox.create_meter("ai_tokens")
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer=static(email="new@example.com")) as handler:
+        handler.record_usage({"input_tokens": 5}, id="job")
+        assert handler.flush(timeout=10).held == 1
+        customer = stripe_sandbox.create_customer(email="new@example.com")
+        assert handler.retry() == 1
+        assert handler.flush(timeout=10).delivered == 1
+    assert stripe_sandbox.billed("ai_tokens", customer) == 5
 
 
 def stored(path: Path) -> int:

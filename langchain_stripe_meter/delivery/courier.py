@@ -375,6 +375,10 @@ class Courier:
         elif thread is not threading.current_thread():
             thread.join(timeout + LAST_SECONDS)
 
+    def ask_anew(self) -> None:
+        """Whom Stripe did not know a moment ago is asked for again, once there is usage of theirs to send."""
+        self._lookups.ask_anew()
+
     def reopen(self) -> None:
         """Deliver what is pending, also after a ``close``."""
         self._closing.clear()

@@ -46,10 +46,14 @@ class Lookups:
         self._found: TTLCache[Unknown, str] = TTLCache(CACHED_AT_MOST, FOUND_SECONDS, ledger.now)
         self._missing: TTLCache[Unknown, bool] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
         self._rest_until = 0
+        self._anew = False
         self.asking: set[Unknown] = set()
 
     def next(self, now: int) -> tuple[int, list[Unknown]]:
         """How many readings could be settled from memory, and whom to ask Stripe for now."""
+        if self._anew:
+            self._anew = False
+            self._missing.clear()
         if now < self._rest_until:
             return 0, []
         if self._secret is None:  # in a transaction of its own
@@ -113,6 +117,10 @@ class Lookups:
     def failed(self, now: int) -> None:
         """Stripe did not answer: ask again later."""
         self._rest_until = now + PAUSE_SECONDS
+
+    def ask_anew(self) -> None:
+        """Whom Stripe did not know a moment ago it may know now. Any thread may say so; the next turn heeds it."""
+        self._anew = True
 
     def forget(self, customer: str) -> None:
         """Stripe no longer has this customer."""
