@@ -418,14 +418,17 @@ def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
 
 
 def test_the_sandbox_command_prints_what_to_set_and_stops_at_sigterm() -> None:
-    process = subprocess.Popen([COMMAND, "sandbox", "--port", "0", "--meter", "m"], stdout=subprocess.PIPE, text=True)
+    who = ["--customer", "cus_ann", "--customer", "bob@example.com"]
+    command = [COMMAND, "sandbox", "--port", "0", "--meter", "m", *who]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    said = [process.stdout.readline() for _ in range(3)]
+    said = [process.stdout.readline() for _ in range(5)]
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     process.stdout.close()
-    assert said[0] == "# meter m\n"
-    assert {line.split("=")[0] for line in said[1:]} == {"export STRIPE_API_KEY", "export STRIPE_METER_API_BASE"}
+    assert said[:2] == ["# meter m\n", "# customer cus_ann\n"]
+    assert re.fullmatch(r"# customer cus_\w+ bob@example\.com\n", said[2])
+    assert {line.split("=")[0] for line in said[3:]} == {"export STRIPE_API_KEY", "export STRIPE_METER_API_BASE"}
 
 
 def test_the_sandbox_command_says_that_a_port_is_taken(sandbox: StripeSandbox) -> None:

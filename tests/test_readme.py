@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
-import time
 from decimal import Decimal
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,6 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langgraph.graph import START, MessagesState, StateGraph
-from starlette.applications import Starlette
 
 import langchain_stripe_meter
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -28,8 +27,6 @@ EXAMPLES = [block for block in BLOCKS if "with StripeSandbox()" not in block]
 SCRIPTS = [block for block in BLOCKS if block not in EXAMPLES]
 """Complete by themselves: they bring their own Stripe."""
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
-SERVER = {"time": time, "Starlette": Starlette}
-"""What the reader has imported for a server."""
 
 
 def model() -> GenericFakeChatModel:
@@ -39,7 +36,7 @@ def model() -> GenericFakeChatModel:
 
 @pytest.fixture
 def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: StripeSandbox) -> dict[str, Any]:
-    """What the reader has already: a chain, a graph, a key, and the names of this package."""
+    """What the reader has already: a chain, a graph, a key, and no name of this package."""
     monkeypatch.chdir(tmp_path)
     for name in ("ai_tokens_used", "bot_messages", "message_credits"):
         stripe_sandbox.create_meter(name)
@@ -49,9 +46,16 @@ def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: S
     builder.add_edge(START, "answer")
     monkeypatch.setenv("STRIPE_WEBHOOK_SECRET", stripe_sandbox.webhook_secret)
     monkeypatch.setenv("STRIPE_METER_TOKEN_SECRET", "a-secret-of-more-than-32-bytes-indeed")
-    public = {name: getattr(langchain_stripe_meter, name) for name in langchain_stripe_meter.__all__}
     chain = ChatPromptTemplate.from_template("{question}") | model()
-    return {**public, "chain": chain, "builder": builder, "model": model(), "tools": [], **SERVER}
+    return {"chain": chain, "builder": builder, "model": model(), "tools": []}
+
+
+def test_what_an_example_imports_is_used_in_it_or_after_it() -> None:
+    for number, example in enumerate(EXAMPLES):
+        imports = [node for node in ast.walk(ast.parse(example)) if isinstance(node, ast.ImportFrom | ast.Import)]
+        imported = {name.asname or name.name for node in imports for name in node.names}
+        nodes = [node for later in EXAMPLES[number:] for node in ast.walk(ast.parse(later))]
+        assert imported <= {node.id for node in nodes if isinstance(node, ast.Name)}
 
 
 def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], stripe_sandbox: StripeSandbox) -> None:

@@ -222,7 +222,9 @@ app.command()(prune)
 def sandbox(
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 12111,
     meter: Annotated[list[str] | None, typer.Option(help="Create a meter with this event name.")] = None,
-    customer: Annotated[list[str] | None, typer.Option(help="Create a customer with this e-mail.")] = None,
+    customer: Annotated[
+        list[str] | None, typer.Option(help="Create a customer with this e-mail, or this 'cus_…'.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """A local Stripe for your own tests, until Ctrl-C."""
@@ -244,16 +246,20 @@ def sandbox(
             running.stop()
 
 
-def _furnish(running: StripeSandbox, meters: list[str], emails: list[str], *, as_json: bool) -> None:
+def _furnish(running: StripeSandbox, meters: list[str], whom: list[str], *, as_json: bool) -> None:
     for event_name in meters:
         running.create_meter(event_name)
-    customers = {running.create_customer(email=email): email for email in emails}
+    customers = {_make(running, named): named for named in whom}
     lines = [f"# meter {event_name}" for event_name in meters]
-    lines += [f"# customer {customer} {email}" for customer, email in customers.items()]
+    lines += [f"# customer {customer} {named}".removesuffix(f" {customer}") for customer, named in customers.items()]
     lines += [f"export {variable}={value}" for variable, value in running.environment().items()]
     facts = {"environment": running.environment(), "meters": meters, "customers": customers}
     say("\n".join(lines), facts, as_json=as_json)
     sys.stdout.flush()
+
+
+def _make(running: StripeSandbox, named: str) -> str:
+    return running.create_customer(id=named) if named.startswith("cus_") else running.create_customer(email=named)
 
 
 @app.command()

@@ -1,7 +1,6 @@
 """The courier: resolve, seal, send, settle, again and again, until nothing waits.
 
-The ledger is the queue. The courier's thread owns nothing but a wake-up flag and the requests in flight; whatever
-happens to it, the ledger knows what to do next.
+The ledger is the queue: the thread owns nothing but a wake-up flag and the requests in flight.
 """
 
 from __future__ import annotations
