@@ -9,7 +9,6 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
@@ -72,7 +71,6 @@ class Recorder:
     _failures: int = field(init=False, default=0)
     _mended: set[str] = field(init=False, default_factory=set)
     _lock: threading.Lock = field(init=False)
-    _threads: ThreadPoolExecutor = field(init=False)
     needs_lookup: bool = field(init=False)
     _tenant_of_all: Tenant | None = field(init=False)
     counts_messages: bool = field(init=False)
@@ -90,8 +88,6 @@ class Recorder:
     def after_fork(self) -> None:
         """A lock that another thread held at the fork would stay locked in the child."""
         self._lock = threading.Lock()
-        # Not the loop's own, which asyncio would try to end in a new thread while the interpreter shuts down.
-        self._threads = ThreadPoolExecutor(thread_name_prefix="stripe-meter-recording")
 
     def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
         """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises.
@@ -134,12 +130,15 @@ class Recorder:
             within(self.recorded, entries)
 
     async def _settle_elsewhere(self, endings: Sequence[Ending]) -> None:
+        loop = asyncio.get_running_loop()
         try:
-            settling = within(self._threads.submit, self.settle, lambda: endings)
+            # Asked first: a loop whose executor could not start keeps it, and fails when it shall end.
+            threading.Thread(target=bool, name="stripe-meter-probe", daemon=True).start()
+            settling = within(loop.run_in_executor, None, self.settle, lambda: endings)
         except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
             self.settle(lambda: endings)
             return
-        await asyncio.shield(asyncio.wrap_future(settling))  # a cancelled task must not take what it owes with it
+        await asyncio.shield(settling)  # a cancelled task must not take what it owes with it
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
