@@ -380,8 +380,9 @@ def test_claiming_and_sealing_read_the_small_indexes_and_not_the_table(ledger: L
             for query in asked
             if query.startswith("SELECT") and "notes" not in query
         }
-    to_seal, *claiming = plans.values()
+    to_seal, refused, *claiming = plans.values()
     assert "INDEX readings_open" in to_seal
+    assert "INDEX acts_subject" in refused
     assert claiming
     for plan in claiming:
         assert "INDEX events_pending" in plan
