@@ -109,8 +109,9 @@ def paid(meter: StripeMeterCallbackHandler) -> list[tuple[str | None, Decimal | 
     return [(row.customer, row.value) for row in views.tail(meter._ledger)]
 
 
+@pytest.mark.parametrize("around", [graph_of, nested], ids=["a graph", "a graph in a graph, with its own thread"])
 def test_usage_that_a_node_records_is_the_authenticated_users(
-    handler: Callable[..., StripeMeterCallbackHandler],
+    handler: Callable[..., StripeMeterCallbackHandler], around: Callable[..., Any]
 ) -> None:
     meter = handler()
 
@@ -118,20 +119,7 @@ def test_usage_that_a_node_records_is_the_authenticated_users(
         meter.record_usage({"input_tokens": 5}, id=uuid4().hex)
         meter.record_usage({"input_tokens": 7}, id=uuid4().hex, metadata=config["metadata"])
 
-    run(graph_of(embed), meter)
-    assert paid(meter) == [("cus_ann", 5), ("cus_ann", 7)]
-
-
-def test_inside_a_graph_with_its_own_thread_recorded_usage_is_the_authenticated_users_too(
-    handler: Callable[..., StripeMeterCallbackHandler],
-) -> None:
-    meter = handler()
-
-    def embed(state: Any, config: RunnableConfig) -> None:
-        meter.record_usage({"input_tokens": 5}, id=uuid4().hex)
-        meter.record_usage({"input_tokens": 7}, id=uuid4().hex, metadata=config["metadata"])
-
-    run(nested(embed), meter)
+    run(around(embed), meter)
     assert paid(meter) == [("cus_ann", 5), ("cus_ann", 7)]
 
 
