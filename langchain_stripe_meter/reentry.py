@@ -55,10 +55,17 @@ def within(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
 
 def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """As ``within``; but where this thread is inside our code already, ``event`` is what interrupted it, and waits."""
-    if _place.inside:
-        _place.waiting.put(partial(event, *args, **kwargs))
-    else:
-        within(event, *args, **kwargs)
+    place = _place
+    if place.inside:
+        place.waiting.put(partial(event, *args, **kwargs))
+        return
+    place.inside = True  # from here on as in within(); a call fewer in every event
+    try:
+        event(*args, **kwargs)
+    finally:
+        place.inside = False
+        if not place.waiting.empty():
+            _carry_out(place.waiting)
 
 
 @contextmanager
