@@ -53,11 +53,12 @@ class _DualEvent:
         decide = self._decide
         # The public function raises, which costs more than all the rest here. A thread that was interrupted inside our
         # code must not wait for a loop: the plain function postpones the event.
+        recorder = handler._recorder
         if asyncio._get_running_loop() is None or is_inside():
-            return partial(handler._recorder.settle, decide, handler)
+            return lambda *args, **kwargs: recorder.settle(partial(decide, handler, *args, **kwargs))
 
         async def aended(*args: Any, **kwargs: Any) -> None:
-            await handler._recorder.asettle(decide, handler, *args, **kwargs)
+            await recorder.asettle(partial(decide, handler, *args, **kwargs))
 
         return aended
 

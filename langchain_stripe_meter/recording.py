@@ -89,17 +89,17 @@ class Recorder:
         """A lock that another thread held at the fork would stay locked in the child."""
         self._lock = threading.Lock()
 
-    def settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
-        """Record what ``decide``, given the arguments, says has ended; returns when it is durable, and never raises.
+    def settle(self, decide: Callable[[], Sequence[Ending]]) -> None:
+        """Record what ``decide`` says has ended; returns when it is durable, and never raises.
 
         Where garbage collection interrupted our own code on this thread, that is done first, and this right after.
         """
-        soon(self._settle, decide, *args, **kwargs)
+        soon(self._settle, decide)
 
-    def _settle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
+    def _settle(self, decide: Callable[[], Sequence[Ending]]) -> None:
         entries: Sequence[Entry] = []
         try:
-            entries = self._entries(decide(*args, **kwargs))
+            entries = self._entries(decide())
             if entries:
                 if self.needs_lookup:
                     entries = self.leads.record(entries)
@@ -110,11 +110,11 @@ class Recorder:
         else:
             self.recorded(entries)
 
-    async def asettle(self, decide: Callable[..., Sequence[Ending]], *args: Any, **kwargs: Any) -> None:
+    async def asettle(self, decide: Callable[[], Sequence[Ending]]) -> None:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
-            endings = within(decide, *args, **kwargs)
+            endings = within(decide)
             if endings and self._is_slow(endings):
                 await self._settle_elsewhere(endings)
                 return

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
@@ -230,12 +231,12 @@ class Budget:
     def stopped(self, run_id: UUID, error: BaseException) -> None:
         """Tell the meter that a call, of whose start it may have been told, is not made: LangChain does not."""
         meter = self._meter
-        meter._recorder.settle(meter._call_failed, error, run_id=run_id)
+        meter._recorder.settle(partial(meter._call_failed, error, run_id=run_id))
 
     async def astopped(self, run_id: UUID, error: BaseException) -> None:
         """As ``stopped``, without blocking the event loop."""
         meter = self._meter
-        await meter._recorder.asettle(meter._call_failed, error, run_id=run_id)
+        await meter._recorder.asettle(partial(meter._call_failed, error, run_id=run_id))
 
     def facts_at_start(self, metadata: Mapping[str, Any] | None, parent_run_id: UUID | None = None) -> Facts:
         """The facts of a call that starts here and now, as the meter sees them."""

@@ -18,7 +18,6 @@ OUTPUT_PARTS = ("reasoning", "audio_output")
 KINDS = ("input", "output", *INPUT_PARTS, *OUTPUT_PARTS)
 """The kinds of tokens that a meter can weigh or price."""
 
-_ONLY_INT = {int}
 _CACHE_READ = ("cache_read", "flex_cache_read", "priority_cache_read")
 _CACHE_WRITE = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
 _REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
@@ -43,16 +42,19 @@ class Usage:
 
     def __post_init__(self) -> None:
         parts = (self.cache_read, self.cache_write, self.audio_input, self.reasoning, self.audio_output)
-        counts = (self.input, self.output, *parts)
-        if set(map(type, counts)) != _ONLY_INT or min(counts) < 0:  # type: ignore[operator, type-var]  # no None there
-            for kind, count in zip(KINDS, counts, strict=True):
-                _check_count(kind, count)
+        for count in (self.input, self.output, *parts):
+            if type(count) is not int or count < 0:
+                self._check_counts(parts)
         if not any(parts):
             return
         # Cached audio is counted by both details, so each bucket of input is held against the sum by itself.
         _check_part("cache_read + cache_write", self.cache_read + self.cache_write, "input", self.input)
         _check_part("audio_input", self.audio_input, "input", self.input)
         _check_part("reasoning + audio_output", self.reasoning + self.audio_output, "output", self.output)
+
+    def _check_counts(self, parts: tuple[object, ...]) -> None:
+        for kind, count in zip(KINDS, (self.input, self.output, *parts), strict=True):
+            _check_count(kind, count)
 
     @property
     def total(self) -> int | None:
