@@ -5,7 +5,6 @@ Everything here is about LangChain's shapes, and nothing about Stripe's.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Self
@@ -70,6 +69,7 @@ def facts_of(own: Mapping[str, Any] | None, now: int) -> Facts:
         auth_user=_authenticated(configurable.get(_AUTH_USER)) if said is None else said.user or {},
         context=getattr(configurable.get(_RUNTIME), "context", None),
         on_server=bool(marks) or _on_server(metadata, configurable),
+        is_named=said is not None and said.user is not None,
         configurable={key: value for key, value in configurable.items() if isinstance(value, str)},
         now=now,
     )
@@ -90,10 +90,10 @@ def _on_server(metadata: Mapping[str, Any], configurable: Mapping[str, Any]) -> 
 def _authenticated(user: Any) -> Any:
     """The user in the configurable, if the agent server put it there.
 
-    The agent server puts an object there; what a client can put there through other servers is JSON, and so a dict.
-    (Agent servers before 0.4 could put a dict there: it is believed where the agent server is what runs this process.)
+    That is an object with an ``identity``, whatever the server's own auth handler returned. What a client can put
+    there, through whichever server, is JSON, and so never an object.
     """
-    return None if isinstance(user, dict) and "langgraph_api" not in sys.modules else user
+    return user if hasattr(user, "identity") else None
 
 
 @valueclass

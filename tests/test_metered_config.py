@@ -20,7 +20,8 @@ from langchain_stripe_meter import (
     from_lead,
     from_metadata,
 )
-from langchain_stripe_meter.agents import from_signed_token, metered_config
+from langchain_stripe_meter.agents import from_signed_token, metered_config, sign_customer
+from langchain_stripe_meter.core.leads import lead_fields
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.ledger.views import tail
@@ -71,6 +72,35 @@ def test_whom_the_application_names_pays(source: Any, customer: object, recordin
         config = metered_config(meter, customer=customer, config={"tags": ["a"], "metadata": {KEY: "cus_evil"}})
         assert config["tags"] == ["a"]
         assert pays(meter, config) == [("resolved", "cus_1")]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        first_of(from_signed_token(secret=SECRET), from_auth_user(KEY)),
+        first_of(from_metadata("theirs", trust_client=True), first_of(from_lead(), from_auth_user(KEY))),
+        first_of(from_lead(trust_client=True), from_auth_user("other"), from_auth_user(KEY)),
+        first_of(from_lead(), from_auth_user(KEY)),
+    ],
+)
+def test_whom_the_application_names_pays_whatever_stands_before_in_first_of(source: Any, recording: Recording) -> None:
+    """A token, metadata that is trusted and a captured lead say who pays only where the application names nobody."""
+    with recording(source) as meter:
+        if lead_fields(source):
+            meter.leads.capture("s1", email="ann@example.com")
+        token = sign_customer("cus_2", SECRET, expires_at=10**11)
+        config = {"metadata": {"theirs": "cus_2", "stripe_customer_token": token}}
+        assert pays(meter, metered_config(meter, customer="cus_1", config=config, session="s1")) == [
+            ("resolved", "cus_1")
+        ]
+
+
+@pytest.mark.parametrize("customer", [None, {KEY: None}])
+def test_where_the_application_names_nobody_the_sources_go_in_order(customer: object, recording: Recording) -> None:
+    with recording(first_of(from_signed_token(secret=SECRET), from_auth_user(KEY))) as meter:
+        token = sign_customer("cus_2", SECRET, expires_at=10**11)
+        config = metered_config(meter, customer=customer, config={"metadata": {"stripe_customer_token": token}})
+        assert pays(meter, config) == [("resolved", "cus_2")]
 
 
 @pytest.mark.parametrize("customer", [None, "", {KEY: None}, User(None), User("")])

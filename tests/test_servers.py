@@ -41,6 +41,7 @@ def model():
 """
 APP = """
 import dataclasses
+import langgraph_api  # as an application may that is no agent server
 from fastapi import FastAPI, Request
 from langchain_core.prompts import ChatPromptTemplate
 from langgraph.checkpoint.memory import InMemorySaver

@@ -12,7 +12,7 @@ from typing import Any, cast
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, FirstOf, FromAuthUser, Skip, Static
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, FromAuthUser, Skip, Static, flat
 from langchain_stripe_meter.core.events import check_customer_id
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
@@ -38,7 +38,8 @@ def metered_config(
 
     ``config`` is what the client sent. What it says about who pays is taken out, and the run is marked as a client's:
     from then on ``from_metadata``, ``from_context`` and ``from_lead`` believe nothing that is left of it, unless they
-    were told to (``trust_client=True``), and ``from_auth_user`` reads ``customer``. A signed token is believed still.
+    were told to (``trust_client=True``), and ``from_auth_user`` reads ``customer``, who pays whatever stands before it
+    in ``first_of``. A signed token is believed still, where ``customer`` names nobody.
 
     ``customer`` is a ``cus_…`` id, for ``from_auth_user("stripe_customer_id")``; or the user as a mapping or an object,
     for a key of your own; or None (or a user whose key is None, or ``""``) for somebody without a Stripe customer, who
@@ -122,19 +123,11 @@ def _check_pays(meter: StripeMeterCallbackHandler, user: object) -> None:
 
 def _user_keys(source: CustomerSource) -> Iterator[str]:
     """The keys of the user that are read, as far as no fixed customer pays before."""
-    for one in _flat(source):
+    for one in flat(source):
         if isinstance(one, Static):
             return
         if isinstance(one, FromAuthUser):
             yield one.key
-
-
-def _flat(source: CustomerSource) -> Iterator[CustomerSource]:
-    if isinstance(source, FirstOf):
-        for one in source.sources:
-            yield from _flat(one)
-    else:
-        yield source
 
 
 def _has(user: object, key: str) -> bool:

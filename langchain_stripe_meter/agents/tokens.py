@@ -7,7 +7,8 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 
-from langchain_stripe_meter.core import customers, tokens
+from langchain_stripe_meter.core import tokens
+from langchain_stripe_meter.core.customers import FromSignedToken
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 SECRET = "STRIPE_METER_TOKEN_SECRET"  # noqa: S105 - the name of a variable
@@ -40,7 +41,7 @@ def sign_customer(
 
 def from_signed_token(
     key: str = "stripe_customer_token", secret: Secret | None = None, *, account: str | None = None
-) -> customers.FromSignedToken:
+) -> FromSignedToken:
     """Read a token that ``sign_customer`` made from the run's metadata or configurable, under ``key``.
 
     It is believed on any server, whoever sent it, for only the holder of the secret can have made it. One that has
@@ -49,7 +50,7 @@ def from_signed_token(
 
     Raises ``ConfigurationError`` for a secret that is missing or has less than 32 bytes.
     """
-    return customers.from_signed_token(key, _given(secret, SECRET), account=account)
+    return FromSignedToken(key, tokens.Secrets(_given(secret, SECRET)), account)
 
 
 def secrets_in(variable: str) -> list[str]:

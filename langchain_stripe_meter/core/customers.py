@@ -7,7 +7,7 @@ that is exactly what was said, or nothing.
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -130,14 +130,15 @@ class Facts:
     ``metadata`` is the run's, ``configurable`` the texts in its configurable and ``context`` LangGraph's runtime
     context: all three the client's word where ``on_server``, which is true of a run that an agent server or
     ``metered_config`` started for a client. ``auth_user`` is the user whom the server or the application
-    authenticated, ``lead`` looks up what the application captured for a session, ``now`` is when the run started, in
-    Unix seconds.
+    authenticated; ``is_named`` is true where the application named that user for this very run. ``lead`` looks up what
+    the application captured for a session, ``now`` is when the run started, in Unix seconds.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     auth_user: Any = field(default=None, repr=False)
     context: Any = field(default=None, repr=False)
     on_server: bool = False
+    is_named: bool = False
     lead: Callable[[str], Mapping[str, str] | None] | None = None
     configurable: Mapping[str, str] = field(default_factory=dict, repr=False)
     now: int | None = field(default=None, compare=False)
@@ -241,6 +242,10 @@ class FromSignedToken:
     secrets: tokens.Secrets
     account: str | None = None
 
+    def __post_init__(self) -> None:
+        _key(self.key)
+        tokens.check_account(self.account)
+
     def identify(self, facts: Facts) -> Reference | Skip:
         reason = f"there is no signed token under {self.key!r}"
         for place in (facts.metadata, facts.configurable):
@@ -256,13 +261,16 @@ class FromSignedToken:
 
 @dataclass(frozen=True, slots=True)
 class FirstOf:
-    """The first source that names somebody."""
+    """The first source that names somebody; whom the application named for this very run goes before all of them."""
 
     sources: tuple[CustomerSource, ...]
 
     def identify(self, facts: Facts) -> Reference | Skip:
+        sources = (
+            sorted(self.sources, key=lambda one: type(one) is not FromAuthUser) if facts.is_named else self.sources
+        )
         skips = []
-        for source in self.sources:
+        for source in sources:
             who = source.identify(facts)
             if isinstance(who, Reference):
                 return who
@@ -271,6 +279,11 @@ class FirstOf:
 
 
 CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FromSignedToken | FirstOf
+
+
+def flat(source: CustomerSource) -> tuple[CustomerSource, ...]:
+    """The sources that ``source`` tries, in order."""
+    return source.sources if isinstance(source, FirstOf) else (source,)
 
 
 def _get(source: Any, key: str) -> Any:
@@ -320,10 +333,7 @@ def static(
 
     ``region`` (``"DE"``) is where a ``phone`` without a leading ``+`` is dialled.
     """
-    given: list[tuple[By, str]] = []
-    for by, value in zip(_FIELDS, (id, email, name, phone), strict=True):
-        if value is not None:
-            given.append((by, value))
+    given = [(by, value) for by, value in zip(_FIELDS, (id, email, name, phone), strict=True) if value is not None]
     if len(given) != 1:
         raise ConfigurationError("static() takes exactly one of id=, email=, name= and phone=.")
     by, value = given[0]
@@ -366,24 +376,17 @@ def _phone_region(by: By, region: str | None) -> str | None:
     return check_region(region)
 
 
-def from_signed_token(
-    key: str, secrets: str | bytes | Sequence[str | bytes], *, account: str | None = None
-) -> FromSignedToken:
-    """Read a signed token; see ``langchain_stripe_meter.agents.from_signed_token``."""
-    return FromSignedToken(_key(key), tokens.Secrets(secrets), tokens.check_account(account))
-
-
 def first_of(*sources: CustomerSource | str) -> FirstOf:
-    """Try the sources (a plain string is a ``cus_…`` id) in order; the first that names somebody decides."""
+    """Try the sources (a plain string is a ``cus_…`` id) in order; the first that names somebody decides. (Whom
+    your application passes to ``metered_config`` pays before any of them.)"""
     if not sources:
         raise ConfigurationError("first_of() takes at least one source.")
-    return FirstOf(tuple(as_source(source) for source in sources))
+    return FirstOf(tuple(one for source in sources for one in flat(as_source(source))))
 
 
 def as_source(customer: CustomerSource | str) -> CustomerSource:
     """A source as it is; a plain string is a static ``cus_…`` id."""
-    if isinstance(customer, str):
-        return static(id=customer)
+    customer = static(id=customer) if isinstance(customer, str) else customer
     if not isinstance(customer, CustomerSource):
         raise ConfigurationError(
             f"customer= takes a 'cus_…' id or a source such as from_metadata(...), not {type(customer).__name__}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from langchain_stripe_meter.core.customers import By, CustomerSource, Facts, FirstOf, FromLead
+from langchain_stripe_meter.core.customers import By, CustomerSource, Facts, FromLead, flat
 
 
 def needs_lookup(source: CustomerSource) -> bool:
@@ -13,9 +13,7 @@ def needs_lookup(source: CustomerSource) -> bool:
 
 
 def _from_leads(source: CustomerSource) -> list[FromLead]:
-    if isinstance(source, FirstOf):
-        return [found for one in source.sources for found in _from_leads(one)]
-    return [source] if isinstance(source, FromLead) else []
+    return [one for one in flat(source) if isinstance(one, FromLead)]
 
 
 def lead_fields(source: CustomerSource) -> tuple[By, ...]:
