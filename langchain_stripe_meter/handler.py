@@ -70,7 +70,8 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
         stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
         tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer
-            source where they differ. None skips the run. On an agent server only the authenticated user is trusted.
+            source where they differ. None skips the run; where it fails, the run is held until you ``assign`` it. On an
+            agent server only the authenticated user is trusted.
         roll_up: Make one event of what a customer uses of a meter within so many seconds, such as 60. For customers
             with more than a few runs a second: Stripe takes their events one after the other.
         webhook_secret: The signing secret of ``meter.webhooks`` (``whsec_…``); default ``$STRIPE_WEBHOOK_SECRET``.

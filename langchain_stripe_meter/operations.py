@@ -75,10 +75,17 @@ class Operations:
             self._ledger, email=email, phone=phone, name=name, session=session, customer=customer, region=region
         )
 
-    def assign(self, held: views.Held | Sequence[int], customer: str | None = None, value: object = None) -> int:
-        """A person settles held readings: who pays, how much where no amount is known. Returns how many moved."""
-        moved = views.assign(self._ledger, held.ids if isinstance(held, views.Held) else held, customer, value)
-        return self._moved(moved)
+    def assign(
+        self,
+        held: views.Held | Sequence[int],
+        customer: str | None = None,
+        value: object = None,
+        *,
+        account: str | None = None,
+    ) -> int:
+        """A person settles held readings: who pays, how much where no amount is known, and the connected ``account``
+        (``""`` for the key's own) where ``tenant=`` failed. Returns how many moved."""
+        return self._moved(decisions.assign(self._ledger, held, customer, value, account))
 
     def doubtful(self) -> DoubtfulList:
         """Events that Stripe may have or not, and why they could not be settled by comparing with its sums (yet)."""

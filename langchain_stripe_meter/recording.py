@@ -23,7 +23,7 @@ from langchain_stripe_meter.core.leads import lead_fields, lead_session, needs_l
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.core.tenants import Tenant, TenantSource
+from langchain_stripe_meter.core.tenants import NO_TENANT, Tenant, TenantSource, Untold
 from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.counting import Ending, Use, estimated, is_known, readings_of
 from langchain_stripe_meter.delivery.courier import Courier, OnError
@@ -46,6 +46,7 @@ logger = logging.getLogger("langchain_stripe_meter")
 
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
+_NEXT_STEP_OF_TENANT = "say whose it is with assign(held, 'cus_…', account='acct_…')."
 
 OnMissingUsage = Literal["estimate", "hold", "ignore"]
 
@@ -70,6 +71,7 @@ class Recorder:
     _name: str = field(init=False, default_factory=lambda: uuid4().hex)
     _failures: int = field(init=False, default=0)
     _mended: set[str] = field(init=False, default_factory=set)
+    _last_untold: str | None = field(init=False, default=None)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
     _tenant_of_all: Tenant | None = field(init=False)
@@ -247,11 +249,11 @@ class Recorder:
 
     def _of_run(self, run: Run, facts: Facts, per: str, call: Call) -> list[Entry]:
         key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
-        return self._of_use(Use(key, run.ended or run.started, facts, per, call))
+        use = Use(key, run.ended or run.started, facts, per, call)
+        return self._of_use(use, self._tenant_of_all or self._tenant(facts))
 
-    def _of_use(self, use: Use, source: CustomerSource | None = None) -> list[Entry]:
+    def _of_use(self, use: Use, tenant: Tenant | Skip, source: CustomerSource | None = None) -> list[Entry]:
         """Entries for what was used; ``source`` says who pays for this one alone."""
-        tenant = self._tenant_of_all or self._tenant(use.facts)
         if isinstance(tenant, Skip):
             return [make_entry(use, tenant, reading) for reading in self._readings(self.meters, use)]
         readings = self._readings(self.meters if tenant.meters is None else tenant.meters, use)
@@ -271,21 +273,25 @@ class Recorder:
         return replace(facts, lead=partial(self.leads.find, account=account)) if needs_lookup(payer) else facts
 
     def _tenant(self, facts: Facts) -> Tenant | Skip:
-        """Whose business a run is, by the application's own function; what it fails over is billed to nobody."""
+        """Whose business a run is, by the application's own function; what it fails over is held for a person."""
         assert not isinstance(self.tenant, Tenant)  # noqa: S101 - the caller has looked
         try:
             tenant: object = self.tenant(facts.trusted())
             if isinstance(tenant, Tenant):
+                self._last_untold = None
                 return tenant if tenant.meters is None else replace(tenant, meters=checked_meters(tenant.meters))
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            return self._no_tenant(f"tenant= failed: {type(error).__name__}")
-        return Skip("no tenant") if tenant is None else self._no_tenant("tenant= gave no Tenant")
+            return self._untold(f"{NO_TENANT}failed: {type(error).__name__}")
+        return Skip("no tenant") if tenant is None else self._untold(f"{NO_TENANT}gave no Tenant")
 
-    def _no_tenant(self, why: str) -> Skip:
-        said = f"{why}; the run is billed to nobody. Return a Tenant, or None for nobody."
-        logger.error("stripe-meter: %s", said)
-        self._tell(ConfigurationError(said))
-        return Skip(why)
+    def _untold(self, why: str) -> Untold:
+        """Told once for as long as it goes on."""
+        if self._last_untold != why:
+            self._last_untold = why
+            said = f"{why}. Its usage is held: {_NEXT_STEP_OF_TENANT}"
+            logger.error("stripe-meter: %s", said)
+            self._tell(ConfigurationError(said))
+        return Untold(why)
 
     def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:
         """On which account a run is billed, and who pays or why nobody does; it may ask the ledger for a lead."""
@@ -327,13 +333,15 @@ class Recorder:
         counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
         when = now if at is None else check_timestamp(at, now)
         use = Use(id, when, facts, "call", replace(call, usage=counted))
-        entries = self._of_use(use, None if customer is None else as_source(customer))
+        tenant = self._tenant_of_all or self._tenant(facts)
+        if isinstance(tenant, Untold):  # held, it would be billed twice once the job is told again
+            raise ConfigurationError(f"{tenant.reason}. Nothing is recorded: record it again, under the same id.")
+        entries = self._of_use(use, tenant, None if customer is None else as_source(customer))
         if not entries:
-            self._check_counts_calls(facts)
+            self._check_counts_calls(tenant)
         return entries
 
-    def _check_counts_calls(self, facts: Facts) -> None:
-        tenant = self._tenant_of_all or self._tenant(facts)
+    def _check_counts_calls(self, tenant: Tenant | Skip) -> None:
         meters = self.meters if isinstance(tenant, Skip) or tenant.meters is None else tenant.meters
         if not any(meter.per == "call" for meter in meters):
             names = ", ".join(meter.event_name for meter in meters)
@@ -347,7 +355,7 @@ def make_entry(use: Use, who: Reference | Skip, reading: Reading, account: str =
     """One reading of a run, with what is known of who pays."""
     customer, reference, reason = None, None, reading.doubt
     if isinstance(who, Skip):
-        state, reason = ReadingState.SKIPPED, who.reason
+        state, reason = ReadingState.HELD if isinstance(who, Untold) else ReadingState.SKIPPED, who.reason
     elif who.by == "id":
         state, customer = ReadingState.RESOLVED, who.value
     else:

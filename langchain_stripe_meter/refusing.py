@@ -13,6 +13,7 @@ from uuid import UUID
 
 from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import Facts, Skip
+from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.errors import UnidentifiedError
 from langchain_stripe_meter.observed import facts_of, surrounding_run
 
@@ -83,7 +84,7 @@ class RefusingCallbacks(MeteringCallbacks):
         except Exception as error:  # noqa: BLE001 - not to know is no reason to break the chain
             logger.error("stripe-meter: who pays could not be looked up: %s", type(error).__name__)  # noqa: TRY400
             return
-        if isinstance(who, Skip):
+        if isinstance(who, Skip) and not isinstance(who, Untold):
             raise UnidentifiedError(
                 f"Nobody pays for this run: {who.reason}. It was refused before the model was called, as "
                 "on_unidentified='raise' says."

@@ -36,7 +36,7 @@ def entry_of(lost: Unrecorded) -> Entry:
     """The entry again, under its own identifier: a ledger that has it all the same stores it only once."""
     named = lost.customer if ":" in (lost.customer or "") else None
     reference = Reference.of(named) if named else None
-    known = ReadingState.RECORDED if reference else ReadingState.RESOLVED
+    known = ReadingState.RECORDED if reference else ReadingState.RESOLVED if lost.customer else ReadingState.HELD
     return Entry(
         lost.identifier, lost.event_name, lost.value, lost.at, ReadingState.HELD if lost.value is None else known,
         None if reference else lost.customer, reference, lost.dimensions, lost.estimated, lost.reason,

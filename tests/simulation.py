@@ -35,7 +35,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import ACCOUNTS_CACHED, METERS_CACHED_SECONDS, Gateway
-from langchain_stripe_meter.ledger import outbox, views
+from langchain_stripe_meter.ledger import acts, outbox, views
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.schema import events, readings
@@ -409,7 +409,7 @@ class World:
         for _ in range(3):
             if self.status.held or self.status.rejected:
                 for held in views.held(self.ledger):
-                    views.assign(self.ledger, held.ids, "cus_0" if held.customer == MORTAL else held.customer)
+                    acts.assign(self.ledger, held.ids, "cus_0" if held.customer == MORTAL else held.customer)
                 self.sandbox.time += HOUR
                 views.retry(self.ledger)
                 self.wait()

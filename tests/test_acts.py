@@ -250,10 +250,10 @@ def test_what_is_not_held_cannot_be_assigned_and_then_nothing_is(books: Books) -
     books.deliver("sent")
     sent = held[-1] + 1
     refused(
-        books, IllegalMoveError, rf"reading {sent} \(sent\) is sealed, not held", views.assign, [*held, sent], "cus_2"
+        books, IllegalMoveError, rf"reading {sent} \(sent\) is sealed, not held", acts.assign, [*held, sent], "cus_2"
     )
-    refused(books, ConfigurationError, "no reading 999", views.assign, [*held, 999], "cus_2")
-    assert views.assign(books.ledger, [*held, held[0]], "cus_2") == 2
+    refused(books, ConfigurationError, "no reading 999", acts.assign, [*held, 999], "cus_2")
+    assert acts.assign(books.ledger, [*held, held[0]], "cus_2") == 2
 
 
 def test_what_a_wrong_meter_held_is_looked_at_again_and_what_stripe_refused_when_it_is_due(books: Books) -> None:

@@ -23,7 +23,7 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.ages import DAY, period, spans
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import AgeAlarm, ConfigurationError
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import acts, views
 
 NOON = int(datetime(2027, 3, 12, 12, tzinfo=UTC).timestamp())
 """Nowhere near the end of a billing period that begins on the first."""
@@ -116,7 +116,7 @@ def test_a_restart_and_another_process_do_not_tell_again(books: Books) -> None:
 def test_what_was_settled_and_crosses_again_is_told_again(books: Books) -> None:
     hold(books, "run-1", days=8)
     assert len(alarms(books)) == 1
-    views.assign(books.ledger, [1], "cus_1")
+    acts.assign(books.ledger, [1], "cus_1")
     books.deliver()
     assert alarms(books) == []
     hold(books, "run-2", days=8)

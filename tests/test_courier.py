@@ -19,7 +19,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.delivery.lookups import MISSING_SECONDS
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import outbox, views
+from langchain_stripe_meter.ledger import acts, outbox, views
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import (
@@ -112,7 +112,7 @@ def test_two_customers_with_one_address_are_held_with_both_named(shop: Shop) -> 
     shop.drive()
     (held,) = views.held(shop.ledger)
     assert all(customer in held.reason for customer in pair)
-    views.assign(shop.ledger, held.ids, pair[0])
+    acts.assign(shop.ledger, held.ids, pair[0])
     shop.drive()
     assert shop.billed(pair[0]) == 1
     settled(shop.ledger, shop.sandbox, fault="two customers with one address")
@@ -490,7 +490,7 @@ def test_a_customer_who_is_gone_is_told_once_and_billed_when_a_person_says_who_p
     assert len(shop.sent("cus_1")) == 5
     assert len({request.idempotency_key for request in shop.sent("cus_1")}) == 5
     (held,) = views.held(shop.ledger)
-    views.assign(shop.ledger, held.ids, "cus_2")
+    acts.assign(shop.ledger, held.ids, "cus_2")
     shop.drive()
     assert shop.billed("cus_2") == 4
     assert_invariant(shop.ledger, shop.sandbox, settled=True)

@@ -22,7 +22,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.delivery.lookups import Lookups
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import sealing, views
+from langchain_stripe_meter.ledger import acts, sealing, views
 from langchain_stripe_meter.ledger.payers import digest, secret_of
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -279,7 +279,7 @@ def test_a_customer_who_is_deleted_after_sealing_is_held_and_another_may_pay(des
     assert (held.customer, held.value) == (gone, 5)
     assert "No such customer" in held.reason
     assert_invariant(desk.ledger, desk.sandbox)
-    views.assign(desk.ledger, held.ids, other)
+    acts.assign(desk.ledger, held.ids, other)
     desk.drive(courier)
     assert desk.sandbox.billed("tokens") == {other: 5}
     assert [event.identifier for event in desk.sandbox.events] == ["run"]

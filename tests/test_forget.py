@@ -92,7 +92,7 @@ def test_a_person_is_gone_wherever_they_were_named_and_the_amounts_stay(ledger: 
     assert amounts(ledger) == before
     (group,) = views.held(ledger)
     assert (group.reference, group.value, group.reason) == (None, 14, FORGOTTEN)
-    assert views.assign(ledger, group.ids, "cus_1") == 3
+    assert acts.assign(ledger, group.ids, "cus_1") == 3
     again = forget(ledger, **by)
     assert (again.leads, again.readings, again.complete) == (0, 0, True)
 

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine, insert, select, update
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError
-from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
+from langchain_stripe_meter.ledger import acts, outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.resolving import Unknown
@@ -263,8 +263,8 @@ def test_held_readings_are_grouped_by_what_they_wait_for_and_can_be_assigned(led
     assert "ann@example.com" not in repr(by_customer)
     assert (by_amount.customer, by_amount.value) == ("cus_1", None)
 
-    assert views.assign(ledger, by_amount.ids, None, 7) == 1
-    assert views.assign(ledger, by_customer.ids, "cus_2") == 2
+    assert acts.assign(ledger, by_amount.ids, None, 7) == 1
+    assert acts.assign(ledger, by_customer.ids, "cus_2") == 2
     assert not views.held(ledger)
     assert views.totals(ledger)["ai_tokens", "cus_2"] == {"resolved": Decimal("0.3")}
     assert views.totals(ledger)["ai_tokens", "cus_1"] == {"resolved": 7}
@@ -273,17 +273,17 @@ def test_held_readings_are_grouped_by_what_they_wait_for_and_can_be_assigned(led
 def test_a_reading_without_amount_and_customer_needs_both(ledger: Ledger) -> None:
     ledger.record([entry("a", None, state=ReadingState.HELD, customer=None, reference=ANN)])
     (held,) = views.held(ledger)
-    assert views.assign(ledger, held.ids, "cus_1") == 0
-    assert views.assign(ledger, held.ids, None, "2.5") == 1
+    assert acts.assign(ledger, held.ids, "cus_1") == 0
+    assert acts.assign(ledger, held.ids, None, "2.5") == 1
     with pytest.raises(ConfigurationError):
-        views.assign(ledger, held.ids, None)
+        acts.assign(ledger, held.ids, None)
 
 
 def test_more_held_readings_can_be_assigned_than_a_statement_takes_values(ledger: Ledger) -> None:
     ledger.record([named(f"run-{number}") for number in range(70_000)])
     do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     (held,) = views.held(ledger)
-    assert views.assign(ledger, held.ids, "cus_1") == 70_000
+    assert acts.assign(ledger, held.ids, "cus_1") == 70_000
 
 
 def test_retry_looks_held_readings_up_again_and_sends_rejected_events_again(ledger: Ledger) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_stripe_meter.core.events import MAX_DIGITS, significant_digits
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import acts, views
 from langchain_stripe_meter.ledger.sealing import rolled_up
 from langchain_stripe_meter.sandbox import drop_answer
 
@@ -85,7 +85,7 @@ def test_when_its_customer_is_gone_every_run_of_a_rolled_up_event_is_held(shop: 
     shop.drive()
     (held,) = views.held(shop.ledger)
     assert (held.customer, held.value, len(held.ids)) == ("cus_1", 8, 2)
-    views.assign(shop.ledger, held.ids, "cus_2")
+    acts.assign(shop.ledger, held.ids, "cus_2")
     shop.drive()
     assert shop.billed("cus_2") == 8
 

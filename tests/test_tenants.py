@@ -24,11 +24,14 @@ from langchain_stripe_meter import (
 from langchain_stripe_meter.agents.leads import capture_lead_tool
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
 from langchain_stripe_meter.core.customers import Facts, Reference, static
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, SpendLimitError
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.sandbox import StripeSandbox
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
+from langchain_stripe_meter.unrecorded import entry_of, lost_of
 
 ANNA, BERT = "acct_anna", "acct_bert"
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
@@ -208,26 +211,92 @@ def test_a_tenants_customer_may_be_a_plain_id() -> None:
     assert Tenant(ANNA).customer is None
 
 
-def test_a_tenant_function_that_fails_bills_nobody_and_is_told(
+def test_a_tenant_function_that_fails_holds_the_run_until_a_person_says_whose_it_is(
     platform: Platform, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[Exception] = []
+    is_down = True
 
+    def tenant(facts: Facts) -> Tenant | None:
+        if is_down:
+            raise KeyError(facts.metadata["tenant"])
+        return of_metadata(facts)
+
+    meters = Tokens("ai_tokens"), Messages("messages")
+    platform.bert.create_meter("messages")
+    with platform.handler(*meters, customer="cus_1", tenant=tenant, on_error=told.append) as handler:
+        for _ in range(2):
+            answer(handler, tenant="secret@example.com")
+        report = handler.flush()
+        assert (report.held, report.skipped, report.pending) == (4, 0, 0)
+        assert handler.status().unrecorded == 0
+        assert platform.billed() == (0, 0, 0)
+        (error,) = told  # once, however often it fails
+        (line,) = [record.getMessage() for record in caplog.records if "tenant=" in record.getMessage()]
+        for said in (str(error), line):
+            assert "KeyError" in said
+            assert "assign" in said
+            assert "secret" not in said
+
+        is_down = False
+        answer(handler, tenant="bert")
+        is_down = True
+        answer(handler, tenant="anna")
+        assert len(told) == 2  # it went on in between
+
+        tokens = next(held for held in handler.held() if held.event_name == "ai_tokens")
+        assert (tokens.value, tokens.reason) == (45, "tenant= failed: KeyError")
+        with pytest.raises(ConfigurationError, match="account="):
+            handler.assign(tokens, "cus_1")
+        assert handler.assign(tokens, "cus_1", account=ANNA) == 3
+        assert handler.flush().held == 3
+    assert platform.billed() == (0, 45, 15)
+
+
+def test_only_what_has_no_account_is_given_one(platform: Platform) -> None:
+    with platform.handler(customer=static(email="eve@example.com"), stripe_account=ANNA) as handler:
+        answer(handler)
+        assert handler.flush().held == 1
+        (held,) = handler.held()
+        with pytest.raises(ConfigurationError, match=ANNA):
+            handler.assign(held, "cus_1", account=BERT)
+        assert handler.assign(held, "cus_1", account=ANNA) == 1
+
+
+def test_without_its_tenant_usage_without_a_run_is_refused_so_that_the_job_can_tell_it_again(
+    platform: Platform,
+) -> None:
+    """Held, it would be billed twice: by whoever assigns it, and by the same job told again."""
+    is_down = True
+
+    def tenant(facts: Facts) -> Tenant | None:
+        if is_down:
+            raise KeyError
+        return of_metadata(facts)
+
+    with platform.handler(customer="cus_1", tenant=tenant) as handler:
+        job: dict[str, Any] = {"usage": {"input_tokens": 8}, "id": "job-1", "metadata": {"tenant": "anna"}}
+        with pytest.raises(ConfigurationError, match="KeyError"):
+            handler.record_usage(**job)
+        is_down = False
+        handler.record_usage(**job)
+        assert handler.flush().delivered == 1
+        assert not handler.held()
+    assert platform.billed() == (0, 8, 0)
+
+
+def test_a_run_without_its_tenant_is_not_refused_for_it_will_be_paid(platform: Platform) -> None:
     def broken(facts: Facts) -> Tenant:
-        raise KeyError(facts.metadata["tenant"])
+        raise KeyError
 
-    with platform.handler(customer="cus_1", tenant=broken, on_error=told.append) as handler:
-        answer(handler, tenant="secret@example.com")
-        assert handler.flush().skipped == 1
-        (row,) = views.tail(handler._ledger)
-    assert (row.state, row.reason) == ("skipped", "tenant= failed: KeyError")
-    assert platform.billed() == (0, 0, 0)
-    assert told
-    assert "secret" not in str(told)
-    (line,) = {record.getMessage() for record in caplog.records if "tenant=" in record.getMessage()}
-    assert "KeyError" in line
-    assert "billed to nobody" in line
-    assert "secret" not in caplog.text
+    with platform.handler(customer="cus_1", tenant=broken, on_unidentified="raise") as handler:
+        answer(handler)
+        assert handler.flush().held == 1
+
+
+def test_what_could_not_be_stored_of_it_comes_back_as_held() -> None:
+    entry = Entry("a", "ai_tokens", Decimal(15), 1, ReadingState.HELD, reason="tenant= failed: KeyError")
+    assert [entry_of(lost) for lost in lost_of([entry])] == [entry]
 
 
 @pytest.mark.parametrize("tenant", [7, "acct_anna", Tenant(ANNA)])
@@ -321,14 +390,14 @@ def test_without_tenants_a_limit_is_asked_for_on_the_handlers_account_by_default
     ("given", "reason"),
     [(ANNA, "tenant= gave no Tenant"), (Tenant(ANNA, meters=()), "tenant= failed: ConfigurationError")],
 )
-def test_a_tenant_that_cannot_be_used_skips_the_run_visibly_instead_of_losing_it(
+def test_a_tenant_that_cannot_be_used_holds_the_run_visibly_instead_of_losing_it(
     platform: Platform, given: Any, reason: str
 ) -> None:
     told: list[Exception] = []
     with platform.handler(customer="cus_1", tenant=lambda _: given, on_error=told.append) as handler:
         answer(handler)
-        assert handler.flush().skipped == 1
+        assert handler.flush().held == 1
         assert handler.status().unrecorded == 0
         (row,) = views.tail(handler._ledger)
-    assert (row.state, row.value, row.reason) == ("skipped", 15, reason)
+    assert (row.state, row.value, row.reason) == ("held", 15, reason)
     assert told

@@ -422,7 +422,7 @@ def test_an_identifier_that_stripe_took_and_refused_is_never_sent_again_whatever
     views.retry(small.ledger)
     small.deliver()
     (held,) = views.held(small.ledger)
-    views.assign(small.ledger, held.ids, "cus_2")
+    acts.assign(small.ledger, held.ids, "cus_2")
     small.deliver()
     assert small.sandbox.billed("ai_tokens", "cus_2") == 500
     assert small.states() == {"run-1": "delivered"}

@@ -149,8 +149,10 @@ def forget(
 @app.command()
 def assign(
     ids: Annotated[list[str], typer.Argument(help="Held readings, as 'held' shows them: 3 or 3-7.")],
+    *,
     customer: Annotated[str | None, typer.Option(help="Who pays: 'cus_…'.")] = None,
     value: Annotated[str | None, typer.Option(help="How much each, where no amount is known.")] = None,
+    account: Annotated[str | None, typer.Option(help="On which connected account, where tenant= failed.")] = None,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -158,10 +160,10 @@ def assign(
     if customer is None and value is None:
         fail("Say who pays with --customer cus_…, how much with --value, or both.", as_json=as_json)
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger import views
+        from langchain_stripe_meter.ledger.acts import assign as settle
 
         numbers = from_ranges(ids)
-        moved = views.assign(opened, numbers, customer, value)
+        moved = settle(opened, numbers, customer, value, account)
     said = f"{moved} of {len(numbers)} readings will be sent. Run: stripe-meter deliver --once"
     say(said, {"moved": moved, "asked": len(numbers)}, as_json=as_json)
     if moved < len(numbers):

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, as_source
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, Skip, as_source
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Meter
+from langchain_stripe_meter.core.values import valueclass
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,15 @@ class Tenant:
         check_account(self.account)
         if self.customer is not None:
             object.__setattr__(self, "customer", as_source(self.customer))
+
+
+NO_TENANT = "tenant= "
+"""How the reason begins why usage is held on no account: a person must say whose it is."""
+
+
+@valueclass
+class Untold(Skip):
+    """The application's own function could not say whose business a run is: nobody is billed until a person does."""
 
 
 TenantSource = Callable[[Facts], Tenant | None]

@@ -5,7 +5,7 @@ Each function that changes something takes all that it is given, or refuses by n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
@@ -29,6 +29,7 @@ from langchain_stripe_meter.core.states import (
     next_event_state,
     next_reading_state,
 )
+from langchain_stripe_meter.core.tenants import NO_TENANT
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
@@ -38,7 +39,7 @@ from langchain_stripe_meter.ledger.views import Held, html_table
 CANCEL_SECONDS = 86_400
 """Stripe cancels an event within 24 hours of receiving it."""
 CANCEL_ASKED, CANCELLED, REFUSED = "cancel asked", "cancelled", "cancel refused"
-CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
+ASSIGNED, CORRECTED, RETIMED, WRITTEN_OFF = "assigned", "corrected", "re-timed", "written off"
 UNEXPLAINED = "unexplained"
 MAX_REASON = 300
 _IDS_AT_ONCE = 10_000
@@ -240,7 +241,61 @@ def check_reason(reason: object) -> str:
     return reason.strip()
 
 
-# -- re-timed and written off
+# -- assigned, re-timed and written off
+
+
+def assign(
+    ledger: Ledger,
+    held: Held | Sequence[int],
+    customer: str | None = None,
+    value: object = None,
+    account: str | None = None,
+) -> int:
+    """A person says who pays for held readings, how much each where no amount is known, and on which ``account`` where
+    ``tenant=`` could not tell it.
+
+    Returns how many moved. A reading that still lacks its customer or its amount stays held. Raises, by name, and
+    changes nothing where one is not held (``IllegalMoveError``), or is not there or lacks its account
+    (``ConfigurationError``).
+    """
+    if customer is None and value is None:
+        raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
+    ids = held.ids if isinstance(held, Held) else tuple(held)
+    changes: dict[str, Any] = {} if account is None else {"account": check_account(account)}
+    if customer is not None:
+        changes |= {"customer": check_customer_id(customer), "reference": None}
+    amount = None if value is None else number_text(check_value(value))
+    with ledger.deliver_lane().transaction() as connection:
+        for row in _readings(connection, ids):
+            _check_assigned(row, account, customer)
+        moved = sum(_assign(connection, part, changes, amount) for part in _parts(ids))
+        said = ", ".join(str(one) for one in (customer, amount, account) if one)
+        write_act(connection, ASSIGNED, f"{len(ids)} held readings", said, ledger.now())
+        return moved
+
+
+def _check_assigned(row: Any, account: str | None, customer: str | None) -> None:
+    name = f"The reading {row.id} ({row.key})"
+    if row.state != ReadingState.HELD.value:
+        raise IllegalMoveError(f"{name} is {row.state}, not held. See: stripe-meter held")
+    if not (row.reason or "").startswith(NO_TENANT):
+        if account not in (None, row.account):
+            raise ConfigurationError(f"{name} is on {row.account or 'the account of the key'}, and stays there.")
+    elif account is None and customer is not None:
+        raise ConfigurationError(
+            f"{name} has no account ({row.reason}). Say whose it is with account='acct_…' ('' for the key's own)."
+        )
+
+
+def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:
+    mine = (readings.c.id.in_(ids), readings.c.state == ReadingState.HELD.value)
+    if changes:
+        connection.execute(update(readings).where(*mine).values(**changes))
+    if amount is not None:
+        connection.execute(update(readings).where(*mine, readings.c.value.is_(None)).values(value=amount))
+    ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
+    resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
+    return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
 
 
 def retime(ledger: Ledger, held: Held | Sequence[int], at: int | None = None) -> int:
@@ -309,12 +364,16 @@ def _write_off_event(connection: Connection, identifier: str, reason: str, now: 
 
 def _readings(connection: Connection, ids: Sequence[int]) -> list[Any]:
     """The readings with these ids; a refusal that names one that is not there."""
-    parts = (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
-    rows = [row for part in parts for row in connection.execute(_by_id(part))]
+    rows = [row for part in _parts(ids) for row in connection.execute(_by_id(part))]
     missing = sorted(set(ids) - {row.id for row in rows})
     if missing:
         raise ConfigurationError(f"The ledger has no reading {missing[0]}. See: stripe-meter held")
     return rows
+
+
+def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
+    """As many at once as a statement takes values."""
+    return (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
 
 
 def _by_id(ids: Iterable[int]) -> Any:

@@ -10,11 +10,10 @@ from typing import Any
 
 from sqlalchemy import Connection, func, null, or_, select, union, union_all, update
 
-from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.events import FUTURE_LIMIT, check_value, number_text
+from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
-from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
+from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.schema import (
     IS_DOUBTFUL,
@@ -27,7 +26,7 @@ from langchain_stripe_meter.ledger.schema import (
     pruned,
     readings,
 )
-from langchain_stripe_meter.ledger.store import Ledger, write_act
+from langchain_stripe_meter.ledger.store import Ledger
 
 _SHOWN = ("paused", "clock")
 """The ledger's notes that a status shows."""
@@ -41,8 +40,6 @@ _WHAT_TO_CALL = (
     "To do: assign(held, 'cus_…') (who pays) or assign(held, value=7) (how much each); retry() (once Stripe has the "
     "customer or the meter); retime(held) (what is too old); write_off(held, reason='…') (not billed)."
 )
-_IDS_AT_ONCE = 10_000
-"""Databases take only so many bound values in one statement."""
 
 
 class NotebookTable:
@@ -238,51 +235,6 @@ def _held(rows: list[Any]) -> Held:
     value = None if first.value is None else exact_sum(Decimal(row.value) for row in rows)
     ids = tuple(row.id for row in rows)
     return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "")
-
-
-def assign(ledger: Ledger, ids: Sequence[int], customer: str | None, value: object = None) -> int:
-    """A person says who pays for held readings, and how much each where no amount is known.
-
-    Returns how many moved. A reading that still lacks its customer or its amount stays held. Raises, by name, and
-    changes nothing where one is not held (``IllegalMoveError``) or not there (``ConfigurationError``).
-    """
-    if customer is None and value is None:
-        raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
-    changes: dict[str, Any] = {}
-    if customer is not None:
-        changes |= {"customer": Reference("id", customer).value, "reference": None}
-    amount = None if value is None else number_text(check_value(value))
-    with ledger.deliver_lane().transaction() as connection:
-        parts = [ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE)]
-        for part in parts:
-            _check_held(connection, part)
-        moved = sum(_assign(connection, part, changes, amount) for part in parts)
-        said = ", ".join(str(one) for one in (customer, amount) if one is not None)
-        write_act(connection, "assigned", f"{len(ids)} held readings", said, ledger.now())
-        return moved
-
-
-def _check_held(connection: Connection, ids: Sequence[int]) -> None:
-    """Refuse readings that are not held, by the name of one."""
-    query = select(readings.c.id, readings.c.key, readings.c.state).where(readings.c.id.in_(ids))
-    known = {row.id: row for row in connection.execute(query)}
-    for one in ids:
-        if one not in known:
-            raise ConfigurationError(f"The ledger has no reading {one}. See: stripe-meter held")
-        row = known[one]
-        if row.state != ReadingState.HELD.value:
-            raise IllegalMoveError(f"The reading {one} ({row.key}) is {row.state}, not held. See: stripe-meter held")
-
-
-def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:
-    mine = (readings.c.id.in_(ids), readings.c.state == ReadingState.HELD.value)
-    if changes:
-        connection.execute(update(readings).where(*mine).values(**changes))
-    if amount is not None:
-        connection.execute(update(readings).where(*mine, readings.c.value.is_(None)).values(value=amount))
-    ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
-    resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
-    return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
 
 
 def look_again(ledger: Ledger) -> int:
