@@ -272,6 +272,24 @@ def test_what_a_wrong_meter_held_is_looked_at_again_and_what_stripe_refused_when
     assert books.states() == {"meter": "resolved", "gone": "held", "due": "resolved", "decided": "held"}
 
 
+def test_a_retry_passes_over_what_is_too_old_and_holds_what_stripe_rejected_then(
+    books: Books, caplog: pytest.LogCaptureFixture
+) -> None:
+    held = too_old(books, "held")
+    books.deliver("old", "young", at=books.ledger.now() - 20 * DAY, value=3)
+    books.deliver("new")
+    books.take(*books.sandbox.reject("old", "new"))
+    books.sandbox.advance(days=15)
+    assert views.retry(books.ledger) == 1
+    assert books.states() == {"held": "held", "old": "held", "young": "delivered", "new": "pending"}
+    assert "1 meter events are held: older than 34 days" in caplog.text
+    assert {one.reason.partition(":")[0] for one in views.held(books.ledger)} == {"older than 34 days"}
+    assert acts.retime(books.ledger, [*held, 2]) == 2
+    books.deliver()
+    assert set(books.states().values()) == {"delivered"}
+    assert books.billed() == 8
+
+
 def test_held_usage_is_shown_with_what_to_do_about_it(books: Books) -> None:
     assert "To do" not in views.held(books.ledger)._repr_html_()
     too_old(books, "held-1")

@@ -62,7 +62,7 @@ def test_each_threshold_is_told_once_as_usage_grows_old(books: Books, caplog: py
         books.sandbox.set_time(NOON + (day + 1) * DAY + 1000)
     counts = {"ai_tokens": 2, "other": 1}
     ages = {day: one for day, found in told.items() for one in found if "days" in one[0]}
-    assert ages == {7: ("7 days", counts), 21: ("21 days", counts), 30: ("30 days", counts)}
+    assert ages == {7: ("7 days", counts), 21: ("21 days", counts), 30: ("30 days", counts), 34: ("34 days", counts)}
     (line,) = [record.getMessage() for record in caplog.records if "older than 7 days" in record.getMessage()]
     assert line.endswith("is older than 7 days: 2 on ai_tokens, 1 on other. Stripe refuses it at 35 days.")
     assert "cus_" not in caplog.text

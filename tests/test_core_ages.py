@@ -69,7 +69,8 @@ def test_the_first_and_the_last_day_of_a_month_are_billing_days() -> None:
 
 def test_an_alarm_is_about_usage_of_one_age_however_old_and_is_crossed_by_the_newest_of_it() -> None:
     assert spans(NOON) == [
-        Span("30 days", 0, NOON - 30 * DAY, 30 * DAY),
+        Span("34 days", 0, NOON - 34 * DAY, 34 * DAY),
+        Span("30 days", NOON - 34 * DAY, NOON - 30 * DAY, 30 * DAY),
         Span("21 days", NOON - 30 * DAY, NOON - 21 * DAY, 21 * DAY),
         Span("7 days", NOON - 21 * DAY, NOON - 7 * DAY, 7 * DAY),
     ]
@@ -95,7 +96,7 @@ def test_a_period_that_begins_on_another_day_closes_on_that_day() -> None:
 
 def test_an_alarm_of_one_period_says_nothing_of_the_next() -> None:
     assert [span.name for span in closing(APRIL)] == [f"closed {APRIL}"]
-    assert [span.name for span in spans(NOON)] == ["30 days", "21 days", "7 days"]
+    assert [span.name for span in spans(NOON)] == ["34 days", "30 days", "21 days", "7 days"]
 
 
 # -- what is told again
@@ -132,6 +133,10 @@ def test_a_day_passes_before_it_is_told_again(since: int, again: bool) -> None:
 def test_an_alarm_of_age_names_how_much_is_how_old_on_which_meters() -> None:
     assert sentence(WEEK, iter([Late("t", 1234, 0, 0), Late("m", 1, 0, 0)])) == (
         "Undelivered usage is older than 7 days: 1,234 on t, 1 on m. Stripe refuses it at 35 days."
+    )
+    assert sentence(spans(NOON)[0], [Late("t", 5, 0, 0)]) == (
+        "Undelivered usage is older than 34 days: 5 on t. It is not sent, for Stripe refuses it at 35 days: retime() "
+        "it or write it off."
     )
 
 

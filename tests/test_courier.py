@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import assert_invariant, wait_until
-from courier_shop import Shop, of, payer
+from courier_shop import EVENTS, Shop, of, payer
 from faults import settled, tally
 from sqlalchemy import update
 
@@ -351,9 +351,47 @@ def test_usage_that_waited_34_days_is_held(shop: Shop) -> None:
     shop.sandbox.advance(days=34, seconds=1)
     shop.drive()
     assert shop.states() == {"run": "held"}
-
-    # -- how many at once
     settled(shop.ledger, shop.sandbox, fault="usage waited for 34 days")
+
+
+def test_an_event_that_waited_34_days_is_held_instead_of_sent_until_a_person_says_when_it_was(shop: Shop) -> None:
+    shop.sandbox.fail(rate_limited(), path=EVENTS, times=None)
+    shop.record("run-1", "run-2", value=500)
+    shop.record("other", customer="cus_2", at=shop.ledger.now() + 240)
+    shop.drive(seconds=60)
+    assert set(shop.states().values()) == {"pending"}
+    before = len(shop.sent())
+    shop.sandbox.advance(days=34)
+    shop.sandbox.clear_faults()
+    shop.drive()
+    assert shop.states() == {"run-1": "held", "run-2": "held", "other": "delivered"}
+    assert len(shop.sent()) == before + 1
+    (held,) = views.held(shop.ledger)
+    assert held.reason.startswith("older than 34 days")
+    assert acts.retime(shop.ledger, held) == 2
+    shop.drive()
+    assert shop.billed() == 1000
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_what_waited_34_days_and_was_rolled_up_is_held_reading_by_reading(shop: Shop) -> None:
+    courier = shop.another_courier(roll_up=3600)
+    shop.sandbox.fail(rate_limited(), path=EVENTS, times=None)
+    shop.record("run-1", "run-2", value=5)
+    shop.sandbox.advance(hours=1)
+    shop.drive(courier, seconds=60)
+    shop.sandbox.advance(days=34)
+    shop.sandbox.clear_faults()
+    shop.drive(courier)
+    assert shop.states() == {"run-1": "held", "run-2": "held"}
+    assert acts.write_off(shop.ledger, ["run-1"], reason="goodwill") == 1
+    assert acts.retime(shop.ledger, [2]) == 1
+    shop.sandbox.advance(hours=1)
+    shop.drive(courier)
+    assert (shop.states(), shop.billed()) == ({"run-1": "written_off", "run-2": "delivered"}, 5)
+
+
+# -- how many at once
 
 
 def test_one_customer_and_meter_has_one_call_at_a_time_while_others_run_in_parallel(shop: Shop) -> None:

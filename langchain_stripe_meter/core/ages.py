@@ -10,10 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from langchain_stripe_meter.core.states import STALE_AFTER
 from langchain_stripe_meter.errors import ConfigurationError
 
 DAY = 86_400
-DAYS = (30, 21, 7)
+HELD_DAYS = STALE_AFTER // DAY
+DAYS = (HELD_DAYS, 30, 21, 7)
 """Ages that are alarms, the worst first."""
 CLOSING_SECONDS = DAY
 """How long before the end of a billing period its undelivered usage is an alarm."""
@@ -103,7 +105,10 @@ def sentence(span: Span, late: Iterable[Late]) -> str:
     late = list(late)
     what = ", ".join(f"{one.count:,} on {one.meter}" for one in late)
     if span.ends is None:
-        return f"Undelivered usage is older than {span.threshold}: {what}. Stripe refuses it at 35 days."
+        said = f"Undelivered usage is older than {span.threshold}: {what}."
+        if span.crossed_after < HELD_DAYS * DAY:
+            return f"{said} Stripe refuses it at 35 days."
+        return f"{said} It is not sent, for Stripe refuses it at 35 days: retime() it or write it off."
     when = datetime.fromtimestamp(span.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
     verb = "closes" if span.threshold == "closing" else "closed"
     return f"A billing period {verb} at {when}, and usage of it is undelivered: {what}."

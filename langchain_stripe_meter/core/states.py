@@ -52,7 +52,8 @@ class EventState(StrEnum):
     DOUBTFUL = "doubtful"
     REJECTED = "rejected"
     WITHDRAWN = "withdrawn"
-    """Stripe has not taken it, since its customer or meter is gone; its readings are held, and its row is removed."""
+    """Stripe has not taken it, and its customer or meter is gone, or it is too old: its readings are held, and its row
+    is removed."""
     WRITTEN_OFF = "written_off"
 
 
@@ -66,6 +67,7 @@ class Move(StrEnum):
     ASSIGN = "assign"
     SEAL = "seal"
     UNSEAL = "customer or meter is gone"
+    TOO_OLD = "too old"
     CLAIM = "claimed by a lead"
     RETIME = "re-time"
     CANCEL = "cancel"
@@ -88,7 +90,7 @@ _R, _E, _M = ReadingState, EventState, Move
 READING_MOVES: Mapping[ReadingState, Mapping[Move, ReadingState]] = {
     _R.RECORDED: {_M.FOUND: _R.RESOLVED, _M.NOT_FOUND: _R.HELD, _M.HOLD: _R.HELD},
     _R.RESOLVED: {_M.SEAL: _R.SEALED, _M.HOLD: _R.HELD},
-    _R.SEALED: {_M.UNSEAL: _R.HELD},
+    _R.SEALED: {_M.UNSEAL: _R.HELD, _M.TOO_OLD: _R.HELD},
     _R.HELD: {
         _M.TRY_AGAIN: _R.RECORDED,
         _M.ASSIGN: _R.RESOLVED,
@@ -100,7 +102,7 @@ READING_MOVES: Mapping[ReadingState, Mapping[Move, ReadingState]] = {
 }
 
 EVENT_MOVES: Mapping[EventState, Mapping[Move, EventState]] = {
-    _E.PENDING: {_M.SEND: _E.SENDING, _M.OUT_OF_WINDOW: _E.DOUBTFUL},
+    _E.PENDING: {_M.SEND: _E.SENDING, _M.OUT_OF_WINDOW: _E.DOUBTFUL, _M.TOO_OLD: _E.WITHDRAWN},
     _E.SENDING: {
         _M.ACCEPTED: _E.DELIVERED,
         _M.DUPLICATE: _E.DELIVERED,
@@ -113,7 +115,7 @@ EVENT_MOVES: Mapping[EventState, Mapping[Move, EventState]] = {
     },
     _E.DOUBTFUL: {_M.SEEN_AT_STRIPE: _E.DELIVERED, _M.ABSENT_AT_STRIPE: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
     _E.DELIVERED: {_M.REJECTED_LATER: _E.REJECTED, _M.CANCEL: _E.WRITTEN_OFF},
-    _E.REJECTED: {_M.TRY_AGAIN: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
+    _E.REJECTED: {_M.TRY_AGAIN: _E.PENDING, _M.TOO_OLD: _E.WITHDRAWN, _M.WRITE_OFF: _E.WRITTEN_OFF},
     _E.WITHDRAWN: {},
     _E.WRITTEN_OFF: {},
 }

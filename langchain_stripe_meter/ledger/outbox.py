@@ -12,11 +12,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, bindparam, func, or_, select, text, tuple_, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select, text, tuple_, update
 
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
     CLOCK_MARGIN,
+    STALE_AFTER,
     Attempt,
     EventState,
     Move,
@@ -27,7 +28,7 @@ from langchain_stripe_meter.core.states import (
     settle,
 )
 from langchain_stripe_meter.ledger.schema import events, readings
-from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal
+from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
 
 LEASE_SECONDS = 120
 """How long a courier may take for one event before another takes it for dead; longer than any HTTP timeout."""
@@ -68,7 +69,8 @@ def owner() -> str:
 def claim(connection: Connection, slots: int, now: int, resting: Collection[Line] = ()) -> list[Claimed]:
     """Take up to ``slots`` due events, one per customer and meter, and store the intent to send them.
 
-    ``resting`` are left alone. What Stripe may have forgotten becomes doubtful instead of being sent again.
+    ``resting`` are left alone. What Stripe may have forgotten becomes doubtful instead of being sent again; what is
+    too old for it, and which it surely does not have, is held.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(_CLAIM_LOCK)
@@ -131,6 +133,10 @@ def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: in
     """The claim on an event; None where it must not, or can never, be sent."""
     if row["first_unknown_at"] is not None and out_of_window(row["first_unknown_at"], now):
         _set_aside(connection, row, next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW), row["error"], now)
+        return None
+    if row["first_unknown_at"] is None and row["at"] < now - STALE_AFTER:
+        its_line = [events.c[name] == row[name] for name in ("account", "customer", "event_name")]
+        withdraw_stale(connection, and_(events.c.state == EventState.PENDING.value, *its_line), now)
         return None
     try:
         event = meter_event(row, row["identifier"])

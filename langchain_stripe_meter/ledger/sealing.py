@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, and_, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, insert, or_, select, update
 
 from langchain_stripe_meter.core.events import (
     FUTURE_LIMIT,
@@ -30,6 +30,7 @@ SEAL_AT_MOST = 1000
 REJECTED_LATER = "rejected later"
 """The act that says that Stripe refused an event which it had taken."""
 _RESENT = re.compile(r"-r\d+\Z")
+TOO_OLD = "older than 34 days: Stripe would refuse it; re-time it or write it off"
 MALFORMED = (ValueError, ArithmeticError, MeteringError)
 """What a row raises that no reading of ours could have become: a person must look at it."""
 
@@ -207,12 +208,27 @@ def unseal(connection: Connection, event_id: int, reason: str, now: int) -> None
     connection.execute(delete(events).where(events.c.id == event_id))
 
 
+def withdraw_stale(connection: Connection, which: ColumnElement[bool], now: int) -> int:
+    """Of the pending or rejected events that are ``which``, remove some that Stripe surely has not and would refuse
+    for their age; their readings are held for a person. Returns how many."""
+    is_stale = and_(events.c.at < now - STALE_AFTER, events.c.first_unknown_at.is_(None))
+    query = select(events.c.id).where(which, is_stale).limit(SEAL_AT_MOST).with_for_update(skip_locked=True)
+    ids = connection.execute(query).scalars().all()
+    if ids:
+        held = next_reading_state(ReadingState.SEALED, Move.TOO_OLD).value
+        mine = update(readings).where(readings.c.event_id.in_(ids))
+        connection.execute(mine.values(state=held, event_id=None, reason=TOO_OLD, due=None))
+        connection.execute(delete(events).where(events.c.id.in_(ids)))
+        logger.warning("stripe-meter: %d meter events are held: %s", len(ids), TOO_OLD)
+    return len(ids)
+
+
 def _hold_stale(connection: Connection, now: int) -> None:
     statement = update(readings).where(free(connection, and_(RESOLVED, readings.c.at < now - STALE_AFTER)))
     connection.execute(
         statement.values(
             state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value,
-            reason="older than 34 days: Stripe would refuse it; re-time it or write it off",
+            reason=TOO_OLD,
             due=None,
         )
     )

@@ -12,7 +12,14 @@ from sqlalchemy import Connection, func, null, or_, select, union, union_all, up
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.exact import EXACT, exact_sum
-from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
+from langchain_stripe_meter.core.states import (
+    STALE_AFTER,
+    EventState,
+    Move,
+    ReadingState,
+    next_event_state,
+    next_reading_state,
+)
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.schema import (
@@ -26,6 +33,7 @@ from langchain_stripe_meter.ledger.schema import (
     pruned,
     readings,
 )
+from langchain_stripe_meter.ledger.sealing import TOO_OLD, withdraw_stale
 from langchain_stripe_meter.ledger.store import Ledger
 
 _SHOWN = ("paused", "clock")
@@ -260,21 +268,25 @@ def look_again(ledger: Ledger) -> int:
 def retry(ledger: Ledger) -> int:
     """Try everything again that waits for something outside: unknown customers, and rejected events.
 
-    A rejected event is known not to be billed, so it may go out again under its own identifier.
+    A rejected event is known not to be billed, so it may go out again under its own identifier. What is too old for
+    Stripe is not tried, but held for a person to re-time it or write it off.
     """
     with ledger.deliver_lane().transaction() as connection:
-        moved = 0
-        for known, move in ((readings.c.reference, Move.TRY_AGAIN), (readings.c.customer, Move.ASSIGN)):
-            again = update(readings).where(readings.c.state == ReadingState.HELD.value, known.is_not(None))
+        now, moved = ledger.now(), 0
+        held = update(readings).where(readings.c.state == ReadingState.HELD.value, readings.c.value.is_not(None))
+        named = held.where(readings.c.reference.is_not(None))
+        of_customers = held.where(readings.c.customer.is_not(None))
+        connection.execute(of_customers.where(readings.c.at < now - STALE_AFTER).values(reason=TOO_OLD, due=None))
+        young = of_customers.where(readings.c.at >= now - STALE_AFTER)
+        for again, move in ((named, Move.TRY_AGAIN), (young, Move.ASSIGN)):
             state = next_reading_state(ReadingState.HELD, move).value
-            moved += connection.execute(
-                again.where(readings.c.value.is_not(None)).values(state=state, due=None)
-            ).rowcount
-        resend = update(events).where(events.c.state == EventState.REJECTED.value)
+            moved += connection.execute(again.values(state=state, due=None)).rowcount
+        rejected = events.c.state == EventState.REJECTED.value
+        while withdraw_stale(connection, rejected, now):
+            continue
         pending_again = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
-        return (
-            moved + connection.execute(resend.values(state=pending_again, due=ledger.now(), settled_at=None)).rowcount
-        )
+        resend = update(events).where(rejected).values(state=pending_again, due=now, settled_at=None)
+        return moved + connection.execute(resend).rowcount
 
 
 def _rows_query() -> Any:
