@@ -26,7 +26,8 @@ from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger.acts import ask_to_cancel
+from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.acts import ask_to_cancel, retime
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.schema import acts, events, pruned
@@ -330,9 +331,14 @@ def test_what_is_absent_but_too_old_is_not_sent_to_be_refused(shop: DoubtShop) -
     with pytest.raises(StripeError, match="34 days"):
         shop.look(1)
     assert shop.states() == {"run": "doubtful"}
-    with pytest.raises(ConfigurationError, match="event run is older"):
-        settle_doubt(shop.ledger, ["run"], delivered=False)
-    assert settle_doubt(shop.ledger, ["run"], delivered=True) == 1
+    assert settle_doubt(shop.ledger, ["run"], delivered=False) == 1
+    before = len(shop.sent())
+    shop.drive()
+    (held,) = views.held(shop.ledger)
+    assert (held.reason.partition(":")[0], len(shop.sent())) == ("older than 34 days", before)
+    assert retime(shop.ledger, held) == 1
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
 
 
 def test_the_sum_is_that_of_the_connected_account(shop: DoubtShop) -> None:

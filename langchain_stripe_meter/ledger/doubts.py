@@ -12,7 +12,7 @@ from sqlalchemy import Connection, and_, exists, or_, select, update
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
-from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, next_event_state
+from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.acts import CANCEL_ASKED
 from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, acts, events, pruned
@@ -77,20 +77,16 @@ def doubtful(ledger: Ledger) -> DoubtfulList:
 
 
 def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: bool) -> int:
-    """A person says whether Stripe has these doubtful events; those that it does not have are sent again.
+    """A person says whether Stripe has these doubtful events; those that it does not have are sent again, or held where
+    they are too old for it.
 
     Returns how many moved. Moves none and raises, by name, ``IllegalMoveError`` where one is not in doubt, and
-    ``ConfigurationError`` where the ledger does not have it, or where it is to be sent again and so old that Stripe
-    would refuse it.
+    ``ConfigurationError`` where the ledger does not have it.
     """
     now, moved = ledger.now(), 0
     with ledger.deliver_lane().transaction() as connection:
         for identifier in dict.fromkeys(identifiers):
             row = _doubted(connection, identifier)
-            if not delivered and now - row.at > STALE_AFTER:
-                raise ConfigurationError(
-                    f"The meter event {identifier} is older than 34 days: Stripe would refuse it. Write it off."
-                )
             _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
             said = "Stripe has it" if delivered else "Stripe does not have it"
             write_act(connection, "doubt settled", identifier, said, now)
