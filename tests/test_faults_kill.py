@@ -22,7 +22,7 @@ from sqlalchemy import create_engine
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.schema import HEAD
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE
+from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE, migrate
 from langchain_stripe_meter.sandbox import RecordedRequest, StripeSandbox, delay, drop_request
 
 Order = Callable[..., dict[str, Any]]
@@ -121,13 +121,22 @@ def test_killed_at_every_third_statement_on_postgresql(order: Order, postgres_ur
     engine.dispose()
 
 
-def test_killed_at_each_statement_of_the_migration_of_an_empty_ledger(order: Order, quick_folder: Path) -> None:
+@pytest.mark.parametrize("first", ["", "0001"], ids=["of nothing", "of the first schema"])
+def test_killed_at_each_statement_that_brings_a_ledger_up_to_date(order: Order, quick_folder: Path, first: str) -> None:
+    template = quick_folder / "template"
+    if first:
+        engine = create_engine(f"sqlite:///{template}")
+        with engine.begin() as connection:
+            migrate(connection, first)
+        engine.dispose()
     died = 0
     while True:
         path = quick_folder / f"{died}.db"
+        if first:
+            shutil.copy(template, path)
         url = f"sqlite:///{path}"
         answer = order("open", url, died + 1)
-        old_or_new(path)
+        old_or_new(path, first)
         ledger = Ledger(url)
         ledger.record(next(batches(ledger.now())))
         assert [row.identifier for row in views.tail(ledger)] == ["one"]
@@ -139,15 +148,17 @@ def test_killed_at_each_statement_of_the_migration_of_an_empty_ledger(order: Ord
     assert died > 15
 
 
-def old_or_new(path: Path) -> None:
-    """The schema is whole or not there at all."""
+def old_or_new(path: Path, first: str) -> None:
+    """The schema is whole or as it was."""
     if not path.exists():
         return
     with closing(sqlite3.connect(path)) as connection:
         tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
         if tables:
             assert tables >= {"readings", "events", "leads", "notes", VERSION_TABLE}
-            assert connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall() == [(HEAD,)]
+            [(version,)] = connection.execute(f"SELECT version_num FROM {VERSION_TABLE}").fetchall()
+            assert version in {HEAD, first}
+            assert ("acts" in tables) == (version == HEAD)
 
 
 @pytest.mark.parametrize("carried_out", [True, False], ids=["accepted", "not accepted"])

@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, insert, select, update
+from sqlalchemy import Connection, create_engine, insert, select, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome, ReadingState
@@ -24,7 +25,7 @@ from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import events, metadata, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE
+from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE, migrate
 
 NOW = 1_800_000_000
 ANN = Reference("email", "ann@example.com")
@@ -506,29 +507,39 @@ def test_next_due_is_the_earliest_of_pending_events_and_held_readings(ledger: Le
 # -- the schema
 
 
-def test_the_migrations_make_exactly_the_schema(ledger: Ledger) -> None:
-    with ledger.read() as connection:
+@contextmanager
+def migrated(url: str) -> Iterator[Connection]:
+    """A database that only the migrations have made."""
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        if connection.dialect.name == "sqlite":
+            migrate(connection)
+    with engine.connect() as connection:
+        yield connection
+    engine.dispose()
 
-        def ours(name: str | None, kind: str, _parents: Any) -> bool:
-            return (kind, name) != ("table", VERSION_TABLE)
 
-        context = MigrationContext.configure(
-            connection,
-            opts={"compare_type": True, "compare_server_default": True, "include_name": ours},
-        )
-        assert compare_metadata(context, metadata) == []
+def ours(name: str | None, kind: str, _parents: Any) -> bool:
+    return (kind, name) != ("table", VERSION_TABLE)
 
 
-def test_the_migrations_make_the_same_statements_as_the_schema_does(ledger: Ledger, tmp_path: Path, url: str) -> None:
-    """Alembic does not compare the conditions of partial indexes, so SQLite's own text of them is."""
-    if not ledger.database.is_sqlite:
-        pytest.skip("SQLite keeps the statements that made a table")
-    made = create_engine(f"sqlite:///{tmp_path}/made.db")
-    metadata.create_all(made)
-    query = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY name"
-    with made.connect() as direct, ledger.read() as migrated:
-        assert direct.exec_driver_sql(query).all() == migrated.exec_driver_sql(query).all()
-    made.dispose()
+def test_the_migrations_make_exactly_the_schema(url: str) -> None:
+    options = {"compare_type": True, "compare_server_default": True, "include_name": ours}
+    with migrated(url) as connection:
+        assert compare_metadata(MigrationContext.configure(connection, opts=options), metadata) == []
+
+
+def test_a_new_ledger_is_what_the_migrations_make(tmp_path: Path) -> None:
+    """Alembic does not compare the conditions of partial indexes, so SQLite's own text of them is; and what each of
+    them makes of a table, column by column."""
+    indexes = "SELECT name, sql FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL ORDER BY name"
+    columns = """SELECT tables.name, columns.* FROM sqlite_master AS tables, pragma_table_info(tables.name) AS columns
+                 WHERE tables.type = 'table' ORDER BY tables.name, columns.name"""
+    ledger = Ledger(f"sqlite:///{tmp_path}/made.db")
+    with migrated(f"sqlite:///{tmp_path}/migrated.db") as connection, ledger.read() as made:
+        for query in (indexes, columns, f"SELECT * FROM {VERSION_TABLE}"):
+            assert made.exec_driver_sql(query).all() == connection.exec_driver_sql(query).all() != []
+    ledger.close()
 
 
 def test_errors_while_reading_are_ledger_errors_too(ledger: Ledger) -> None:

@@ -44,6 +44,16 @@ def test_making_a_handler_loads_neither_stripe_nor_tiktoken(tmp_path: Path) -> N
     assert loaded.stdout.strip() == "[]"
 
 
+def test_a_new_ledger_is_made_without_alembic(tmp_path: Path) -> None:
+    """A short-lived process must not wait for it to be imported."""
+    code = (
+        "import sys; from langchain_stripe_meter.ledger.store import Ledger\n"
+        f"Ledger('sqlite:///{tmp_path}/l.db').set_note('made', '1'); print('alembic' in sys.modules)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.strip() == "False"
+
+
 def test_the_picture_of_the_states_in_the_readme_is_made_from_the_table() -> None:
     assert picture() in (ROOT / "README.md").read_text()
     assert len(picture().splitlines()) == 5 + sum(
