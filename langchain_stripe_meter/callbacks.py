@@ -219,6 +219,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         now = self._recorder.ledger.now()
         answers = answers and self._recorder.counts_messages
         with self._lock:
+            is_rest = self._runs.was_let_go(run_id)
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
@@ -240,7 +241,7 @@ class MeteringCallbacks(BaseCallbackHandler):
                     self._runs.answered(lost.run, lost.call)
             message = self._runs.take_message(run) if self._recorder.counts_messages else None
         if message is not None or call is not None:
-            endings.append(Ending(run, observed, call, message))
+            endings.append(Ending(run, observed, call, message, is_rest))
         return endings
 
     def _take_lost(self) -> list[Ending]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from decimal import Decimal
 
 from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.usage import completed
@@ -20,23 +22,26 @@ logger = logging.getLogger("langchain_stripe_meter")
 @valueclass
 class Ending:
     """What ended: a model call that consumed something (``observed``, and the ``call`` that it was), a message (its
-    answer and who pays), or both."""
+    answer and who pays), or both. ``is_rest`` marks a call that was recorded as an estimate before it said so."""
 
     run: Run
     observed: Observed | None = None
     call: Call | None = None
     message: tuple[Call, Facts] | None = None
+    is_rest: bool = False
 
 
 @valueclass
 class Use:
-    """What a run, named by ``key``, used: a ``call``, or (``per`` "message") the call that answered a message."""
+    """What a run, named by ``key``, used: a ``call``, or (``per`` "message") the call that answered a message.
+    ``recorded`` is what the call was taken to be before its end was told: only what it came to beyond that counts."""
 
     key: str
     at: int
     facts: Facts
     per: str
     call: Call
+    recorded: Call | None = None
 
 
 def is_known(observed: Observed) -> bool:
@@ -76,7 +81,24 @@ def readings_of(meters: Sequence[Meter], use: Use) -> list[Reading]:
             readings.append(Reading(meter.event_name, None, doubt=str(error)))
         except Exception as error:  # noqa: BLE001 - such as a library of prices that cannot price this
             readings.append(Reading(meter.event_name, None, doubt=_doubt("the amount could not be worked out", error)))
-    return readings
+    if use.recorded is None:
+        return readings
+    return _beyond(readings, readings_of(meters, replace(use, call=use.recorded, recorded=None)))
+
+
+def _beyond(told: Sequence[Reading], recorded: Sequence[Reading]) -> list[Reading]:
+    """What ``told`` comes to beyond ``recorded``, less than nothing included. Where either has no amount, what is
+    recorded stands: it is an estimate, or a person settles it."""
+    unknown = {one.event_name for one in (*told, *recorded) if one.value is None}
+    now, before = (
+        {(one.event_name, *sorted(one.dimensions.items())): one for one in these} for these in (told, recorded)
+    )
+    differences = []
+    for key, one in {**before, **now}.items():
+        new, old = (Decimal(these[key].value or 0) if key in these else Decimal(0) for these in (now, before))
+        if one.event_name not in unknown and new != old:
+            differences.append(replace(one, value=EXACT.subtract(new, old)))
+    return differences
 
 
 def _doubt(what: str, error: Exception) -> str:

@@ -232,7 +232,8 @@ class Recorder:
             if not is_known(observed):
                 call = self._complete(call, run, observed)
             if call is not None:
-                entries += self._of_run(run, run.facts, "call", call)
+                recorded, run.billed = run.billed if ending.is_rest else None, call
+                entries += self._of_run(run, run.facts, "call", call, recorded)
         if ending.message is not None:
             call, facts = ending.message
             entries += self._of_run(run.top, facts, "message", call)
@@ -247,9 +248,9 @@ class Recorder:
 
     _readings = staticmethod(readings_of)
 
-    def _of_run(self, run: Run, facts: Facts, per: str, call: Call) -> list[Entry]:
+    def _of_run(self, run: Run, facts: Facts, per: str, call: Call, recorded: Call | None = None) -> list[Entry]:
         key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
-        use = Use(key, run.ended or run.started, facts, per, call)
+        use = Use(key if recorded is None else f"{key}-rest", run.ended or run.started, facts, per, call, recorded)
         return self._of_use(use, self._tenant_of_all or self._tenant(facts))
 
     def _of_use(self, use: Use, tenant: Tenant | Skip, source: CustomerSource | None = None) -> list[Entry]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -14,10 +15,11 @@ from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableLambda
 
-from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.ledger.views import Row, tail
 
 BEGIN = AIMessageChunk("", usage_metadata={"input_tokens": 4321, "output_tokens": 1, "total_tokens": 4322})
+NOTHING = AIMessageChunk("", usage_metadata={"input_tokens": 0, "output_tokens": 0, "total_tokens": 0})
 WORDS = "Let me think about this for a while. "
 
 PIECES = {
@@ -100,6 +102,102 @@ def test_what_was_reported_is_billed_with_an_estimate_of_what_came_after_it(
 def test_a_call_that_had_only_begun_is_billed_what_its_provider_had_reported(tmp_path: Path) -> None:
     rows = cancelled(tmp_path, [BEGIN], stream=False)
     assert (rows["in"].value, rows["out"].value) == (4321, 1)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["ainvoke", "astream"])
+def test_a_first_report_of_nothing_at_all_hides_no_later_one(tmp_path: Path, stream: bool) -> None:
+    rows = cancelled(tmp_path, [NOTHING, BEGIN, *PIECES["text"]], stream=stream)
+    assert rows["in"].value == 4321
+
+
+def test_a_report_of_nothing_at_all_is_nothing_to_bill(tmp_path: Path) -> None:
+    assert cancelled(tmp_path, [NOTHING], stream=False) == {}
+
+
+class InThread(Model):
+    """In a thread, which nobody can cancel: it says its first piece, waits, and ends with its last one, or fails."""
+
+    go: Any = None
+    fails: bool = False
+
+    def _stream(self, *args: Any, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+        yield ChatGenerationChunk(message=self.pieces[0])
+        self.sent.set()
+        assert self.go.wait(20)
+        yield ChatGenerationChunk(message=self.pieces[1])
+        if self.fails:
+            raise ConnectionError
+
+
+def ended_later(path: Path, last: AIMessageChunk, **options: Any) -> list[tuple[str, str, int | None, bool]]:
+    """What is recorded of a call whose message is cancelled, and which ends with ``last`` all the same."""
+    fails = options.pop("fails", False)
+    meters = options.pop("meters", (Tokens("in", count="input"), Tokens("out", count="output")))
+    with StripeMeterCallbackHandler(
+        *meters, customer="cus_1", deliver=False, ledger=f"sqlite:///{path}/l.db", **options
+    ) as handler:
+        sent, go, done = threading.Event(), threading.Event(), threading.Event()
+        model = InThread(streaming=True, pieces=[AIMessageChunk(WORDS), last], sent=sent, go=go, fails=fails)
+
+        def node(text: str) -> None:
+            try:
+                model.invoke(text)
+            except ConnectionError:
+                pass
+            finally:
+                done.set()
+
+        async def main() -> None:
+            task = asyncio.create_task(RunnableLambda(node).ainvoke("Hi", {"callbacks": [handler]}))
+            assert await asyncio.to_thread(sent.wait, 20)
+            task.cancel()
+            await asyncio.wait([task])
+            assert handler.status().abandoned == 1
+            go.set()
+            assert await asyncio.to_thread(done.wait, 20)
+
+        asyncio.run(main())
+        assert (handler.status().abandoned, handler.status().open_runs) == (0, 0)
+        return [(row.event_name, row.state, row.value, row.estimated) for row in tail(handler._ledger, 10)]
+
+
+REPORT = AIMessageChunk("", usage_metadata={"input_tokens": 4321, "output_tokens": 500, "total_tokens": 4821})
+
+
+def test_a_call_that_outlives_its_message_adds_what_it_came_to_beyond_its_estimate(tmp_path: Path) -> None:
+    rows = ended_later(tmp_path, REPORT)
+    assert [(name, estimated) for name, _, _, estimated in rows] == [
+        ("in", True), ("out", True), ("in", False), ("out", False)
+    ]  # fmt: skip
+    sums = {name: sum(value or 0 for one, _, value, _ in rows if one == name) for name in ("in", "out")}
+    assert sums == {"in": 4321, "out": 500}
+
+
+def test_it_takes_back_what_the_estimate_had_too_much(tmp_path: Path) -> None:
+    less = AIMessageChunk("", usage_metadata={"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})
+    rows = ended_later(tmp_path, less)
+    assert sum(value or 0 for _, _, value, _ in rows) == 3
+    assert min(value or 0 for _, _, value, _ in rows) < 0
+
+
+def test_an_estimate_that_was_right_is_followed_by_nothing(tmp_path: Path) -> None:
+    once = ended_later(tmp_path, AIMessageChunk(""), fails=True)
+    assert [name for name, *_ in once] == ["in", "out"]
+
+
+def test_what_is_counted_by_the_call_is_counted_once(tmp_path: Path) -> None:
+    rows = ended_later(tmp_path, REPORT, meters=[Credits("credits", {}, default=3, per="call")])
+    assert [(name, value) for name, _, value, _ in rows] == [("credits", 3)]
+
+
+def test_what_is_held_for_want_of_a_report_stays_with_the_person_who_settles_it(tmp_path: Path) -> None:
+    rows = ended_later(tmp_path, REPORT, on_missing_usage="hold")
+    assert [(name, state, value) for name, state, value, _ in rows] == [("in", "held", None), ("out", "held", None)]
+
+
+def test_where_missing_usage_is_ignored_the_late_report_is_billed_in_full(tmp_path: Path) -> None:
+    rows = ended_later(tmp_path, REPORT, on_missing_usage="ignore")
+    assert [(name, value) for name, _, value, _ in rows] == [("in", 4321), ("out", 500)]
 
 
 def test_a_report_that_contradicts_itself_is_held(tmp_path: Path) -> None:

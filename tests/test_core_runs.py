@@ -400,3 +400,18 @@ def test_a_runs_own_metadata_lies_over_that_of_the_run_around_it() -> None:
     assert merged(None, {"a": 1}) == {"a": 1}
     assert merged({"a": 1}, None) == {"a": 1}
     assert merged(None, None) == {}
+
+
+def test_what_was_let_go_may_say_that_it_ended_once_and_for_a_while(runs: OpenRuns) -> None:
+    first, second = (start(runs, name, call=True) for name in ("first", "second"))
+    for run in (first, second):
+        runs.receive(run.id, "Hel")
+        runs.cut(run, NOW)
+    assert (runs.take_lost(), runs.abandoned) == ([first, second], 2)
+    assert runs.was_let_go("first")
+    assert runs.end("first", NOW + 9) is first
+    assert (first.ended, runs.abandoned) == (NOW, 1)
+    assert runs.end("first", NOW + 9) is None
+    runs.sweep(NOW + ORPHANED_AFTER)
+    assert not runs.was_let_go("second")
+    assert (runs.end("second", NOW + ORPHANED_AFTER), runs.abandoned) == (None, 1)

@@ -32,7 +32,7 @@ class Run:
     """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
     ``user`` is whom an agent server authenticated where a step began. ``interrupted`` marks a message that is not
     answered for now, and ``waits_in`` the run in which it waits or failed. ``late`` marks a call of a message that was
-    cancelled: it counts as abandoned, unless its end is told after all."""
+    cancelled: it counts as abandoned, unless its end is told after all. ``billed`` is what a call was recorded as."""
 
     id: Hashable
     started: int
@@ -49,6 +49,7 @@ class Run:
     waits_in: Hashable = None
     taken: bool = False
     late: bool = False
+    billed: Call | None = field(default=None, repr=False)
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
     user: Any = field(default=None, repr=False)
@@ -97,6 +98,7 @@ class OpenRuns:
 
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
+        self._let_go: dict[Hashable, Run] = {}
         self._starts = 0
         self.lost: list[Run] = []
         """Abandoned calls that had produced something: they are still to be billed."""
@@ -131,24 +133,35 @@ class OpenRuns:
         return None if parent is None else parent.nearest_user
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
-        """Close a run; None if it is not open: never seen, or ended already (the first end wins)."""
+        """Close a run; None if it is not open: never seen, or ended already (the first end wins).
+
+        A call that was abandoned, and so billed as an estimate, may say so all the same, once: in a thread it goes on
+        when its message is cancelled. What it came to beyond that is known then.
+        """
         run = self._runs.pop(run_id, None)
-        if run is not None:
-            run.ended = now
-            self.abandoned -= run.late
-            if run.parent is not None:
-                run.parent.touch(now)
+        if run is None:
+            run = self._let_go.pop(run_id, None)
+            self.abandoned -= run is not None
+            return run
+        run.ended = now
+        self.abandoned -= run.late
+        if run.parent is not None:
+            run.parent.touch(now)
         return run
 
+    def was_let_go(self, run_id: Hashable) -> bool:
+        """Whether it was abandoned and handed over as ``lost``, and may still say that it ended."""
+        return run_id in self._let_go
+
     def receive(self, run_id: Hashable, text: str, report: Any = None) -> None:
-        """A piece of a streamed answer arrived, maybe with a ``report`` of usage, of which the first is kept: all that
-        will be known of it, should its end never be told."""
+        """A piece of a streamed answer arrived, maybe with a ``report`` of usage, of which the first that says
+        anything is kept: all that will be known of it, should its end never be told."""
         run = self._runs.get(run_id)
         if run is None:
             return
         if text:
             run.received.append(text)
-        if report and run.reported is None:
+        if report and run.reported is None and (report.get("input_tokens") or report.get("output_tokens")):
             run.reported = report
 
     def answered(self, run: Run, call: Call) -> None:
@@ -196,6 +209,8 @@ class OpenRuns:
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
         self._abandon([run for run in self._runs.values() if _is_abandoned(run, now)], now)
+        for run in [run for run in self._let_go.values() if now - (run.ended or 0) >= ORPHANED_AFTER]:
+            del self._let_go[run.id]
 
     def _abandon(self, gone: list[Run], now: int) -> None:
         for run in gone:
@@ -204,6 +219,7 @@ class OpenRuns:
             self.abandoned += run.is_call and not run.late
             if run.produced:
                 self.lost.append(run)
+                self._let_go[run.id] = run
 
     def take_lost(self) -> list[Run]:
         """What was ``lost``, each once."""
