@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import Connection, event, insert
+from sqlalchemy import Connection, event, insert, update
 
-from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.ledger import doubts, reports, resolving, sealing, views
+from langchain_stripe_meter.core.states import Move, Outcome, ReadingState
+from langchain_stripe_meter.ledger import doubts, outbox, reports, resolving, sealing, views
 from langchain_stripe_meter.ledger.reports import Window
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -102,3 +104,100 @@ def test_no_question_of_a_turn_reads_the_readings_that_are_sealed(tmp_path: Path
     for plan in plans:
         for table in ("readings", "events"):
             assert f"SCAN {table}\n" not in f"{plan}\n"
+
+
+# -- a backlog
+
+
+def wait(connection: Connection, customers: int, each: int, due: int = NOW - 60) -> None:
+    """Pending events, the first of every customer first."""
+    usual = {"event_name": "ai_tokens", "value": "1", "account": "", "state": "pending", "at": NOW - 60, "due": due}
+    made = [
+        {**usual, "identifier": f"{each}-{due}-{number}-{customer}", "customer": f"cus_{customer}"}
+        for number in range(each)
+        for customer in range(customers)
+    ]
+    connection.execute(insert(events), made)
+    if connection.dialect.name == "postgresql":
+        connection.exec_driver_sql("ANALYZE")
+
+
+def work_of(connection: Connection, act: Callable[[Connection], object]) -> int:
+    """How many hundred steps SQLite takes for it."""
+    driver: Any = connection.connection.driver_connection
+    steps: list[None] = []
+    driver.set_progress_handler(lambda: steps.append(None), 100)
+    act(connection)
+    driver.set_progress_handler(None, 0)
+    return len(steps)
+
+
+def claim_some(connection: Connection) -> None:
+    assert len(outbox.claim(connection, 8, NOW)) == 1
+    assert outbox.claim(connection, 8, NOW) == []  # while that one is being sent
+    assert outbox.next_due(connection) == NOW - 60
+
+
+@pytest.mark.parametrize("waiting", ["due", "not due"])
+def test_what_a_claim_costs_does_not_grow_with_the_backlog_of_a_customer(tmp_path: Path, waiting: str) -> None:
+    work = []
+    for backlog in (20, 5000):
+        ledger = Ledger(f"sqlite:///{tmp_path}/{backlog}.db")
+        with ledger.deliver_lane().transaction() as connection:
+            wait(connection, 1, 2)
+            wait(connection, 1, backlog, NOW - 30 if waiting == "due" else NOW + 1000)
+            work.append(work_of(connection, claim_some))
+        ledger.close()
+    assert work[1] < work[0] + 5
+
+
+def test_on_postgresql_a_claim_steps_through_the_index_of_who_waits(postgres_url: str) -> None:
+    ledger = Ledger(postgres_url)
+    asked: list[tuple[str, object]] = []
+    with ledger.deliver_lane().transaction() as connection:
+        wait(connection, 50, 400)
+        event.listen(connection, "before_cursor_execute", lambda *told: asked.append((told[2], told[3])))
+        assert len(outbox.claim(connection, 8, NOW)) == 8
+        outbox.next_due(connection)
+        wanted = [(text, bound) for text, bound in asked if "FROM events" in text]
+        plans = [plan_of(connection, text, bound) for text, bound in wanted]
+    ledger.close()
+    assert plans
+    for plan in plans:
+        assert "Seq Scan on events" not in plan
+    assert any("events_pending" in plan for plan in plans)
+    assert any("events_due" in plan for plan in plans)
+
+
+def test_everybody_who_waits_has_a_turn(ledger: Ledger) -> None:
+    turn = outbox.Round()
+    sent: Counter[str] = Counter()
+    with ledger.deliver_lane().transaction() as connection:
+        wait(connection, 1, 100)
+        wait(connection, 7, 4)
+        for _ in range(7):
+            claimed = outbox.claim(connection, 2, NOW, at=turn)
+            assert len({one.line for one in claimed}) == 2
+            outbox.finish(connection, [(one, Outcome(Move.ACCEPTED)) for one in claimed], NOW)
+            sent.update(one.event.customer for one in claimed)
+    assert sent == {f"cus_{number}": 2 for number in range(7)}
+
+
+def test_whoever_is_due_is_found_among_very_many_who_are_not(ledger: Ledger) -> None:
+    turn = outbox.Round()
+    with ledger.deliver_lane().transaction() as connection:
+        wait(connection, 3 * outbox.LINES_AT_ONCE, 1, NOW + 1000)
+        wait(connection, 1, 1)
+        connection.execute(update(events).where(events.c.due < NOW).values(customer="cus_z"))
+        found = [one for _ in range(4) for one in outbox.claim(connection, 8, NOW, at=turn)]
+    assert [one.event.customer for one in found] == ["cus_z"]
+
+
+def test_whatever_stripe_may_have_forgotten_is_put_in_doubt_whoever_else_is_due(ledger: Ledger) -> None:
+    with ledger.deliver_lane().transaction() as connection:
+        wait(connection, 1, outbox.LINES_AT_ONCE + 2)
+        connection.execute(update(events).values(first_unknown_at=NOW - 24 * 3600))
+        wait(connection, 1, 1, NOW)
+        found = [one for _ in range(3) for one in outbox.claim(connection, 1, NOW)]
+        assert [one.attempt.first_unknown_at for one in found] == [None]
+        assert views.attention(connection) == (0, outbox.LINES_AT_ONCE + 2)

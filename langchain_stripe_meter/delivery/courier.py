@@ -85,8 +85,7 @@ class Courier:
 
     def after_fork(self) -> None:
         """Everything that belongs to this process alone."""
-        self.delivered = 0
-        self.rejected = 0
+        self.delivered = self.rejected = 0
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
         self._wake = Bell()
@@ -99,6 +98,7 @@ class Courier:
         self._sent: list[tuple[Claimed, Outcome]] = []
         self._found: list[tuple[Unknown, Answer]] = []
         self._lookups = Lookups(self.ledger, create_missing=self._create_missing)
+        self._round = outbox.Round()
         self._pace = Pace(self._concurrency)
         self._guard = Guard(self.ledger, self.gateway, self._report)
         self._chores_after = 0
@@ -179,7 +179,7 @@ class Courier:
         with self.ledger.deliver_lane().transaction(shared=True) as connection:
             moved += outbox.reap(connection, now)
             moved += sealing.seal(connection, now, self._roll_up) if checked else 0
-            claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now)) if slots > 0 else []
+            claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now), self._round)
             if claimed:
                 self._guard.sends()
         for item in claimed:

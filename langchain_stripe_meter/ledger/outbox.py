@@ -8,15 +8,31 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, func, or_, select, text, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    ScalarSelect,
+    Select,
+    and_,
+    bindparam,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    text,
+    tuple_,
+    update,
+)
 
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
     CLOCK_MARGIN,
+    SAFE_WINDOW,
     STALE_AFTER,
     Attempt,
     EventState,
@@ -27,7 +43,7 @@ from langchain_stripe_meter.core.states import (
     out_of_window,
     settle,
 )
-from langchain_stripe_meter.ledger.schema import events, readings
+from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
 from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
 
 LEASE_SECONDS = 120
@@ -44,6 +60,12 @@ logger = logging.getLogger("langchain_stripe_meter")
 
 Line = tuple[str, str, str]
 """An account, a customer on it and a meter's event name: Stripe wants one call at a time for them."""
+
+LINES_AT_ONCE = 1000
+"""How many lines a claim looks at before it leaves the others to the next one."""
+_PAGE = 20
+_FIRST: Line = ("", "", "")
+_PENDING: ColumnElement[str] = literal_column("'pending'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,67 +88,137 @@ def owner() -> str:
     return f"{socket.gethostname()}/{os.getpid()}/{_BOOT}"
 
 
-def claim(connection: Connection, slots: int, now: int, resting: Collection[Line] = ()) -> list[Claimed]:
+@dataclass(slots=True)
+class Round:
+    """Where a courier's next claim goes on among the lines that wait, so that each has its turn."""
+
+    after: Line = _FIRST
+
+
+def claim(
+    connection: Connection, slots: int, now: int, resting: Collection[Line] = (), at: Round | None = None
+) -> list[Claimed]:
     """Take up to ``slots`` due events, one per customer and meter, and store the intent to send them.
 
     ``resting`` are left alone. What Stripe may have forgotten becomes doubtful instead of being sent again; what is
     too old for it, and which it surely does not have, is held.
     """
+    if slots <= 0:
+        return []
     if connection.dialect.name == "postgresql":
         connection.execute(_CLAIM_LOCK)
-    lease = owner()
+    _doubt_forgotten(connection, now)
+    due = connection.execute(_FIRST_DUE).scalar()
+    if due is None or due > now:
+        return []
+    at, lease = at or Round(), owner()
     claimed: list[Claimed] = []
-    while len(claimed) < slots:
-        rows = _claimable(connection, slots - len(claimed), now, resting)
-        if not rows:
+    for heads in _pages(connection, at, now):
+        free = [
+            head for head in heads if head.is_free and (head.account, head.customer, head.event_name) not in resting
+        ]
+        chosen = free[: slots - len(claimed)]
+        claimed += _take(connection, [head.id for head in chosen], lease, now)
+        if len(claimed) >= slots:
+            at.after = (chosen[-1].account, chosen[-1].customer, chosen[-1].event_name)
             break
-        batch = [item for row in rows if (item := _claimed(connection, row, lease, now)) is not None]
-        if not batch:
-            continue
-        connection.execute(
-            update(events)
-            .where(events.c.id == bindparam("row_id"))
-            .values(
-                state=next_event_state(EventState.PENDING, Move.SEND).value,
-                sent_at=now,
-                lease=bindparam("new_lease"),
-                lease_until=now + LEASE_SECONDS,
-            ),
-            [{"row_id": item.id, "new_lease": item.lease} for item in batch],
-        )
-        claimed += batch
     return claimed
 
 
-def _claimable(connection: Connection, most: int, now: int, resting: Collection[Line]) -> list[Mapping[Any, Any]]:
-    """Due events of customers and meters that nobody is sending for, at most one each."""
+def _pages(connection: Connection, at: Round, now: int) -> Iterator[Sequence[Any]]:
+    """The first event of each line that waits, a page at a time: once around, unless there are very many."""
+    seen, ends = 0, 1 if at.after == _FIRST else 2
+    while ends and seen < LINES_AT_ONCE:
+        account, customer, event_name = at.after
+        bound = {"account": account, "customer": customer, "event_name": event_name, "now": now}
+        heads = connection.execute(_HEADS, bound).all()
+        seen += len(heads)
+        if len(heads) < _PAGE:
+            ends -= 1
+            at.after = _FIRST
+        else:
+            at.after = (heads[-1].account, heads[-1].customer, heads[-1].event_name)
+        yield heads
+
+
+def _head_after(account: Any, customer: Any, event_name: Any) -> ScalarSelect[int]:
+    """Of the line that follows, the event that has been due for longest.
+
+    SQLite seeks an index by all columns of such a comparison only where no column is on its right side, and begins at
+    what equals it: so the line's last possible event is named.
+    """
+    its = events.alias("its")
+    index = (its.c.account, its.c.customer, its.c.event_name, its.c.due)
+    last = tuple_(account, customer, event_name, literal_column(str(2**63 - 1)))
+    query = select(its.c.id).where(its.c.state == _PENDING, tuple_(*index) > last)
+    return query.order_by(*index, its.c.id).limit(1).scalar_subquery()
+
+
+def _heads() -> Select[Any]:
+    """From line to line through the index, however many events each has waiting."""
+    first = _head_after(bindparam("account"), bindparam("customer"), bindparam("event_name"))
+    steps = select(literal(1).label("step"), first.label("id")).cte("steps", recursive=True)
+    here = events.alias("here")
+    following = _head_after(here.c.account + "", here.c.customer + "", here.c.event_name + "")
+    further = select(steps.c.step + 1, following).join_from(steps, here, here.c.id == steps.c.id)
+    steps = steps.union_all(further.where(steps.c.step < _PAGE))
     other = events.alias("other")
-    busy = select(other.c.id).where(
-        other.c.state == EventState.SENDING.value,
-        other.c.account == events.c.account,
-        other.c.customer == events.c.customer,
-        other.c.event_name == events.c.event_name,
-    )
-    query = (
-        select(events)
-        .where(events.c.state == EventState.PENDING.value, or_(events.c.due <= now, _ran_back(now)), ~busy.exists())
-        .order_by(events.c.id)
-        .limit(most)
-    )
-    if resting:
-        query = query.where(tuple_(events.c.account, events.c.customer, events.c.event_name).not_in(resting))
-    if connection.dialect.name == "postgresql":
-        query = query.with_for_update(skip_locked=True)
-    first: dict[Line, Mapping[Any, Any]] = {}
-    for row in connection.execute(query).mappings():
-        first.setdefault((row["account"], row["customer"], row["event_name"]), row)
-    return list(first.values())
+    line = [other.c[name] == events.c[name] for name in ("account", "customer", "event_name")]
+    is_busy = select(other.c.id).where(other.c.state == literal_column("'sending'"), *line).exists()
+    is_free = and_(events.c.due <= bindparam("now"), ~is_busy)
+    query = select(events.c.id, events.c.account, events.c.customer, events.c.event_name, is_free.label("is_free"))
+    return query.join_from(steps, events, events.c.id == steps.c.id).order_by(steps.c.step)
 
 
-def _ran_back(now: int) -> ColumnElement[bool]:
-    """Our clock has run back since an event's outcome became unknown. It must be looked at before the clock has caught
-    up with when it is due: by then, an old doubt would look young."""
-    return events.c.first_unknown_at >= now + CLOCK_MARGIN
+_HEADS = _heads()
+_FIRST_DUE = select(func.min(events.c.due)).where(IS_PENDING)
+
+
+_SEND = (
+    update(events)
+    .where(events.c.id == bindparam("row_id"))
+    .values(
+        state=next_event_state(EventState.PENDING, Move.SEND).value,
+        sent_at=bindparam("now"),
+        lease=bindparam("new_lease"),
+        lease_until=bindparam("until"),
+    )
+)
+
+
+def _take(connection: Connection, ids: Sequence[int], lease: str, now: int) -> list[Claimed]:
+    """Claim them, unless another transaction is at one of them."""
+    if not ids:
+        return []
+    query = select(events).where(events.c.id.in_(ids), IS_PENDING).order_by(events.c.id)
+    rows = connection.execute(query.with_for_update(skip_locked=True)).mappings().all()
+    batch = [item for row in rows if (item := _claimed(connection, row, lease, now)) is not None]
+    if batch:
+        until = now + LEASE_SECONDS
+        connection.execute(
+            _SEND, [{"row_id": item.id, "now": now, "new_lease": item.lease, "until": until} for item in batch]
+        )
+    return batch
+
+
+_FORGOTTEN = (
+    select(events)
+    .where(IS_PENDING, events.c.first_unknown_at.is_not(None))
+    .where(or_(events.c.first_unknown_at <= bindparam("old"), events.c.first_unknown_at >= bindparam("ahead")))
+    .limit(LINES_AT_ONCE)
+    .with_for_update(skip_locked=True)
+)
+
+
+def _doubt_forgotten(connection: Connection, now: int) -> None:
+    """Put in doubt what Stripe may have forgotten, before it is due.
+
+    Our clock may have run back since an outcome became unknown: by the time that it has caught up, an old doubt would
+    look young.
+    """
+    forgotten = connection.execute(_FORGOTTEN, {"old": now - SAFE_WINDOW, "ahead": now + CLOCK_MARGIN})
+    for row in forgotten.mappings().all():
+        _set_aside(connection, row, next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW), row["error"], now)
 
 
 def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: int) -> Claimed | None:
@@ -136,7 +228,7 @@ def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: in
         return None
     if row["first_unknown_at"] is None and row["at"] < now - STALE_AFTER:
         its_line = [events.c[name] == row[name] for name in ("account", "customer", "event_name")]
-        withdraw_stale(connection, and_(events.c.state == EventState.PENDING.value, *its_line), now)
+        withdraw_stale(connection, and_(IS_PENDING, *its_line), now)
         return None
     try:
         event = meter_event(row, row["identifier"])
@@ -154,6 +246,24 @@ def _set_aside(connection: Connection, row: Mapping[Any, Any], state: EventState
     connection.execute(statement.values(state=state.value, error=why, settled_at=now))
 
 
+_SETTLE = (
+    update(events)
+    .where(events.c.id == bindparam("row_id"), events.c.lease == bindparam("its_lease"), IS_SENDING)
+    .values(
+        state=bindparam("new_state"),
+        attempts=bindparam("tries"),
+        due=bindparam("next_due"),
+        first_unknown_at=bindparam("unknown_at"),
+        settled_at=bindparam("final_at"),
+        error=bindparam("why"),
+        request_id=bindparam("request"),
+        lease=None,
+        lease_until=None,
+    )
+)
+"""Built once: SQLAlchemy takes longer to build it than SQLite to do it."""
+
+
 def finish(connection: Connection, results: Iterable[tuple[Claimed, Outcome]], now: int) -> list[EventState | None]:
     """Store what attempts came to; None where the lease was lost, so that a late answer changes nothing."""
     return [
@@ -166,22 +276,18 @@ def _finish(
 ) -> EventState | None:
     row_id, lease = claim
     after = settle(attempt, outcome, now)
-    statement = (
-        update(events)
-        .where(events.c.id == row_id, events.c.lease == lease, events.c.state == EventState.SENDING.value)
-        .values(
-            state=after.state.value,
-            attempts=after.attempts,
-            due=after.due,
-            first_unknown_at=after.first_unknown_at,
-            settled_at=None if after.state is EventState.PENDING else now,
-            error=outcome.message or None,
-            request_id=outcome.request_id,
-            lease=None,
-            lease_until=None,
-        )
-    )
-    if not connection.execute(statement).rowcount:
+    bound = {
+        "row_id": row_id,
+        "its_lease": lease,
+        "new_state": after.state.value,
+        "tries": after.attempts,
+        "next_due": after.due,
+        "unknown_at": after.first_unknown_at,
+        "final_at": None if after.state is EventState.PENDING else now,
+        "why": outcome.message or None,
+        "request": outcome.request_id,
+    }
+    if not connection.execute(_SETTLE, bound).rowcount:
         return None
     if after.state is EventState.WITHDRAWN:
         unseal(connection, row_id, outcome.message, now)
@@ -233,7 +339,7 @@ def _is_alive(pid: int) -> bool:
 def next_due(connection: Connection) -> int | None:
     """When the next pending event or held reading wants attention; None where nothing waits."""
     dues: Sequence[int | None] = [
-        connection.execute(select(func.min(events.c.due)).where(events.c.state == EventState.PENDING.value)).scalar(),
+        connection.execute(_FIRST_DUE).scalar(),
         connection.execute(
             select(func.min(readings.c.due)).where(readings.c.state == ReadingState.HELD.value)
         ).scalar(),

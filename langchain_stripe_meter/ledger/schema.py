@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, SmallInteger, String, Table, Text, and_, text
 
-HEAD = "0002"
+HEAD = "0003"
 """The newest migration that this version of the package knows."""
 
 metadata = MetaData()
@@ -75,7 +75,23 @@ events = Table(
     Column("seen_value", Text),  # of a doubtful event: what Stripe's sum was when it was last looked at, and when
     Column("seen_at", BigInteger),
     Column("resent", Integer, nullable=False, server_default=text("0")),  # how often it got a new identifier
-    Index("events_pending", "id", sqlite_where=text("state = 'pending'"), postgresql_where=text("state = 'pending'")),
+    Index(  # from one customer and meter to the next, and of each what has been due for longest
+        "events_pending",
+        "account",
+        "customer",
+        "event_name",
+        "due",
+        "id",
+        sqlite_where=text("state = 'pending'"),
+        postgresql_where=text("state = 'pending'"),
+    ),
+    Index("events_due", "due", sqlite_where=text("state = 'pending'"), postgresql_where=text("state = 'pending'")),
+    Index(
+        "events_unknown",
+        "first_unknown_at",
+        sqlite_where=text("state = 'pending' AND first_unknown_at IS NOT NULL"),
+        postgresql_where=text("state = 'pending' AND first_unknown_at IS NOT NULL"),
+    ),
     Index(
         "events_sending",
         "account",
