@@ -18,6 +18,7 @@ from langchain_core.messages.utils import count_tokens_approximately
 
 from langchain_stripe_meter.core.blocks import thoughts_of
 from langchain_stripe_meter.core.usage import Usage
+from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
@@ -52,7 +53,7 @@ class Encodings:
         if encoding is not None:
             return encoding
         now = time.monotonic()
-        with self._lock:
+        with inside(), self._lock:
             ready, since = self._loading.get(name, (None, now))
             if ready is None or now - since > RETRY_SECONDS:
                 ready, since = threading.Event(), now

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from langchain_core.tracers.context import register_configure_hook
 
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+from langchain_stripe_meter.reentry import inside
 
 _everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, ContextVar[StripeMeterCallbackHandler | None]]
 _everywhere = weakref.WeakKeyDictionary()
@@ -24,7 +25,7 @@ def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCal
     It follows context variables: tasks and runnables inside the block are metered, a plain ``threading.Thread`` is
     not. Blocks may nest; a run is billed once per meter.
     """
-    with _everywhere_lock:
+    with inside(), _everywhere_lock:
         variable = _everywhere.get(handler)
         if variable is None:
             variable = ContextVar(f"stripe_meter_{id(handler)}", default=None)

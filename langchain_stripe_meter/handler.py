@@ -220,13 +220,14 @@ class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
     def _is_pending(self, patience: float) -> bool:
         """Whether anything is; also where the courier has been busy with the ledger for ``patience`` seconds."""
         busy = self._ledger.deliver_lane().lock
-        if not busy.acquire(timeout=max(patience, 0)):
-            return True
-        try:
-            with inside(), self._ledger.read() as connection:
-                return views.pending(connection) > 0
-        finally:
-            busy.release()
+        with inside():
+            if not busy.acquire(timeout=max(patience, 0)):
+                return True
+            try:
+                with self._ledger.read() as connection:
+                    return views.pending(connection) > 0
+            finally:
+                busy.release()
 
     def _report(self) -> views.FlushReport:
         with self._ledger.read() as connection:

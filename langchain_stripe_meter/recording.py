@@ -39,7 +39,7 @@ from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
-from langchain_stripe_meter.reentry import soon, within
+from langchain_stripe_meter.reentry import inside, soon, within
 from langchain_stripe_meter.unrecorded import amounts_of, lost_of, said_of
 
 logger = logging.getLogger("langchain_stripe_meter")
@@ -187,7 +187,7 @@ class Recorder:
 
         The same error counts once, also as a copy: its ``name`` was pickled with it.
         """
-        with self._lock:
+        with inside(), self._lock:
             if not error.name.startswith(f"{self._name}:") or error.name in self._mended:
                 return
             self._mended.add(error.name)

@@ -17,6 +17,7 @@ from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.credit import credit_of
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+from langchain_stripe_meter.reentry import inside
 
 REMEMBERED = 100_000
 """Customers whose credit is kept in memory."""
@@ -72,7 +73,7 @@ class StripeCredit:
     def __call__(self, spender: Spender) -> int | Decimal | None:
         """How many units ``spender`` may use, from memory; what is unknown or old is asked for meanwhile."""
         key = (spender.account, spender.reference)
-        with self._lock:
+        with inside(), self._lock:
             known = self._known.get(key)
             if (known is None or time.monotonic() - known[1] > self._max_age) and key not in self._asked:
                 self._asked.add(key)
@@ -103,7 +104,7 @@ class StripeCredit:
             except Exception as error:  # noqa: BLE001 - a bug here must not end the thread
                 logger.error("stripe-meter: a credit balance could not be read: %s", type(error).__name__)  # noqa: TRY400
             finally:
-                with self._lock:
+                with inside(), self._lock:
                     self._asked.discard(key)
 
     def _ask(self, key: _Key) -> Decimal:
@@ -111,7 +112,7 @@ class StripeCredit:
         found = self._gateway.find_customers(reference, account)
         cents = credit_of(self._gateway, found[0], self._currency, account) if len(found) == 1 else Decimal(0)
         units = max(cents, Decimal(0)) / self._price  # a debt at Stripe is no negative amount that may be used
-        with self._lock:
+        with inside(), self._lock:
             self._known[key] = units, time.monotonic()
         return units
 

@@ -19,6 +19,7 @@ from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, StripeError
 from langchain_stripe_meter.forks import renew_after_fork
+from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -115,7 +116,7 @@ class Gateway:
     @property
     def client(self) -> StripeClient:
         """The official client, made when first needed (importing it costs a third of a second)."""
-        with self._lock:
+        with inside(), self._lock:
             if self._client is None:
                 self._client = self._make_client()
             return self._client
@@ -186,7 +187,7 @@ class Gateway:
 
         Raises ``StripeError`` where Stripe does not answer: unknown is not absent.
         """
-        with self._lock:
+        with inside(), self._lock:
             known = self._meters.get(account, ...)
         if known is ... or (known is not None and event_name not in known):
             known = self._load_meters(account)
@@ -194,7 +195,7 @@ class Gateway:
 
     def can_read_meters(self, account: str = "") -> bool:
         """Whether the key may read meters (a restricted key may only write events)."""
-        with self._lock:
+        with inside(), self._lock:
             return self._meters.get(account) is not None
 
     def _load_meters(self, account: str) -> dict[str, MeterInfo] | None:
@@ -206,13 +207,13 @@ class Gateway:
             if not isinstance(error.__cause__, stripe.PermissionError):
                 raise
             found = None
-        with self._lock:
+        with inside(), self._lock:
             self._meters[account] = found
         return found
 
     def forget_meters(self, account: str = "") -> None:
         """Look at the account's meters again before the next use: Stripe has said that something changed."""
-        with self._lock:
+        with inside(), self._lock:
             self._meters.pop(account, None)
 
     def meters(self, account: str = "") -> list[MeterInfo]:
@@ -282,7 +283,7 @@ class Gateway:
 
     def close(self) -> None:
         """Let go of the connections."""
-        with self._lock:
+        with inside(), self._lock:
             client, self._client = self._client, None
         http = getattr(getattr(client, "_requestor", None), "_client", None)
         if http is not None and isinstance(self._given, str):  # the SDK has no public way to close its connections

@@ -26,6 +26,7 @@ from langchain_stripe_meter.ledger import payers
 from langchain_stripe_meter.ledger.database import explain
 from langchain_stripe_meter.ledger.payers import secret_of
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.reentry import inside
 
 PAGE = 10_000
 """Rows that are counted at a time, so that a long ledger is never in memory as a whole."""
@@ -96,7 +97,7 @@ class Counters:
     def used(self, who: Reference, wanted: Iterable[tuple[str, Period]], account: str = "") -> list[Decimal]:
         """How much of each (event name, period) ``who`` has used, in the period that is now."""
         seen = self._begun  # whatever begins to read from here on sees all that was recorded before this call
-        with self._lock:
+        with inside(), self._lock:
             now = self._ledger.now()
             if self._done <= seen:
                 self._begun += 1

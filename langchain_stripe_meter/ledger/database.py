@@ -147,7 +147,7 @@ class Lane:
 
     def drop(self) -> None:
         """Give the connection up, whatever state it is in."""
-        with self.lock:
+        with inside(), self.lock:
             connection, self._connection, self._driver = self._connection, None, None
             if connection is not None:
                 with suppress(Exception):
@@ -156,7 +156,7 @@ class Lane:
                     connection.close()
 
     def close(self) -> None:
-        with self.lock:
+        with inside(), self.lock:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = self._driver = None
