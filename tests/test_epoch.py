@@ -19,18 +19,24 @@ from typing import Any
 import pytest
 from conftest import wait_until
 from faults import settled, tally
-from sqlalchemy import event
+from sqlalchemy import event, update
 from typer.testing import CliRunner
 
 from langchain_stripe_meter.audit.doubts import Doubts
 from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import epoch, views
+from langchain_stripe_meter.ledger import acts, epoch, views
 from langchain_stripe_meter.ledger.backup import backup
+from langchain_stripe_meter.ledger.doubts import settle_doubt
 from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
+from langchain_stripe_meter.ledger.forget import forget
+from langchain_stripe_meter.ledger.keeping import prune
+from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
 
@@ -399,6 +405,75 @@ def test_a_courier_that_runs_notices_a_file_that_is_replaced(shop: Shop) -> None
     courier.close(5)
     gateway.close()
     tally("the ledger is deleted or replaced, and a courier finds out")
+
+
+def test_nothing_is_claimed_of_a_file_that_came_after_the_epoch_was_compared(shop: Shop) -> None:
+    shop.record("first")
+    backup(shop.ledger, shop.copy)
+    shop.deliver()
+    watch = Epoch(shop.ledger, shop.errors.append)
+    watch.keep(shop.ledger.now())
+    swap(shop)
+    with pytest.raises(LedgerError, match="replaced"), shop.ledger.deliver_lane().transaction():
+        watch.sends()
+    shop.record("second")  # opens the file that is there now
+    with pytest.raises(LedgerError, match="replaced"), shop.ledger.deliver_lane().transaction():
+        watch.sends()
+    watch.keep(shop.ledger.now())
+    assert "restored from a backup" in shop.told[0]
+    with shop.ledger.deliver_lane().transaction():
+        watch.sends()
+
+
+def swap(shop: Shop) -> None:
+    """Put the backup in the ledger's place while the ledger is open."""
+    for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm"):
+        (shop.path.parent / name).unlink(missing_ok=True)
+    shutil.copy(shop.copy, shop.path)
+
+
+ACTS: dict[str, Callable[[Ledger], Any]] = {
+    "correct": lambda ledger: acts.correct(ledger, "cus_1", "m", -1, reason="typo", id="c"),
+    "assign": lambda ledger: acts.assign(ledger, [1], "cus_1"),
+    "retime": lambda ledger: acts.retime(ledger, [2]),
+    "write_off": lambda ledger: acts.write_off(ledger, [1], reason="goodwill"),
+    "cancel": lambda ledger: acts.ask_to_cancel(ledger, "sent"),
+    "retry": views.retry,
+    "settle_doubt": lambda ledger: settle_doubt(ledger, ["doubted"], delivered=True),
+    "forget": lambda ledger: forget(ledger, email="ann@example.com"),
+    "forget a lead": lambda ledger: Leads(ledger).forget("s1"),
+    "capture": lambda ledger: Leads(ledger).capture("s2", email="eve@example.com"),
+    "restored": epoch.restored,
+    "prune": prune,
+}
+
+
+@pytest.mark.parametrize("name", ACTS)
+def test_what_a_person_decides_goes_to_the_file_that_is_there(shop: Shop, name: str) -> None:
+    now, ann = shop.ledger.now(), Reference("email", "ann@example.com")
+    shop.ledger.record([
+        Entry("held", "m", 1, now, ReadingState.HELD, reference=ann),
+        Entry("old", "m", 1, now - 40 * 24 * HOUR, ReadingState.HELD, "cus_1"),
+        Entry("skipped", "m", 1, now - 50 * 24 * HOUR, ReadingState.SKIPPED),
+    ])  # fmt: skip
+    shop.record("sent", "doubted")
+    shop.deliver()
+    with shop.ledger.deliver_lane().transaction() as connection:
+        doubted = update(events).where(events.c.identifier == "doubted")
+        connection.execute(doubted.values(state="doubtful"))
+    Leads(shop.ledger).capture("s1", email="ann@example.com")
+    backup(shop.ledger, shop.copy)
+    untouched = seen(shop.copy)
+    swap(shop)
+    ACTS[name](shop.ledger)
+    assert seen(shop.path) != untouched
+
+
+def seen(path: Path) -> list[Any]:
+    """Every row that a person's act could change, as another process sees it."""
+    tables = ("readings", "events", "leads", "acts", "notes")
+    with closing(sqlite3.connect(path)) as connection:
+        return [connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables]
 
 
 # -- the two places

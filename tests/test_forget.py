@@ -18,6 +18,7 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
 from langchain_stripe_meter.ledger.leads import Leads
@@ -92,7 +93,7 @@ def test_a_person_is_gone_wherever_they_were_named_and_the_amounts_stay(ledger: 
     assert amounts(ledger) == before
     (group,) = views.held(ledger)
     assert (group.reference, group.value, group.reason) == (None, 14, FORGOTTEN)
-    assert acts.assign(ledger, group.ids, "cus_1") == 3
+    assert decisions.assign(ledger, group.ids, "cus_1") == 3
     again = forget(ledger, **by)
     assert (again.leads, again.readings, again.complete) == (0, 0, True)
 

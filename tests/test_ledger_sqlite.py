@@ -13,7 +13,9 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -24,7 +26,8 @@ from sqlalchemy import select
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
-from langchain_stripe_meter.ledger import outbox, resolving, sealing
+from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
+from langchain_stripe_meter.ledger.address import prepare_file
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
@@ -78,6 +81,57 @@ def test_the_file_and_its_companions_are_for_their_owner_alone(ledger: Ledger, p
     files = sorted(path.parent.iterdir())
     assert [file.name for file in files] == ["ledger.db", "ledger.db-shm", "ledger.db-wal"]
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+def test_a_file_that_others_may_read_is_tightened_and_that_is_told(
+    ledger: Ledger, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    record(ledger, "a")
+    with closing(sqlite3.connect(path)) as holder:  # keeps the log
+        holder.execute("SELECT count(*) FROM readings").fetchone()
+        ledger.close()
+        files = sorted(path.parent.iterdir())
+        assert [file.name for file in files] == ["ledger.db", "ledger.db-shm", "ledger.db-wal"]
+        for file in files:
+            file.chmod(0o664)
+        record(ledger, "b")
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+    (line,) = [one.getMessage() for one in caplog.records]
+    assert "0664" in line
+    assert "now it is for its owner" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_file_of_somebody_else_that_others_may_read_is_refused() -> None:
+    with TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        path = Path(folder, "ledger.db")
+        path.touch()
+        path.chmod(0o666)
+        with pytest.raises(LedgerError, match=r"0666.*somebody else"), as_somebody_else():
+            prepare_file(path)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o666
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_who_looks_at_a_ledger_that_was_deleted_does_not_make_it_anew(ledger: Ledger, path: Path) -> None:
+    record(ledger, "a")
+    for file in path.parent.iterdir():
+        file.unlink()
+    with pytest.raises(LedgerError, match="deleted"):
+        views.status(ledger)
+    assert not path.exists()
+    record(ledger, "b")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert views.status(ledger).pending == 1
 
 
 def test_a_commit_is_on_the_disk_before_it_is_acknowledged(ledger: Ledger) -> None:

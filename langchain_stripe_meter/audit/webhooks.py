@@ -124,7 +124,7 @@ class Webhooks:
         self, event_id: str, account: str, report: Report, meters: set[str]
     ) -> tuple[reports.Taken, reports.Window] | None:
         """The effect and the notification's id, in one transaction; None where it was taken in meanwhile."""
-        with self._ledger.deliver_lane().transaction() as connection:
+        with self._ledger.write() as connection:
             now = self._ledger.now()
             if not reports.is_new(connection, event_id, now):
                 return None

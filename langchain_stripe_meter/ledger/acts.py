@@ -120,7 +120,7 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
 
     None where it is cancelled already.
     """
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         now = ledger.now()
         row = _event_of(connection, identifier)
         if row.state == EventState.WRITTEN_OFF.value and _has(connection, CANCELLED, row.identifier):
@@ -138,7 +138,7 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
 
 def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> None:
     """Write down what Stripe said to the wish to cancel: ``refused`` is its definite no."""
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         now = ledger.now()
         if refused is not None:
             write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], now)
@@ -217,7 +217,7 @@ def correct(
         account=account,
     )
     said = check_reason(reason)
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         if insert_or_ignore(connection, readings, entry.columns()):
             detail = f"{event_name} of {customer} by {number_text(amount)}: {said}"
             write_act(connection, CORRECTED, entry.key, detail, now)
@@ -265,7 +265,7 @@ def assign(
     if customer is not None:
         changes |= {"customer": check_customer_id(customer), "reference": None}
     amount = None if value is None else number_text(check_value(value))
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         for row in _readings(connection, ids):
             _check_assigned(row, account, customer)
         moved = sum(_assign(connection, part, changes, amount) for part in _parts(ids))
@@ -301,7 +301,7 @@ def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, An
 def retime(ledger: Ledger, held: Held | Sequence[int], at: int | None = None) -> int:
     """Give held readings that are too old for Stripe a new time (Unix seconds, default now). Returns how many."""
     ids = held.ids if isinstance(held, Held) else tuple(held)
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         now = ledger.now()
         when = now if at is None else check_timestamp(at, now)
         if when < now - STALE_AFTER:
@@ -333,7 +333,7 @@ def write_off(ledger: Ledger, what: Held | str | Sequence[int | str], *, reason:
     given: Sequence[int | str] = what.ids if isinstance(what, Held) else [what] if isinstance(what, str) else [*what]
     ids = list(dict.fromkeys(one for one in given if isinstance(one, int)))
     names = list(dict.fromkeys(one for one in given if isinstance(one, str)))
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         now = ledger.now()
         rows = _readings(connection, ids)
         held = [_held_reading(connection, name) for name in names]

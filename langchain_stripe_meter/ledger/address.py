@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 
 BUSY_SECONDS = 5
 """How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
+
+logger = logging.getLogger("langchain_stripe_meter")
 
 
 def parse_url(url: str) -> URL:
@@ -51,6 +55,8 @@ def without_password(url: str) -> str:
 def prepare_file(path: Path) -> None:
     """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere.
 
+    A file that is for others too is made 0600, and refused where that is not ours to do.
+
     A file that exists is not opened here: closing it again would drop the locks that SQLite holds on it for another
     ledger in this process (POSIX), and a third process could then throw its write-ahead log away.
     """
@@ -66,6 +72,27 @@ def prepare_file(path: Path) -> None:
             f"The ledger {path} cannot be opened for writing: {error.strerror}. "
             "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
         ) from error
+    if os.name == "posix":
+        _tighten(path)
+
+
+def _tighten(path: Path) -> None:
+    loose = 0
+    for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+        with suppress(FileNotFoundError):  # SQLite's own come and go
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if not mode & 0o077:
+                continue
+            loose |= mode
+            try:
+                file.chmod(mode & 0o700)
+            except PermissionError as error:
+                raise LedgerError(
+                    f"{file} is for others too ({mode:04o}) and belongs to somebody else, though it names customers. "
+                    "Let its owner run chmod 600 on it, or give the ledger another path."
+                ) from error
+    if loose:
+        logger.warning("stripe-meter: the ledger %s was for others too (%04o); now it is for its owner", path, loose)
 
 
 def make_durable(path: Path) -> None:

@@ -294,23 +294,34 @@ class Database:
             return None
         return found.st_dev, found.st_ino
 
+    @property
+    def is_in_place(self) -> bool:
+        """Whether it is open, and what is open is what is at its path now."""
+        opened = self._opened
+        return opened is not None and opened.file == self._file()
+
     def reopen_if_moved(self) -> None:
         """Open the file anew if it was deleted or replaced while it was open: what is written into it would be lost."""
-        opened = self._opened
-        if opened is not None and self.is_sqlite and opened.file != self._file():
+        if self._opened is not None and not self.is_in_place:
             logger.error("stripe-meter: the ledger %s was deleted or replaced while in use", self.url.database)
             self.close()
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
             return postgres_engine(self.url, BUSY_SECONDS, **_DISCREET)
-        prepare_file(Path(str(self.url.database)))
+        prepare_file(Path(self._path))
         patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
         engine = create_engine(
             self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET
         )
+        event.listen(engine, "do_connect", self._never_create)
         event.listen(engine, "connect", self._set_pragmas)
         return engine
+
+    def _never_create(self, _dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
+        """Who opens a file again that was deleted meanwhile would else make an empty one, for everybody to read."""
+        arguments[0] = f"{Path(self._path).absolute().as_uri()}?mode=rw"
+        named["uri"] = True
 
     def _set_pragmas(self, connection: sqlite3.Connection, _record: Any) -> None:
         # For a new file: a commit writes whole pages, and rows are small. The log stays at SQLite's usual 4 MB.
@@ -361,7 +372,7 @@ def explain(error: BaseException) -> LedgerError:
         "full": "Free some disk space; what is stored is safe.",
         "disk I/O": "Look at the disk and its free space; what is stored is safe.",
         "readonly": "Make the file and its folder writable.",
-        "unable to open": "Make the file and its folder writable.",
+        "unable to open": "Unless it was deleted, make the file and its folder writable.",
     }
     hint = next((text for word, text in advice.items() if word in said), "Look at the database and at its own log.")
     return LedgerError(f"The ledger's database says: {said}. {hint}")

@@ -84,7 +84,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     ``ConfigurationError`` where the ledger does not have it.
     """
     now, moved = ledger.now(), 0
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         for identifier in dict.fromkeys(identifiers):
             row = _doubted(connection, identifier)
             _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
@@ -160,7 +160,7 @@ def _is_pruned(connection: Connection, place: Place) -> bool:
 
 def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:
     """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         query = select(events.c.id, events.c.seen_at).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
         known = {row.id: row.seen_at for row in connection.execute(query)}
         if known != {one.id: one.seen_at for one in doubts}:

@@ -105,6 +105,7 @@ class Epoch:
         if not database.is_sqlite:
             return
         database.reopen_if_moved()
+        self._ledger.deliver_lane()  # opens it, which counts
         if database.openings != self._opening or (self._has_sent and now >= self._after):
             self.begin()
             self._after = now + EVERY_SECONDS
@@ -112,11 +113,15 @@ class Epoch:
     def sends(self) -> None:
         """Something is about to be sent: a copy of the ledger made before will not know of it.
 
-        Call within the transaction that claims it, so that no other courier begins an epoch meanwhile.
+        Call within the transaction that claims it, so that no other courier begins an epoch meanwhile. Raises
+        ``LedgerError`` where the file is not the one that ``keep`` has looked at, so that nothing is claimed of it.
         """
         self._has_sent = True
-        if not self._ledger.database.is_sqlite:
+        database = self._ledger.database
+        if not database.is_sqlite:
             return
+        if database.openings != self._opening or not database.is_in_place:
+            raise LedgerError("The ledger was closed or replaced just now. It is looked at before anything is sent.")
         try:
             if _is_unmarked(sidecar_path(self._ledger)):  # once an epoch, whoever sends first
                 self._mark()
@@ -259,7 +264,7 @@ def _has_unsent(connection: Connection, until: int) -> bool:
 
 def restored(ledger: Ledger) -> None:
     """An operator says that the ledger was restored from a backup: for PostgreSQL, or where it was not noticed."""
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         put_in_doubt(connection, ledger.now(), "An operator said that the ledger was restored from a backup.")
 
 

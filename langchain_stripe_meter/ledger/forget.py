@@ -79,7 +79,7 @@ def forget(
     if not (person.references or session or person.customer):
         raise ConfigurationError("forget() takes at least one of email=, phone=, name=, session= and customer=.")
     secret = secret_of(ledger)
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         accounts = _accounts(connection)  # before rows go that tell of them
         if session is not None:
             person.sessions = {(account, session) for account in accounts}

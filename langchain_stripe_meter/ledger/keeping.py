@@ -149,7 +149,7 @@ def _steps(ledger: Ledger, older_than_days: int) -> Iterator[tuple[Pruned, tuple
 def _in_one_go(ledger: Ledger, work: Callable[..., Pruned], *arguments: Any) -> Pruned:
     """One transaction; then a rest as long as it took, in which others get their turn."""
     began = time.monotonic()
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         done = work(connection, *arguments)
     time.sleep(min(time.monotonic() - began, 1))
     return done

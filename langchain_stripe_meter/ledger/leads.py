@@ -100,8 +100,7 @@ class Leads:
         self, account: str, session: str, fields: Mapping[str, str], bill_from: BillFrom, *, replaces: bool
     ) -> int | None:
         """How many readings are claimed; None where nothing was captured."""
-        self._ledger.database.reopen_if_moved()
-        with self._ledger.database.lane("record").transaction() as connection:
+        with self._ledger.write("record") as connection:
             _lock(connection, [session_digest(account, session)])
             if not replaces and not fields.keys().isdisjoint(_find(connection, account, session) or {}):
                 return None
@@ -143,7 +142,7 @@ class Leads:
         if not _is_session(session):
             return False
         mine = _of(self._account if account is None else account, session)
-        with self._ledger.database.lane("record").transaction() as connection:
+        with self._ledger.write("record") as connection:
             return connection.execute(sql_delete(leads).where(mine)).rowcount > 0
 
     def record(self, entries: Sequence[Entry]) -> Sequence[Entry]:
@@ -156,8 +155,7 @@ class Leads:
         if not any(entry.session for entry in entries):
             self._ledger.record(entries)
             return entries
-        self._ledger.database.reopen_if_moved()
-        with self._ledger.database.lane("record").transaction() as connection:
+        with self._ledger.write("record") as connection:
             _lock(connection, [session_digest(one.account, one.session) for one in entries if one.session])
             final = [self._look_again(connection, entry) for entry in entries]
             rows = [dict(zip(COLUMNS, entry.row(), strict=True)) for entry in final]

@@ -32,7 +32,7 @@ def secret(connection: Connection, now: int) -> bytes:
 
 def secret_of(ledger: Ledger) -> bytes:
     """The secret, in a transaction of its own: a run may ask, so it does not wait for couriers."""
-    with ledger.database.lane("record").transaction() as connection:
+    with ledger.write("record") as connection:
         return secret(connection, ledger.now())
 
 

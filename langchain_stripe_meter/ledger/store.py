@@ -127,8 +127,7 @@ class Ledger:
 
     def record_new(self, entries: Sequence[Entry]) -> int:
         """As ``record``, all or nothing; returns how many of them the ledger did not have yet."""
-        self.database.reopen_if_moved()
-        with self.database.lane("record").transaction() as connection:
+        with self.write("record") as connection:
             return sum(insert_or_ignore(connection, readings, entry.columns()) for entry in entries)
 
     async def arecord(self, entries: Sequence[Entry], on_failure: Callable[[Exception], None] | None = None) -> None:
@@ -155,6 +154,16 @@ class Ledger:
     def deliver_lane(self) -> Lane:
         """The connection that couriers write through."""
         return self.database.lane("deliver")
+
+    @contextmanager
+    def write(self, lane: str = "deliver") -> Iterator[Connection]:
+        """A transaction in the file that is at the ledger's path now, should it have been replaced.
+
+        (Couriers write through ``deliver_lane``: they look at such a file before they send anything from it.)
+        """
+        self.database.reopen_if_moved()
+        with self.database.lane(lane).transaction() as connection:
+            yield connection
 
     @contextmanager
     def read(self) -> Iterator[Connection]:

@@ -252,7 +252,7 @@ def look_again(ledger: Ledger) -> int:
     not know, wait until they are due: asking for them at every call would be many requests. Returns how many.
     """
     due = readings.c.due <= ledger.now()
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         moved = 0
         for known, wanted, move in (
             (readings.c.reference, due, Move.TRY_AGAIN),
@@ -271,7 +271,7 @@ def retry(ledger: Ledger) -> int:
     A rejected event is known not to be billed, so it may go out again under its own identifier. What is too old for
     Stripe is not tried, but held for a person to re-time it or write it off.
     """
-    with ledger.deliver_lane().transaction() as connection:
+    with ledger.write() as connection:
         now, moved = ledger.now(), 0
         held = update(readings).where(readings.c.state == ReadingState.HELD.value, readings.c.value.is_not(None))
         named = held.where(readings.c.reference.is_not(None))
