@@ -282,12 +282,29 @@ def test_connected_accounts_are_each_compared_with_themselves(
     assert [(one.account, one.at_stripe) for one in found.comparisons] == [("", 20)] * 3 + [("acct_shop", 40)] * 3
 
 
+def test_what_a_meter_was_sent_before_another_of_its_name_replaced_it_counts(
+    sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway
+) -> None:
+    fill(ledger, sandbox, 30, 3)
+    sandbox.deactivate_meter("ai_tokens")
+    sandbox.create_meter("ai_tokens")
+    gateway.forget_meters()
+    now = ledger.now()
+    sandbox._account.receive(
+        {"event_name": "ai_tokens", "payload": {"stripe_customer_id": "cus_1", "value": "7"}, "timestamp": now},
+        Stamp(now, "req_2", ""), v2=False,
+    )  # fmt: skip
+    verification = verify(ledger, gateway)
+    assert [(one.at_stripe, one.difference) for one in verification.comparisons] == [(20, 0), (27, 7), (20, 0)]
+
+
 def test_a_question_that_stripe_has_no_time_for_is_asked_again(
     sandbox: StripeSandbox, ledger: Ledger, gateway: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("langchain_stripe_meter.audit.verify.PATIENCE", 0)
     fill(ledger, sandbox, 30, 3)
     sandbox.fail(rate_limited(1), server_error(), path="*event_summaries", times=2)
+    sandbox.fail(rate_limited(1), path="/v1/billing/meters", times=1)
     assert verify(ledger, gateway).agrees
     sandbox.fail(refuse(403), path="*event_summaries", times=1)
     with pytest.raises(StripeError, match="403"):

@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from langchain_stripe_meter.core.totals import Comparison, compare
 from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.gateway.audit import billed_on, meters_named
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Ledger
@@ -21,6 +22,9 @@ AT_ONCE = 8
 PORTION = 200
 PATIENCE = 30
 """The longest wait, in seconds, before a question is asked again."""
+
+
+Answer = TypeVar("Answer")
 
 
 class Place(NamedTuple):
@@ -61,8 +65,8 @@ def verify(
 ) -> Verification:
     """Compare per customer and meter, for usage since ``since`` (Unix seconds, taken down to its minute).
 
-    Asks Stripe one question for each customer and meter, a few at a time, while delivery goes on. ``progress`` is told
-    how many of how many are done. Raises ``StripeError`` where Stripe does not answer or the key may not read meters,
+    Asks Stripe one question for each customer and meter (also a meter that another of its name replaced), a few at a
+    time, while delivery goes on. ``progress`` is told how many of how many are done. Raises ``StripeError`` where Stripe does not answer or the key may not read meters,
     ``ConfigurationError`` where ``since`` lies inside a day that was pruned.
     """
     start = since - since % MINUTE
@@ -101,31 +105,43 @@ def _at_stripe(
     gateway: Gateway, places: Sequence[Place], window: tuple[int, int], progress: Callable[[int, int], None] | None
 ) -> Iterator[tuple[Place, Decimal | None]]:
     """Stripe's sum for each place, in order, ``AT_ONCE`` questions at a time."""
+    meters = {account: _meters(gateway, account) for account in sorted({place.account for place in places})}
+
+    def ask(place: Place) -> Decimal | None:
+        named = meters[place.account].get(place.event_name)
+        if named is None:
+            return None
+        return _patiently(gateway, lambda: billed_on(gateway, named, place.customer, window, place.account))
+
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="stripe-meter-verify") as threads:
         for first in range(0, len(places), PORTION):  # so that an error ends it soon, and little is kept
             portion = places[first : first + PORTION]
-            answers = threads.map(lambda place: _ask(gateway, place, window), portion)
-            for done, (place, answer) in enumerate(zip(portion, answers, strict=True), first + 1):
+            for done, (place, answer) in enumerate(zip(portion, threads.map(ask, portion), strict=True), first + 1):
                 if progress is not None:
                     progress(done, len(places))
                 yield place, answer
 
 
-def _ask(gateway: Gateway, place: Place, window: tuple[int, int]) -> Decimal | None:
-    """Stripe's sum; asked again, a few times, where Stripe has too much to do."""
+def _meters(gateway: Gateway, account: str) -> dict[str, list[str]]:
+    """The ids of all meters by event name, also of those that another one replaced."""
+    try:
+        return _patiently(gateway, lambda: meters_named(gateway, account))
+    except StripeError as error:
+        if getattr(error.__cause__, "http_status", None) != 403:
+            raise
+        raise StripeError(
+            "The key may not read meters, so there is nothing to compare with. Give it that permission."
+        ) from error
+
+
+def _patiently(gateway: Gateway, ask: Callable[[], Answer]) -> Answer:
+    """What ``ask`` returns; asked again, a few times, where Stripe has too much to do."""
     for wait in (1, 2, 4, 8):
         try:
-            return _sum(gateway, place, window)
+            return ask()
         except StripeError as error:
             status = getattr(error.__cause__, "http_status", None) or 0
             if status != 429 and status < 500:
                 raise
             time.sleep(min(gateway.outcome_of(error).retry_after or wait, PATIENCE))
-    return _sum(gateway, place, window)
-
-
-def _sum(gateway: Gateway, place: Place, window: tuple[int, int]) -> Decimal | None:
-    meter = gateway.meter(place.event_name, place.account)
-    if meter is None and not gateway.can_read_meters(place.account):
-        raise StripeError("The key may not read meters, so there is nothing to compare with. Give it that permission.")
-    return gateway.billed(meter.id, place.customer, *window, place.account) if meter else None
+    return ask()
