@@ -302,9 +302,17 @@ class Database:
 
     def reopen_if_moved(self) -> None:
         """Open the file anew if it was deleted or replaced while it was open: what is written into it would be lost."""
-        if self._opened is not None and not self.is_in_place:
-            logger.error("stripe-meter: the ledger %s was deleted or replaced while in use", self.url.database)
-            self.close()
+        opened = self._opened
+        if opened is None or not self.is_sqlite:
+            return
+        try:
+            found = os.stat(self._path)
+            if opened.file == (found.st_dev, found.st_ino):
+                return
+        except FileNotFoundError:
+            pass
+        logger.error("stripe-meter: the ledger %s was deleted or replaced while in use", self.url.database)
+        self.close()
 
     def _make_engine(self) -> Engine:
         if not self.is_sqlite:
