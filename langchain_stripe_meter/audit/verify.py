@@ -66,8 +66,9 @@ def verify(
     """Compare per customer and meter, for usage since ``since`` (Unix seconds, taken down to its minute).
 
     Asks Stripe one question for each customer and meter (also a meter that another of its name replaced), a few at a
-    time, while delivery goes on. ``progress`` is told how many of how many are done. Raises ``StripeError`` where Stripe does not answer or the key may not read meters,
-    ``ConfigurationError`` where ``since`` lies inside a day that was pruned.
+    time, while delivery goes on. ``progress`` is told how many of how many are done. Raises ``StripeError`` where
+    Stripe does not answer or the key may not read meters, ``ConfigurationError`` where ``since`` lies inside a day that
+    was pruned.
     """
     start = since - since % MINUTE
     end = ledger.now() // MINUTE * MINUTE + 10 * MINUTE  # events may lie five minutes ahead
