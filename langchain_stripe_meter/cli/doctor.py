@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
-import stat
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -99,8 +97,6 @@ def _ledger(url: str) -> Iterator[Finding]:
         return
     said = f"writable: {now.pending:,} pending, {now.delivered:,} delivered"
     yield from foreign or [Finding("ledger", "ok", said)]
-    if ledger.database.is_sqlite and stat.S_IMODE(path.stat().st_mode) & 0o077:
-        yield Finding("ledger", "warn", f"others may read it. Run: chmod 600 {shlex.quote(str(path))}")
     yield from _attention(now)
 
 
