@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -314,3 +316,16 @@ def test_after_a_lookup_that_stripe_did_not_answer_lookups_rest(shop: StillShop)
     shop.courier.turn()
     assert shop.courier.in_flight == 1
     shop.answered()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="process namespaces are Linux's")
+def test_a_process_in_a_container_that_shares_the_hosts_name_has_another_owner() -> None:
+    ask = "from langchain_stripe_meter.ledger import outbox; print(outbox.owner())"
+    inside = ["unshare", "--user", "--map-root-user", "--pid", "--fork", sys.executable, "-c", ask]
+    done = subprocess.run(inside, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("this machine lets nobody make a process namespace")
+    theirs, ours = done.stdout.split("/"), outbox.owner().split("/")
+    assert theirs[1] == "1"
+    assert theirs[0].split("|")[:2] == ours[0].split("|")[:2]
+    assert theirs[0] != ours[0]

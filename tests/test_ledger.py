@@ -448,16 +448,24 @@ def test_two_claims_of_one_event_in_the_same_second_have_different_leases(ledger
     assert finish(ledger, [second]) == [EventState.DELIVERED]
 
 
-def test_an_event_of_a_dead_process_is_unknown_at_once(ledger: Ledger) -> None:
-    ledger.record([entry("a"), entry("b", customer="cus_2"), entry("c", customer="cus_3")])
+def test_an_event_of_a_dead_process_is_unknown_at_once_and_one_of_another_machine_when_its_lease_is_over(
+    ledger: Ledger,
+) -> None:
+    """Containers may share a host's name, or its kernel: only of one's own processes can it be seen."""
+    others = {"b": "cus_2", "c": "cus_3", "d": "cus_4", "e": "cus_5"}
+    ledger.record([entry("a"), *(entry(key, customer=customer) for key, customer in others.items())])
     claim(ledger)
-    host, _, boot, number = [*outbox.owner().split("/"), "1"]
-    leases = {"a": f"{host}/999999999/{boot}/{number}", "b": f"elsewhere/999999999/{boot}/{number}"}
+    machine, _, rest = outbox.owner().split("/", 2)
+    host, kernel, processes = machine.split("|")
+    leases = {"a": machine, "b": f"elsewhere|{kernel}|{processes}", "c": f"{host}|other|{processes}"}
+    leases |= {"d": f"{host}|{kernel}|pid:[1]", "e": host}  # the last as an earlier version wrote it
     with ledger.deliver_lane().transaction() as connection:
-        for identifier, lease in leases.items():
-            connection.execute(update(events).where(events.c.identifier == identifier).values(lease=lease))
+        for identifier, where in leases.items():
+            its = update(events).where(events.c.identifier == identifier)
+            connection.execute(its.values(lease=f"{where}/999999999/{rest}/1"))
     assert do(ledger, outbox.reap, NOW) == 1
-    assert states(ledger) == {"a": "pending", "b": "sending", "c": "sending"}
+    assert states(ledger) == {"a": "pending", "b": "sending", "c": "sending", "d": "sending", "e": "sending"}
+    assert do(ledger, outbox.reap, NOW + outbox.LEASE_SECONDS + 1) == 4
 
 
 def test_an_unknown_outcome_is_tried_again_for_23_hours_and_then_doubtful(ledger: Ledger) -> None:

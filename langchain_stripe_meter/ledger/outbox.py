@@ -7,9 +7,11 @@ import itertools
 import logging
 import os
 import socket
+import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlalchemy import (
@@ -84,8 +86,20 @@ class Claimed:
 
 
 def owner() -> str:
-    """This process, as leases name it: host, process, and the boot that tells a reused process id apart."""
-    return f"{socket.gethostname()}/{os.getpid()}/{_BOOT}"
+    """This process, as leases name it: where it runs, its id, and the start that tells a reused process id apart."""
+    return f"{_where()}/{os.getpid()}/{_BOOT}"
+
+
+def _where() -> str:
+    """The host, its kernel and this container's namespace of processes: only there does a process id mean the same."""
+    kernel = processes = ""
+    if sys.platform == "linux":
+        try:
+            kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            processes = os.readlink("/proc/self/ns/pid")
+        except OSError:  # hidden from us: then nobody else's process id means anything here
+            processes = f"{os.getpid()}-{_BOOT}"
+    return f"{socket.gethostname()}|{kernel}|{processes}"
 
 
 @dataclass(slots=True)
@@ -316,8 +330,8 @@ def reap(connection: Connection, now: int) -> int:
 def _is_dead(lease: str, lease_until: int, now: int) -> bool:
     if lease_until < now:
         return True
-    host, pid, boot, *_ = lease.split("/")
-    if host != socket.gethostname():
+    where, pid, boot, *_ = lease.split("/")
+    if where != _where():
         return False
     if int(pid) == os.getpid():
         return boot != _BOOT

@@ -65,7 +65,7 @@ events = Table(
     Column("attempts", Integer, nullable=False, server_default=text("0")),
     Column("due", BigInteger, nullable=False),
     Column("sent_at", BigInteger),
-    Column("lease", Text),  # who is sending it: host/process/boot/number, the fence against a late answer
+    Column("lease", Text),  # who is sending it: where/process/start/number, the fence against a late answer
     Column("lease_until", BigInteger),
     Column("first_unknown_at", BigInteger),
     Column("settled_at", BigInteger),
