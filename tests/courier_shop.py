@@ -56,9 +56,14 @@ class Shop:
         """Let the courier work until nothing is pending, moving the clock on while it waits, at most ``seconds``."""
         courier = courier or self.courier
         until, step = self.sandbox.now() + seconds, max(1, seconds // 600)
-        while self.status.pending and self.sandbox.now() < until:
+        while self.is_pending and self.sandbox.now() < until:
             if not courier.turn() and not courier.in_flight:
                 self.sandbox.advance(seconds=step)
+
+    @property
+    def is_pending(self) -> bool:
+        with self.ledger.read() as connection:
+            return views.pending(connection) > 0
 
     @property
     def status(self) -> views.Status:

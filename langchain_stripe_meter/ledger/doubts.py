@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, exists, or_, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, exists, or_, select, update
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
@@ -107,15 +107,20 @@ def _doubted(connection: Connection, identifier: str) -> Any:
     return row
 
 
+_IS_DUE = (
+    select(events.c.id)
+    .where(IS_DOUBTFUL, or_(events.c.seen_at.is_(None), events.c.seen_at <= bindparam("seen")))
+    .where(or_(events.c.settled_at.is_(None), events.c.settled_at <= bindparam("settled")))
+    .limit(1)
+)
+
+
 def any_due(connection: Connection, now: int) -> bool:
     """Whether there is a doubtful event that could be looked at; quick, since there hardly ever is."""
-    unseen = or_(events.c.seen_at.is_(None), events.c.seen_at <= now - LOOK_AGAIN)
-    rested = or_(events.c.settled_at.is_(None), events.c.settled_at <= now - SUMS_LAG)
-    return connection.execute(select(events.c.id).where(IS_DOUBTFUL, unseen, rested).limit(1)).first() is not None
+    return connection.execute(_IS_DUE, {"seen": now - LOOK_AGAIN, "settled": now - SUMS_LAG}).first() is not None
 
 
-def facts(connection: Connection) -> dict[Place, Facts]:
-    """What is known of every minute that has a doubtful event."""
+def _neighbours() -> Select[Any]:
     minute = events.c.at - events.c.at % MINUTE
     line = (events.c.account, events.c.customer, events.c.event_name)
     places = select(*line, minute.label("minute")).where(IS_DOUBTFUL).distinct().subquery()
@@ -123,9 +128,16 @@ def facts(connection: Connection) -> dict[Place, Facts]:
     asked = exists().where(acts.c.subject == events.c.identifier, acts.c.act == CANCEL_ASKED)
     query = select(events, places.c.minute, asked.label("asked_to_cancel"))
     inside = (events.c.at >= places.c.minute, events.c.at < places.c.minute + MINUTE)  # a range, which an index has
-    query = query.join(places, and_(*same, *inside)).order_by(events.c.id)
+    return query.join(places, and_(*same, *inside)).order_by(events.c.id)
+
+
+_NEIGHBOURS = _neighbours()
+
+
+def facts(connection: Connection) -> dict[Place, Facts]:
+    """What is known of every minute that has a doubtful event."""
     found: dict[Place, list[Trace]] = {}
-    for row in connection.execute(query):
+    for row in connection.execute(_NEIGHBOURS):
         found.setdefault(Place(row.account, row.customer, row.event_name, row.minute), []).append(_trace(row))
     return {place: Facts(tuple(traces), _is_pruned(connection, place)) for place, traces in found.items()}
 
@@ -147,15 +159,18 @@ def _trace(row: Any) -> Trace:
     )
 
 
+_PRUNED = select(pruned.c.day).where(
+    pruned.c.account == bindparam("account"),
+    pruned.c.event_name == bindparam("event_name"),
+    pruned.c.customer == bindparam("customer"),
+    pruned.c.day == bindparam("day"),
+    pruned.c.state == EventState.DELIVERED.value,
+)
+
+
 def _is_pruned(connection: Connection, place: Place) -> bool:
-    query = select(pruned.c.day).where(
-        pruned.c.account == place.account,
-        pruned.c.event_name == place.event_name,
-        pruned.c.customer == place.customer,
-        pruned.c.day == place.minute - place.minute % DAY,
-        pruned.c.state == EventState.DELIVERED.value,
-    )
-    return connection.execute(query).first() is not None
+    asked = {**place._asdict(), "day": place.minute - place.minute % DAY}
+    return connection.execute(_PRUNED, asked).first() is not None
 
 
 def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:

@@ -272,9 +272,12 @@ def _note(connection: Connection, name: str) -> str | None:
     return connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
 
 
+_CAME_BACK = select(notes).where(notes.c.name == RESTORED)
+
+
 def told(connection: Connection) -> str | None:
     """When the ledger last came back from the past, and why that was believed; None if it never did."""
-    row: Any = connection.execute(select(notes).where(notes.c.name == RESTORED)).first()
+    row: Any = connection.execute(_CAME_BACK).first()
     if row is None:
         return None
     return f"{datetime.fromtimestamp(row.at, UTC):%Y-%m-%d %H:%M} UTC: {json.loads(row.value)['why']}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, and_, func, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, or_, select, update
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
@@ -18,6 +18,7 @@ HELD_RETRY = (60, 300, 900, 3600)
 RECORDED = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
 RESOLVED = and_(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
 HELD = readings.c.state == ReadingState.HELD.value
+IS_DUE = and_(HELD, readings.c.due <= bindparam("now"))
 
 
 class Unknown(NamedTuple):
@@ -27,14 +28,20 @@ class Unknown(NamedTuple):
     reference: Reference
 
 
+def _named(condition: ColumnElement[bool]) -> Select[Any]:
+    query = select(readings.c.account, readings.c.reference).where(condition)
+    query = query.group_by(readings.c.account, readings.c.reference).order_by(func.min(readings.c.id))
+    return query.limit(RESOLVE_AT_MOST)
+
+
+_NAMED = _named(RECORDED), _named(and_(IS_DUE, readings.c.reference.is_not(None)))
+
+
 def unresolved(connection: Connection, now: int) -> list[Unknown]:
     """Who must be looked up at Stripe now, oldest first."""
-    due_again = and_(HELD, readings.c.due <= now, readings.c.reference.is_not(None))
     found: list[tuple[str, str | None]] = []
-    for condition in (RECORDED, due_again):
-        query = select(readings.c.account, readings.c.reference).where(condition)
-        query = query.group_by(readings.c.account, readings.c.reference).order_by(func.min(readings.c.id))
-        found += [(row.account, row.reference) for row in connection.execute(query.limit(RESOLVE_AT_MOST))]
+    for query in _NAMED:
+        found += [(row.account, row.reference) for row in connection.execute(query, {"now": now})]
     asked = ((account, _reference(connection, told)) for account, told in dict.fromkeys(found))
     return [Unknown(account, reference) for account, reference in asked if reference is not None]
 
@@ -50,7 +57,7 @@ def _reference(connection: Connection, told: str | None) -> Reference | None:
     except MeteringError:
         held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
         waiting = RECORDED if told is None else or_(RECORDED, HELD)
-        statement = update(readings).where(free(connection, and_(readings.c.reference == told, waiting)))
+        statement = update(readings).where(free(and_(readings.c.reference == told, waiting)))
         connection.execute(statement.values(state=held, reason="the customer's name is malformed", due=None))
         return None
 
@@ -114,14 +121,18 @@ def hold_meter(connection: Connection, account: str, event_name: str, reason: st
 
 def release_held(connection: Connection, now: int) -> int:
     """Readings that were held for their meter's sake are tried again when they are due."""
-    due = and_(HELD, readings.c.due <= now, readings.c.customer.is_not(None), readings.c.value.is_not(None))
-    statement = update(readings).where(free(connection, due))
-    changes = {"state": next_reading_state(ReadingState.HELD, Move.ASSIGN).value, "reason": None, "due": None}
-    return connection.execute(statement.values(**changes)).rowcount
+    return connection.execute(_RELEASE, {"now": now}).rowcount
 
 
-def free(connection: Connection, condition: ColumnElement[bool]) -> ColumnElement[bool]:
-    """``condition``, without the readings that another transaction holds: a shared one must not wait for them."""
-    if connection.dialect.name != "postgresql":
-        return condition
+def free(condition: ColumnElement[bool]) -> ColumnElement[bool]:
+    """``condition``, without the readings that another transaction holds on PostgreSQL: a shared one must not wait for
+    them."""
     return readings.c.id.in_(select(readings.c.id).where(condition).with_for_update(skip_locked=True))
+
+
+_RELEASE = (
+    update(readings)
+    .where(free(and_(IS_DUE, readings.c.customer.is_not(None), readings.c.value.is_not(None))))
+    .values(state=next_reading_state(ReadingState.HELD, Move.ASSIGN).value, reason=None, due=None)
+)
+"""What runs at every turn is put together once: that costs more than to carry it out."""

@@ -39,11 +39,25 @@ logger = logging.getLogger("langchain_stripe_meter")
 Row = Mapping[Any, Any]
 
 
+_OPEN_METERS = select(readings.c.account, readings.c.event_name).where(RESOLVED).distinct()
+_SEALABLE = (
+    select(readings)
+    .where(RESOLVED, readings.c.at <= bindparam("latest"))
+    .order_by(readings.c.id)
+    .limit(SEAL_AT_MOST)
+    .with_for_update(skip_locked=True)
+)
+_HOLD_STALE = (
+    update(readings)
+    .where(free(and_(RESOLVED, readings.c.at < bindparam("oldest"))))
+    .values(state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value, reason=TOO_OLD, due=None)
+)
+_RESTORED = select(notes.c.value).where(notes.c.name == "restored")
+
+
 def open_meters(connection: Connection) -> list[tuple[str, str]]:
     """Account and event name of the readings that could be sealed."""
-    query = select(readings.c.account, readings.c.event_name)
-    query = query.where(RESOLVED).distinct()
-    return [(row.account, row.event_name) for row in connection.execute(query)]
+    return [(row.account, row.event_name) for row in connection.execute(_OPEN_METERS)]
 
 
 def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
@@ -52,12 +66,9 @@ def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
     With ``roll_up`` (seconds), a customer's readings on one meter within such a span become one event, once the span
     is over.
     """
-    _hold_stale(connection, now)
+    connection.execute(_HOLD_STALE, {"oldest": now - STALE_AFTER})
     latest = now + FUTURE_LIMIT if roll_up is None else now - now % roll_up - 1
-    query = select(readings).where(RESOLVED).where(readings.c.at <= latest).order_by(readings.c.id).limit(SEAL_AT_MOST)
-    if connection.dialect.name == "postgresql":
-        query = query.with_for_update(skip_locked=True)
-    rows = connection.execute(query).mappings().all()
+    rows = connection.execute(_SEALABLE, {"latest": latest}).mappings().all()
     sound = [row for row in rows if _is_sound(connection, row)]
     past = _from_the_past(connection) if sound else None
     last = past["reading"] if past else 0
@@ -69,7 +80,7 @@ def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
 
 def _from_the_past(connection: Connection) -> dict[str, Any] | None:
     """The last time that the ledger was restored from a backup, if it ever was (see ledger/epoch.py)."""
-    found = connection.execute(select(notes.c.value).where(notes.c.name == "restored")).scalar()
+    found = connection.execute(_RESTORED).scalar()
     return None if found is None else json.loads(found)
 
 
@@ -221,14 +232,3 @@ def withdraw_stale(connection: Connection, which: ColumnElement[bool], now: int)
         connection.execute(delete(events).where(events.c.id.in_(ids)))
         logger.warning("stripe-meter: %d meter events are held: %s", len(ids), TOO_OLD)
     return len(ids)
-
-
-def _hold_stale(connection: Connection, now: int) -> None:
-    statement = update(readings).where(free(connection, and_(RESOLVED, readings.c.at < now - STALE_AFTER)))
-    connection.execute(
-        statement.values(
-            state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value,
-            reason=TOO_OLD,
-            due=None,
-        )
-    )

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, func, null, or_, select, union, union_all, update
+from sqlalchemy import Connection, bindparam, func, null, or_, select, union, union_all, update
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.exact import EXACT, exact_sum
@@ -151,11 +151,27 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return f"<table>{line('th', head)}{body}</table>" if any(head) else f"<table>{body}</table>"
 
 
+_COUNTS = tuple(select(table.c.state, func.count()).group_by(table.c.state) for table in (readings, events))
+_WAITING, _UNSENT, _SENDING = (
+    select(func.count()).select_from(table).where(condition).scalar_subquery()
+    for table, condition in ((readings, OPEN_READINGS), (events, IS_PENDING), (events, IS_SENDING))
+)
+_ON_ITS_WAY = select(_WAITING + _UNSENT + _SENDING)
+_OLDEST = (
+    select(func.min(readings.c.at)).where(OPEN_READINGS),
+    select(func.min(events.c.at)).where(IS_PENDING),
+    select(func.min(events.c.at)).where(IS_SENDING),
+)
+_ESTIMATED = select(func.count()).where(readings.c.estimated == 1)
+_SAID = select(notes.c.name, notes.c.value).where(notes.c.name.in_(_SHOWN))
+_AHEAD = select(func.count()).where(OPEN_READINGS, readings.c.state == "resolved", readings.c.at > bindparam("latest"))
+_PRUNED = select(func.sum(pruned.c.readings))
+
+
 def counts(connection: Connection) -> Mapping[str, int]:
     """How many readings (not yet sealed) and events are in each state."""
     total: dict[str, int] = {}
-    for table in (readings, events):
-        query = select(table.c.state, func.count()).group_by(table.c.state)
+    for query in _COUNTS:
         for state, count in connection.execute(query):
             if state != ReadingState.SEALED:
                 total[state] = total.get(state, 0) + count
@@ -167,10 +183,7 @@ def pending(connection: Connection) -> int:
 
     One statement, so that what moves meanwhile is neither missed nor counted twice.
     """
-    waiting = select(func.count()).select_from(readings).where(OPEN_READINGS).scalar_subquery()
-    unsent = select(func.count()).select_from(events).where(IS_PENDING).scalar_subquery()
-    sending = select(func.count()).select_from(events).where(IS_SENDING).scalar_subquery()
-    return int(connection.execute(select(waiting + unsent + sending)).scalar_one())
+    return int(connection.execute(_ON_ITS_WAY).scalar_one())
 
 
 def attention(connection: Connection) -> tuple[int, int]:
@@ -184,17 +197,12 @@ def status(ledger: Ledger) -> Status:
     """The ledger as it stands."""
     with ledger.read() as connection:
         count = counts(connection)
-        oldest = [
-            connection.execute(select(func.min(readings.c.at)).where(OPEN_READINGS)),
-            connection.execute(select(func.min(events.c.at)).where(IS_PENDING)),
-            connection.execute(select(func.min(events.c.at)).where(events.c.state == "sending")),
-        ]
+        oldest = [connection.execute(query) for query in _OLDEST]
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
-        estimated = connection.execute(select(func.count()).where(readings.c.estimated == 1)).scalar_one()
-        said = dict(iter(connection.execute(select(notes.c.name, notes.c.value).where(notes.c.name.in_(_SHOWN)))))
-        waits = (OPEN_READINGS, readings.c.state == "resolved", readings.c.at > ledger.now() + FUTURE_LIMIT)
-        ahead = connection.execute(select(func.count()).select_from(readings).where(*waits)).scalar_one()
-        gone = connection.execute(select(func.sum(pruned.c.readings))).scalar()
+        estimated = connection.execute(_ESTIMATED).scalar_one()
+        said = dict(iter(connection.execute(_SAID)))
+        ahead = connection.execute(_AHEAD, {"latest": ledger.now() + FUTURE_LIMIT}).scalar_one()
+        gone = connection.execute(_PRUNED).scalar()
         restored = told(connection)
     return Status(
         delivered=count.get("delivered", 0),
