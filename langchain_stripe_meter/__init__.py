@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from langchain_stripe_meter.core.meters import Cost, Credits, Messages, Tokens
     from langchain_stripe_meter.errors import MeteringError
     from langchain_stripe_meter.everywhere import stripe_meter
+    from langchain_stripe_meter.gateway.meters import create_meter, list_meters
     from langchain_stripe_meter.handler import StripeMeterCallbackHandler
     from langchain_stripe_meter.settings import MeteringSettings
 
@@ -28,27 +29,14 @@ _HOMES = {
     "core.meters": ["Cost", "Credits", "Messages", "Tokens"],
     "errors": ["MeteringError"],
     "everywhere": ["stripe_meter"],
+    "gateway.meters": ["create_meter", "list_meters"],
     "handler": ["StripeMeterCallbackHandler"],
     "settings": ["MeteringSettings"],
 }
 
-__all__ = [
-    "Cost",
-    "Credits",
-    "Messages",
-    "MeteringError",
-    "MeteringSettings",
-    "StripeMeterCallbackHandler",
-    "StripeMeterEvent",
-    "Tokens",
-    "first_of",
-    "from_auth_user",
-    "from_context",
-    "from_lead",
-    "from_metadata",
-    "static",
-    "stripe_meter",
-]
+__all__ = ["Cost", "Credits", "Messages", "MeteringError", "MeteringSettings"]
+__all__ += ["StripeMeterCallbackHandler", "StripeMeterEvent", "Tokens", "create_meter", "first_of", "from_auth_user"]
+__all__ += ["from_context", "from_lead", "from_metadata", "list_meters", "static", "stripe_meter"]
 
 
 def __getattr__(name: str) -> Any:

@@ -115,7 +115,7 @@ class Operations:
         gateway = self._gateway("check()")
         if stripe_account is None and self._has_tenants:
             raise ConfigurationError("check() needs stripe_account=: with tenant=, each account has its own meters.")
-        from langchain_stripe_meter.gateway.checking import check_meters
+        from langchain_stripe_meter.gateway.meters import check_meters
 
         account = self._stripe_account if stripe_account is None else check_account(stripe_account)
         check_meters(gateway, {meter.event_name: dimensions_of(meter) for meter in self.meters}, account)

@@ -19,6 +19,7 @@ from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
+from langchain_stripe_meter.gateway.meters import make_meter
 from langchain_stripe_meter.gateway.replies import classify
 from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse
 
@@ -73,7 +74,7 @@ def schema_of(spec: Any, method: str, path: str) -> Any:
 def test_each_request_body_is_what_stripes_schema_allows(sandbox: StripeSandbox, gateway: Gateway) -> None:
     gateway.send(event(sandbox), 0)
     gateway.send(event(sandbox, identifier="run-2", dimensions={"model": "openai/gpt-4o", "token_type": "input"}), 3)
-    gateway.create_meter("another", "Another meter")
+    make_meter(gateway, "another", "Another meter")
     gateway.find_customers(Reference("email", "ann@example.com"))
     gateway.find_customers(Reference("name", 'Ann "the" Smith\\'))
     StripeMeterEvent(stripe=gateway.client).invoke({"event_name": "ai_tokens", "customer_id": "cus_1", "value": 1})

@@ -16,6 +16,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.credit import credit_of
+from langchain_stripe_meter.gateway.meters import checked_currency
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.reentry import inside
 
@@ -53,7 +54,7 @@ class StripeCredit:
         until_known: int | Decimal | None = None,
     ) -> None:
         check_meter(meter, "StripeCredit(...)")
-        self._currency = _currency(currency)
+        self._currency = checked_currency(currency)
         self._price = _price(unit_price, self._currency)
         self._max_age = _seconds(max_age)
         self._until_known = _until_known(until_known)
@@ -115,12 +116,6 @@ class StripeCredit:
         with inside(), self._lock:
             self._known[key] = units, time.monotonic()
         return units
-
-
-def _currency(currency: object) -> str:
-    if isinstance(currency, str) and len(currency) == 3 and currency.isascii() and currency.isalpha():
-        return currency.lower()
-    raise ConfigurationError(f"currency={currency!r}: use the three letters of a currency, such as 'usd'.")
 
 
 def _seconds(max_age: object) -> float:

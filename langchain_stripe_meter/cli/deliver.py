@@ -110,7 +110,7 @@ def _look_again(ledger: Ledger, *, as_json: bool) -> None:
 def _check(gateway: Gateway, names: list[str]) -> None:
     """Refuse meters that are wrong; what Stripe does not say now is no reason to stop, the courier asks again."""
     from langchain_stripe_meter.errors import StripeError
-    from langchain_stripe_meter.gateway.checking import check_meters
+    from langchain_stripe_meter.gateway.meters import check_meters
 
     try:
         check_meters(gateway, dict.fromkeys(names, ()))

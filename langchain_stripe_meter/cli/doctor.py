@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 
 from langchain_stripe_meter.cli.world import new_gateway
 from langchain_stripe_meter.errors import MeteringError
-from langchain_stripe_meter.gateway.checking import problem_with
 from langchain_stripe_meter.gateway.client import MeterInfo
+from langchain_stripe_meter.gateway.meters import problem_with
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.ledger.store import Ledger

@@ -28,7 +28,7 @@ def meters(context: typer.Context, as_json: JsonOption = False) -> None:
     if as_json:
         print_json([_plain(meter) for meter in found])
         return
-    hide = ("id", "customer_key", "value_key")
+    hide = ("id", "customer_key", "value_key", "price")
     rows(found, as_json=False, empty="No meters yet. Run: stripe-meter meters create ai_tokens", hide=hide)
     for meter in found:
         if meter.problem:
@@ -42,15 +42,25 @@ def _plain(meter: MeterInfo) -> dict[str, Any]:
 @meters_app.command()
 def create(
     event_name: Annotated[str, typer.Argument(help="The event name, such as 'ai_tokens'.")],
+    *,
     display_name: Annotated[str | None, typer.Option(help="How invoices call it.")] = None,
+    price: Annotated[str | None, typer.Option(help="What one unit costs, in cents, such as 0.002.")] = None,
+    currency: Annotated[str | None, typer.Option(help="Of the price, such as usd.")] = None,
+    interval: Annotated[str, typer.Option(help="How often it is billed: day, week, month or year.")] = "month",
+    account: Annotated[str, typer.Option(help="The connected account, 'acct_…'.")] = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Make a meter that sums up what it is sent."""
+    """Make a meter that sums up what it is sent, and with --price a product and a metered price. What is there already
+    is not made twice."""
     with clear_errors(as_json=as_json), open_gateway() as gateway:
-        from langchain_stripe_meter.core.events import check_event_name
+        from langchain_stripe_meter.core.events import check_account
+        from langchain_stripe_meter.gateway.meters import make_meter
 
-        made = gateway.create_meter(check_event_name(event_name), display_name)
-        say(f"The meter {made.event_name!r} is there: {made.id}.", _plain(made), as_json=as_json)
+        made = make_meter(gateway, event_name, display_name, (price, currency, interval), check_account(account))
+        said = f"The meter {made.event_name!r} is there: {made.id}."
+        if made.price is not None:
+            said += f" Its price: {made.price.id}, for your customers' subscriptions."
+        say(said, _plain(made), as_json=as_json)
 
 
 @leads_app.command()

@@ -22,6 +22,7 @@ from langchain_stripe_meter.core.customers import CustomerSource
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.meters import make_meter
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -165,7 +166,7 @@ def open_stage(console: Console, *, live: bool) -> Iterator[Stage]:
         suffix = f"_{uuid.uuid4().hex[:8]}" if live else ""
         names = (f"ai_tokens{suffix}", f"message_credits{suffix}")
         for name in names:
-            gateway.create_meter(name)
+            make_meter(gateway, name, None)
         emails = {name: f"{name}{suffix}@example.com" for name in PEOPLE}
         customers = {name: _create_customer(gateway, name, email) for name, email in emails.items()}
         address = f"sqlite:///{folder}/ledger.db"

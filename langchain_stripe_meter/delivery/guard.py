@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
-from langchain_stripe_meter.gateway.checking import problem_with
 from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.meters import problem_with
 from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
 from langchain_stripe_meter.ledger.pin import pin

@@ -24,6 +24,8 @@ from langchain_stripe_meter.reentry import inside
 if TYPE_CHECKING:
     from stripe import StripeClient
 
+    from langchain_stripe_meter.gateway.meters import Price
+
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
 METERS_CACHED_SECONDS = 300
@@ -44,6 +46,8 @@ class MeterInfo:
     window: str | None
     customer_key: str
     value_key: str
+    price: Price | None = None
+    """The metered price on it that was asked for, where one was."""
 
     @property
     def problem(self) -> str | None:
@@ -220,7 +224,7 @@ class Gateway:
         """All meters of an account, active ones last so that they win over older ones of the same event name."""
         with as_stripe_error("list the meters"):
             listed = self.client.v1.billing.meters.list({"limit": 100}, on_account(account)).auto_paging_iter()
-            infos = [_meter_info(meter) for meter in listed]
+            infos = [meter_info(meter) for meter in listed]
         return sorted(infos, key=lambda info: (info.status == "active", info.event_name))
 
     def account_id(self) -> str | None:
@@ -232,18 +236,6 @@ class Gateway:
             if getattr(error.__cause__, "http_status", None) in (400, 403, 404):
                 return None
             raise
-
-    def create_meter(self, event_name: str, display_name: str | None = None) -> MeterInfo:
-        """A new meter that sums what it is sent, as this package needs it."""
-        with as_stripe_error("create the meter"):
-            made = self.client.v1.billing.meters.create(
-                {
-                    "display_name": display_name or event_name,
-                    "event_name": event_name,
-                    "default_aggregation": {"formula": "sum"},
-                }
-            )
-        return _meter_info(made)
 
     def billed(self, meter_id: str, customer: str, start: int, end: int, account: str = "") -> Decimal | None:
         """What Stripe has summed up for a customer from ``start`` to ``end`` (Unix seconds, whole minutes).
@@ -316,7 +308,7 @@ def on_account(account: str) -> Any:
     return {"stripe_account": account} if account else {}
 
 
-def _meter_info(meter: Any) -> MeterInfo:
+def meter_info(meter: Any) -> MeterInfo:
     return MeterInfo(
         id=meter.id,
         event_name=meter.event_name,

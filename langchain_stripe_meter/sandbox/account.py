@@ -14,6 +14,7 @@ from typing import Literal, Protocol, get_args
 
 from langchain_stripe_meter.core.events import MAX_NAME_LENGTH
 from langchain_stripe_meter.sandbox import rules, wire
+from langchain_stripe_meter.sandbox.prices import Prices
 from langchain_stripe_meter.sandbox.rules import DAY, AcceptedEvent, Customer, Flaw, Meter, Rejection
 from langchain_stripe_meter.sandbox.wire import EXPAND, Field, Json, Reply, StripeRefusalError, check, no_such
 
@@ -198,6 +199,7 @@ class Account:
         self.credits: dict[str, dict[str, int]] = {}
         self.meters = Meters(self.make_id, livemode=livemode)
         self.customers = Customers(self.make_id, livemode=livemode)
+        self.prices = Prices(self.make_id, self.meters.get, livemode=livemode)
         self._count = itertools.count(1)
         self._positions: dict[str, int] = {}
         self._replies: dict[str, tuple[object, Reply, int]] = {}

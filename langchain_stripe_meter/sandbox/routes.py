@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.sandbox import wire
 from langchain_stripe_meter.sandbox.account import NAME, Account, Stamp
+from langchain_stripe_meter.sandbox.prices import PRICES
 from langchain_stripe_meter.sandbox.rules import summaries
 from langchain_stripe_meter.sandbox.wire import EXPAND, INTEGER, LISTING, Field, Json, StripeRefusalError, rfc3339
 
 SESSION_SECONDS = 15 * 60
 PERMISSIONS = frozenset(
     f"{what}:{how}"
-    for what in ("meter_events", "meters", "customers", "account", "events", "credits")
+    for what in ("meter_events", "meters", "customers", "account", "events", "credits", "prices")
     for how in ("read", "write")
 )
 EVENT_V2 = {
@@ -269,10 +270,6 @@ def create_meter(visit: Visit) -> Json:
     return visit.account.meters.create(visit.params, visit.now).to_stripe()
 
 
-def get_meter(visit: Visit) -> Json:
-    return visit.account.meters.get(visit.name).to_stripe()
-
-
 def update_meter(visit: Visit) -> Json:
     return visit.account.meters.rename(visit.name, visit.params, visit.now).to_stripe()
 
@@ -374,7 +371,7 @@ ROUTES = [
     Route("POST", "/v1/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT),
     Route("GET", "/v1/billing/meters", "meters:read", list_meters, METERS),
     Route("POST", "/v1/billing/meters", "meters:write", create_meter, None),
-    Route("GET", "/v1/billing/meters/{id}", "meters:read", get_meter, EXPAND),
+    Route("GET", "/v1/billing/meters/{id}", "meters:read", lambda v: v.account.meters.get(v.name).to_stripe(), EXPAND),
     Route("POST", "/v1/billing/meters/{id}", "meters:write", update_meter, None),
     Route("POST", "/v1/billing/meters/{id}/deactivate", "meters:write", switch_meter, EXPAND),
     Route("POST", "/v1/billing/meters/{id}/reactivate", "meters:write", switch_meter, EXPAND),
@@ -385,6 +382,12 @@ ROUTES = [
     Route("GET", "/v1/customers/{id}", "customers:read", get_customer, EXPAND),
     Route("DELETE", "/v1/customers/{id}", "customers:write", delete_customer, {}),
     Route("GET", "/v1/billing/credit_balance_summary", "credits:read", get_credits, CREDITS),
+    Route("POST", "/v1/products", "prices:write", lambda v: v.account.prices.create_product(v.params, v.now), None),
+    Route("GET", "/v1/products/{id}", "prices:read", lambda v: v.account.prices.get_product(v.name), EXPAND),
+    Route("GET", "/v1/prices", "prices:read", lambda v: v.account.prices.list(v.params, v.request.path), PRICES),
+    Route("POST", "/v1/prices", "prices:write", lambda v: v.account.prices.create(v.params, v.now), None),
+    Route("GET", "/v1/prices/{id}", "prices:read", lambda v: v.account.prices.get(v.name), EXPAND),
+    Route("POST", "/v1/prices/{id}", "prices:write", lambda v: v.account.prices.change(v.name, v.params), None),
     Route("GET", "/v1/account", "account:read", get_account, EXPAND),
     Route("POST", "/v2/billing/meter_events", "meter_events:write", create_event, EVENT_V2, serial=True),
     Route("POST", "/v2/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT_V2),
