@@ -26,6 +26,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.S | re.M)
 EXAMPLES = [block for block in BLOCKS if "with StripeSandbox()" not in block]
 SCRIPTS = [block for block in BLOCKS if block not in EXAMPLES]
 """Complete by themselves: they bring their own Stripe."""
+FILES = re.findall(r"^```toml\n# (\S+)\n(.*?)^```", README, flags=re.S | re.M)
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
 
 
@@ -38,6 +39,8 @@ def model() -> GenericFakeChatModel:
 def namespace(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, stripe_sandbox: StripeSandbox) -> dict[str, Any]:
     """What the reader has already: a chain, a graph, a key, and no name of this package."""
     monkeypatch.chdir(tmp_path)
+    for name, text in FILES:
+        (tmp_path / name).write_text(text)
     for name in ("ai_tokens_used", "bot_messages", "message_credits"):
         stripe_sandbox.create_meter(name)
     stripe_sandbox.create_customer(id="cus_123", email="ann@example.com")
@@ -76,11 +79,13 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     assert taken_back == [-100]
     for handler in handlers:
         assert handler.close().pending == 0
+    otherwise = 15 + 15  # by several sources in order, and from a file of settings
     limited = 15 + 15  # an agent and a chain
-    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + 812 + 500 + limited
+    assert stripe_sandbox.billed("ai_tokens_used", "cus_123") == 15 + 15 + otherwise + 812 + 500 + limited
     assert namespace["strict"].remaining("cus_123") == namespace["left"] + 900_000
     assert namespace["strict"].remaining("cus_456") == 10_000
-    assert namespace["left"] == 100_000 - (15 + 15 + 812 + limited)  # what was sent without a ledger does not count
+    recorded = 15 + 15 + otherwise + 812 + limited  # what was sent without a ledger does not count
+    assert namespace["left"] == 100_000 - recorded
     assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)
 
 
