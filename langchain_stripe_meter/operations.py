@@ -217,7 +217,7 @@ class Operations:
         """Delete what is final (delivered, skipped, written off) and older than so many days, 36 at least.
 
         Its sums are kept per customer, meter and day, so totals and ``verify`` stay right. A run or job that is
-        recorded again after its row was pruned is recorded as new.
+        recorded again after its row was pruned is recorded as new. Leads go that nothing has asked for in a year.
         """
         from langchain_stripe_meter.ledger.keeping import prune
 

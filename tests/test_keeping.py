@@ -402,7 +402,7 @@ def test_the_prune_command_says_what_it_did(command_ledger: Ledger) -> None:
     assert "36 days" in call("prune", "--older-than", "35", code=2).stderr
     assert "0 readings of more than 60 days" in call("prune", "--older-than", "60").stdout
     found = json.loads(call("prune", "--older-than", "40", "--shrink", "--json").stdout)
-    assert found == {"readings": 3, "events": 0, "notifications": 0, "acts": 0}
+    assert found == {"readings": 3, "events": 0, "notifications": 0, "acts": 0, "leads": 0}
     assert json.loads(call("status", "--json").stdout)["pruned"] == 3
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,9 @@ from langchain_stripe_meter.core.leads import lead_session, session_digest
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.core.states import STALE_AFTER, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger.keeping import DAY, Pruned, prune
 from langchain_stripe_meter.ledger.leads import UNKNOWN_AMOUNT, Leads
-from langchain_stripe_meter.ledger.schema import readings
+from langchain_stripe_meter.ledger.schema import leads, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
 
@@ -380,3 +383,42 @@ def test_a_crash_while_capturing_leaves_all_or_nothing(desk: Desk, crash: str, b
     assert desk.billed() == ({desk.ann: billed} if billed else {})
     assert handler.leads.capture("s1", email="ann@example.com", bill_from="first_message") == (0 if billed else 1)
     assert desk.billed() == {desk.ann: 15}
+
+
+# -- for how long
+
+
+def test_a_lead_that_nothing_has_asked_for_in_a_year_is_pruned(desk: Desk) -> None:
+    handler = desk.handler()
+    for session in ("s1", "s2"):
+        handler.leads.capture(session, email="ann@example.com")
+    desk.sandbox.advance(days=200)
+    job(handler, "job-1", session="s1")
+    assert desk.billed() == {desk.ann: 1}
+    desk.sandbox.advance(days=200)
+    assert prune(desk.ledger, older_than_days=300) == Pruned(leads=1)
+    assert handler.leads.find("s2") is None
+    job(handler, "job-2", session="s1")
+    assert desk.billed() == {desk.ann: 2}
+
+
+def test_that_a_lead_was_asked_for_is_noted_once_a_day(desk: Desk) -> None:
+    known, seen = Leads(desk.ledger), []
+    known.capture("s", email="ann@example.com")
+    for _ in range(4):
+        desk.sandbox.advance(seconds=DAY // 2 + 1)
+        assert known.find("s") == {"email": "ann@example.com"}
+        with desk.ledger.read() as connection:
+            seen.append(connection.execute(select(leads.c.captured_at)).scalar_one())
+    assert len(set(seen)) == 3
+
+
+def test_a_lead_is_found_also_where_that_cannot_be_noted(tmp_path: Path) -> None:
+    now = [1_800_000_000]
+    ledger = Ledger(f"sqlite:///{tmp_path}/ledger.db?timeout=0", clock=lambda: now[0])
+    Leads(ledger).capture("s", email="ann@example.com")
+    now[0] += 2 * DAY
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as other:
+        other.execute("BEGIN IMMEDIATE")
+        assert Leads(ledger).find("s") == {"email": "ann@example.com"}
+    ledger.close()

@@ -81,6 +81,7 @@ def prune(
                 shown.update("shrinking the file")
                 keeping.shrink(opened)
     said = f"{done.readings:,} readings of more than {older_than} days were pruned; their sums are kept."
+    said += f" So were {done.leads:,} leads that nothing has asked for in a year." if done.leads else ""
     say(said, dataclasses.asdict(done), as_json=as_json)
 
 

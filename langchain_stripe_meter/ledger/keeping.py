@@ -16,13 +16,15 @@ from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.database import clear_errors
-from langchain_stripe_meter.ledger.schema import acts, events, pruned, readings, webhook_events
+from langchain_stripe_meter.ledger.schema import acts, events, leads, pruned, readings, webhook_events
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.ledger.views import NotebookTable
 from langchain_stripe_meter.reentry import inside
 
 LEAST_DAYS = 36
 """Stripe takes usage of up to 35 days; nothing younger is pruned, so that it can still be compared and corrected."""
+LEAD_DAYS = 365
+"""A lead that nothing has asked for in so many days is pruned: a person is not kept for ever."""
 DAY = 86_400
 WALK = 5_000
 """Rows that are looked at in one go."""
@@ -47,6 +49,7 @@ class Pruned(NotebookTable):
     events: int = 0
     notifications: int = 0
     acts: int = 0
+    leads: int = 0
 
     def __add__(self, other: Pruned) -> Pruned:
         return Pruned(
@@ -54,11 +57,13 @@ class Pruned(NotebookTable):
             self.events + other.events,
             self.notifications + other.notifications,
             self.acts + other.acts,
+            self.leads + other.leads,
         )
 
 
 def prune(ledger: Ledger, older_than_days: int = 40, *, progress: Progress | None = None) -> Pruned:
-    """Delete what is final and older than so many days (36 at least), and keep its sums per customer, meter and day.
+    """Delete what is final and older than so many days (36 at least), and keep its sums per customer, meter and day;
+    and leads that nothing has asked for in a year.
 
     Small transactions with rests between them, so that others can write; killed at any point, rows and sums still
     add up. ``progress`` is told how many of how many rows were looked at. The file does not shrink, its space is used
@@ -141,8 +146,9 @@ def _steps(ledger: Ledger, older_than_days: int) -> Iterator[tuple[Pruned, tuple
         for portion in _portions([(one, 1) for one in ids]):
             yield _in_one_go(ledger, _prune_readings, portion, final_readings), (seen + looked_at, all_)
         yield Pruned(), (seen + looked_at, all_)
-    for remove in (_prune_notifications, _prune_acts):
-        while (done := _in_one_go(ledger, remove, before)) != Pruned():
+    unused = ledger.now() - LEAD_DAYS * DAY
+    for remove, older in ((_prune_notifications, before), (_prune_acts, before), (_prune_leads, unused)):
+        while (done := _in_one_go(ledger, remove, older)) != Pruned():
             yield done, (all_, all_)
 
 
@@ -251,6 +257,12 @@ def _prune_acts(connection: Connection, before: int) -> Pruned:
     still = exists().where(readings.c.key == acts.c.subject) | exists().where(events.c.identifier == acts.c.subject)
     old = select(acts.c.id).where(acts.c.at < before, ~still).limit(BATCH)
     return Pruned(acts=connection.execute(delete(acts).where(acts.c.id.in_(old))).rowcount)
+
+
+def _prune_leads(connection: Connection, before: int) -> Pruned:
+    old = select(leads.c.account, leads.c.session).where(leads.c.captured_at < before).limit(BATCH)
+    mine = tuple_(leads.c.account, leads.c.session).in_(old)
+    return Pruned(leads=connection.execute(delete(leads).where(mine)).rowcount)
 
 
 def _truncate_log(ledger: Ledger) -> None:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import ColumnElement, Connection, func, select, update
 from sqlalchemy import delete as sql_delete
 
 from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise
 from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
-from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger.schema import leads, readings
 from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
 UNKNOWN_AMOUNT = "the amount is unknown"
+NOTED_EVERY = 86_400
+"""How often, in seconds, it is noted at most that somebody asked for a lead."""
+
+logger = logging.getLogger("langchain_stripe_meter")
 
 _CLAIMED = next_reading_state(ReadingState.SKIPPED, Move.CLAIM)
 _CLAIMED_WITHOUT_AMOUNT = next_reading_state(_CLAIMED, Move.HOLD)
@@ -128,11 +133,24 @@ class Leads:
         return await asyncio.to_thread(self.capture, session, **fields)
 
     def find(self, session: str, account: str | None = None) -> dict[str, str] | None:
-        """The lead of ``session``, or None."""
+        """The lead of ``session``, or None. Who asks keeps it from being pruned for its age, which counts from then."""
         if not _is_session(session):
             return None
+        mine, now = _of(self._account if account is None else account, session), self._ledger.now()
         with self._ledger.read() as connection:
-            return _find(connection, self._account if account is None else account, session)
+            row = connection.execute(select(leads).where(mine)).mappings().first()
+        if row is None:
+            return None
+        if row["captured_at"] < now - NOTED_EVERY:
+            self._note_use(mine, now)
+        return _fields_of(row)
+
+    def _note_use(self, mine: ColumnElement[bool], now: int) -> None:
+        try:
+            with self._ledger.write("record") as connection:
+                connection.execute(update(leads).where(mine).values(captured_at=now))
+        except LedgerError as error:  # it is noted the next time
+            logger.info("stripe-meter: that a lead was asked for could not be noted: %s", error)
 
     def forget(self, session: str, account: str | None = None) -> bool:
         """Erase what was captured for ``session``; True if there was anything.
@@ -224,7 +242,11 @@ def _of(account: str, session: str) -> Any:
 
 def _find(connection: Connection, account: str, session: str) -> dict[str, str] | None:
     row = connection.execute(select(leads).where(_of(account, session))).mappings().first()
-    return None if row is None else {by: row[by] for by in LEAD_FIELDS if row[by]}
+    return None if row is None else _fields_of(row)
+
+
+def _fields_of(row: Mapping[Any, Any]) -> dict[str, str]:
+    return {by: row[by] for by in LEAD_FIELDS if row[by]}
 
 
 def _is_session(session: object) -> bool:

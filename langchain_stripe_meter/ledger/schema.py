@@ -131,7 +131,7 @@ leads = Table(
     Column("email", Text),
     Column("name", Text),
     Column("phone", Text),
-    Column("captured_at", BigInteger, nullable=False),
+    Column("captured_at", BigInteger, nullable=False),  # or last asked for, to the day
 )
 
 payers = Table(  # to whom a lead's e-mail, name or phone led, for the spend limits; the person is not in it
