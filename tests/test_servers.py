@@ -30,7 +30,7 @@ from langchain_stripe_meter.agents import from_signed_token
 KEY = "stripe_customer_id"
 USAGE = {"input_tokens": 100, "output_tokens": 20, "total_tokens": 120}
 said = from_auth_user(KEY), from_metadata(KEY), from_metadata("customer"), from_context(KEY), from_lead()
-everywhere = first_of(*said, from_signed_token())
+everywhere = first_of(from_signed_token(), *said)
 meter = StripeMeterCallbackHandler(Tokens("tokens"), Messages("messages"), customer=everywhere)
 
 def model():
@@ -248,6 +248,15 @@ def test_a_stranger_with_a_signed_token_pays_as_it_says(server: Server, bills: B
     config[place]["stripe_customer_token"] = sign_customer("cus_bob", SECRET, expires_at=10**11)
     server.post("/own", {"input": QUESTION, "config": config})
     assert bills.since() == {"cus_bob": 120, "cus_bob messages": 1}
+
+
+@pytest.mark.parametrize("place", ["metadata", "configurable"])
+def test_whom_the_application_names_pays_before_any_token(server: Server, bills: Bills, place: str) -> None:
+    config = copy.deepcopy(FORGED)
+    config[place]["stripe_customer_token"] = sign_customer("cus_bob", SECRET, expires_at=10**11)
+    server.post("/own", {"input": QUESTION, "config": config}, "ann")
+    server.post("/chain/invoke", {"input": QUESTION, "config": config}, "ann")
+    assert bills.since() == {"cus_ann": 240, "cus_ann messages": 2}
 
 
 def test_a_client_that_names_its_run_again_and_again_pays_for_each(server: Server, bills: Bills) -> None:
