@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from langchain_stripe_meter.agents.tokens import SECRET, from_signed_token, secrets_in
+from langchain_stripe_meter.agents.servers import SECRET, from_signed_token, secrets_in
 from langchain_stripe_meter.core import customers, meters
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.tokens import MIN_SECRET

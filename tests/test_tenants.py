@@ -21,7 +21,7 @@ from langchain_stripe_meter import (
     from_lead,
     from_metadata,
 )
-from langchain_stripe_meter.agents.leads import capture_lead_tool
+from langchain_stripe_meter.agents import capture_lead_tool
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
 from langchain_stripe_meter.core.customers import Facts, Reference, static
 from langchain_stripe_meter.core.states import ReadingState

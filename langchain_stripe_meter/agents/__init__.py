@@ -6,9 +6,9 @@ Who is believed about who pays:
 - Everywhere else the application does: ``metered_config`` replaces what a client said by what the application knows.
 - A front end that must carry the customer's id itself carries a signed token: ``sign_customer`` makes it,
   ``from_signed_token`` reads it.
+- An agent may note what a user types into the chat, where that does no harm: ``capture_lead_tool``.
 """
 
-from langchain_stripe_meter.agents.servers import metered_config
-from langchain_stripe_meter.agents.tokens import from_signed_token, sign_customer
+from langchain_stripe_meter.agents.servers import capture_lead_tool, from_signed_token, metered_config, sign_customer
 
-__all__ = ["from_signed_token", "metered_config", "sign_customer"]
+__all__ = ["capture_lead_tool", "from_signed_token", "metered_config", "sign_customer"]

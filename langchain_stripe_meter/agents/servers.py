@@ -1,22 +1,45 @@
-"""Runs that a client starts through a server that does not authenticate it for LangChain: LangServe, FastAPI, your own.
+"""Who is believed where strangers start the runs: LangServe, FastAPI, an agent server, an application of one's own.
 
-Such a server hands the client's config to the chain, and nothing in it tells the client's word from the application's:
-its metadata would be believed. ``metered_config`` makes the difference.
+A server that does not authenticate its clients for LangChain hands their config to the chain, and nothing in it tells
+the client's word from the application's: its metadata would be believed. ``metered_config`` makes the difference.
+``sign_customer`` and ``from_signed_token`` are for front ends that carry the customer's id themselves: the secret comes
+from the caller, else from the environment. ``capture_lead_tool`` lets an agent note the address that a user types into
+the chat; **a typed address proves nothing**, so it is off unless you make it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, cast
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables import RunnableConfig
+from langchain_core.tools import BaseTool, StructuredTool
+from pydantic import Field, create_model
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, FromAuthUser, Skip, Static, flat
+from langchain_stripe_meter.core import tokens
+from langchain_stripe_meter.core.customers import (
+    By,
+    CustomerSource,
+    Facts,
+    FromAuthUser,
+    FromSignedToken,
+    Skip,
+    Static,
+    flat,
+)
 from langchain_stripe_meter.core.events import check_customer_id
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.core.leads import lead_fields
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+from langchain_stripe_meter.ledger.leads import BillFrom
 from langchain_stripe_meter.observed import CLIENT_RUN, ClientRun
+
+logger = logging.getLogger("langchain_stripe_meter")
 
 USUAL_KEY = "stripe_customer_id"
 """Where ``from_auth_user`` finds a customer that was passed as a ``cus_…`` id."""
@@ -169,3 +192,113 @@ def _with(meter: StripeMeterCallbackHandler, given: Any) -> list[BaseCallbackHan
     there = given if isinstance(given, list) else getattr(given, "handlers", [])
     others = [one for one in there if isinstance(one, BaseCallbackHandler) and one is not meter]
     return [*others, meter]
+
+
+# -- signed tokens
+
+
+SECRET = "STRIPE_METER_TOKEN_SECRET"  # noqa: S105 - the name of a variable
+"""The environment variable that holds the secret; during a change of secrets the new one, a space, the old one."""
+
+Secret = str | bytes | Sequence[str | bytes]
+
+
+def sign_customer(
+    customer: str, secret: Secret | None = None, *, expires_at: int | datetime, account: str | None = None
+) -> str:
+    """A compact, URL-safe token that says who pays, for a front end to pass on with its runs.
+
+    Make it on your server for the user whom you authenticated. Whoever holds it is believed until ``expires_at`` (Unix
+    seconds, or a datetime with a time zone), so keep that near. ``secret`` defaults to ``$STRIPE_METER_TOKEN_SECRET``;
+    of several, the first signs. ``account`` (``acct_…``) makes it good for that Stripe account only.
+
+    Raises ``ConfigurationError`` for a secret that is missing or has less than 32 bytes, and for values that make no
+    token, such as a time in the past.
+    """
+    made = tokens.sign(customer, tokens.Secrets(_given(secret, SECRET)), expires_at=expires_at, account=account)
+    moment = expires_at.timestamp() if isinstance(expires_at, datetime) else expires_at
+    if moment <= time.time():
+        raise InvalidValueError(
+            f"expires_at={expires_at!r} is in the past, so nobody would believe the token. Say until when it is good, "
+            "such as int(time.time()) + 3600 for an hour."
+        )
+    return made
+
+
+def from_signed_token(
+    key: str = "stripe_customer_token", secret: Secret | None = None, *, account: str | None = None
+) -> FromSignedToken:
+    """Read a token that ``sign_customer`` made from the run's metadata or configurable, under ``key``.
+
+    It is believed on any server, whoever sent it, for only the holder of the secret can have made it. One that has
+    expired when the run starts, or that is not whole, is skipped with the reason. ``secret`` defaults to
+    ``$STRIPE_METER_TOKEN_SECRET``; several are all accepted. ``account`` must be the one that the token is bound to.
+
+    Raises ``ConfigurationError`` for a secret that is missing or has less than 32 bytes.
+    """
+    return FromSignedToken(key, tokens.Secrets(_given(secret, SECRET)), account)
+
+
+def secrets_in(variable: str) -> list[str]:
+    """The secrets in an environment variable, divided by spaces; ``ConfigurationError`` if there is none."""
+    found = os.environ.get(variable, "").split()
+    if not found:
+        shown = f"${variable}" if variable.isidentifier() and variable.isupper() else "The environment variable"
+        raise ConfigurationError(f"{shown} holds no secret to sign tokens with. Set it, or pass secret=.")
+    return found
+
+
+def _given(secret: Secret | None, variable: str) -> Secret:
+    return secrets_in(variable) if secret is None else secret
+
+
+# -- leads
+
+
+_CALLED: dict[str, str] = {"email": "e-mail address", "name": "full name", "phone": "phone number with country code"}
+
+
+def capture_lead_tool(
+    meter: StripeMeterCallbackHandler, by: By = "email", *, region: str | None = None, bill_from: BillFrom = "now"
+) -> BaseTool:
+    """A LangChain tool ``capture_lead`` that remembers who the user says they are, for ``from_lead(by=...)``.
+
+    **A typed address proves nothing**: with this tool, whoever types somebody else's address has them billed.
+
+    The session is that of the run (``thread_id``, ``session_id`` or ``conversation_id`` of its metadata, on an agent
+    server only the ``thread_id``); the model never chooses it. ``region`` and ``bill_from`` are as in
+    ``meter.leads.capture``. What was captured before, by your application or by this tool, is not replaced. The tool
+    never raises into the agent, and never repeats what was typed.
+
+    Raises:
+        ConfigurationError: The handler's ``customer=`` does not read the lead's ``by``.
+    """
+    if by not in lead_fields(meter.customer):
+        raise ConfigurationError(f"capture_lead_tool(by={by!r}) needs a handler with customer=from_lead(by={by!r}).")
+    meter.leads.check_bill_from(bill_from)
+    called = _CALLED[by]
+    there = f"{'An' if by == 'email' else 'A'} {called} was noted before and stays as it is. Do not ask for it again."
+    sorry = f"That is not a complete {called}. Ask the user to write it once more."
+
+    def capture_lead(config: RunnableConfig, **typed: str) -> str:
+        place = meter._recorder.place_of_lead(meter.facts_at_start(config.get("metadata")))
+        if place is None:
+            return "This conversation has no session, so nothing can be noted. Go on without it."
+        try:
+            account, session = place
+            if not meter.leads.note(session, **typed, account=account, region=region, bill_from=bill_from):
+                return there
+        except InvalidValueError:
+            return sorry
+        except MeteringError as error:  # the chat must not break over it
+            logger.error("stripe-meter: a lead could not be captured: %s", error)  # noqa: TRY400 - it would quote it
+            return "This cannot be noted just now. Go on without it."
+        return f"The {called} is noted. Thank the user."
+
+    fields: Any = {by: (str, Field(description=f"The user's {called}, exactly as the user wrote it."))}
+    return StructuredTool.from_function(
+        capture_lead,
+        description=f"Note the user's own {called}, after the user gave it of their own accord.",
+        args_schema=create_model("CaptureLead", **fields),
+        handle_validation_error=sorry,
+    )
