@@ -237,7 +237,7 @@ class Counters:
     def _digest(self, account: str, reference: str) -> str:
         if self._secret is None:
             self._secret = secret_of(self._ledger)
-        return payers.digest(self._secret, account, reference)
+        return payers.known_by(self._secret, account, reference)
 
     # -- the database
 

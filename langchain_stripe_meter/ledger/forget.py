@@ -18,7 +18,7 @@ from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
-from langchain_stripe_meter.ledger.payers import digest, secret_of
+from langchain_stripe_meter.ledger.payers import known_by, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
@@ -160,7 +160,7 @@ def _accounts(connection: Connection) -> set[str]:
 def _erase_traces(connection: Connection, person: _Person, accounts: set[str], secret: bytes) -> int:
     """To whom the person led, and what acts say of them."""
     everything = person.references | person.names
-    digests = [digest(secret, account, one.text) for account in accounts for one in everything]
+    digests = [known_by(secret, account, one.text) for account in accounts for one in everything]
     mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)

@@ -37,8 +37,13 @@ def secret_of(ledger: Ledger) -> bytes:
 
 
 def digest(key: bytes, account: str, reference: str) -> str:
-    """The digest under which somebody whom runs of ``account`` name by ``reference`` (``email:…``) is known."""
+    """A keyed digest of somebody whom runs of ``account`` name by ``reference`` (``email:…``), letter by letter."""
     return hmac.digest(key, f"{account}\0{reference}".encode(), "sha256").hex()
+
+
+def known_by(key: bytes, account: str, reference: str) -> str:
+    """The digest in the table: the same however the letters of an e-mail are written, so that it can be forgotten."""
+    return digest(key, account, reference.lower() if reference.startswith("email:") else reference)
 
 
 def remember(connection: Connection, account: str, reference: str, customer: str, now: int) -> None:
@@ -46,7 +51,7 @@ def remember(connection: Connection, account: str, reference: str, customer: str
 
     Where it led to another one before, that is left as an act: some process may have counted by it.
     """
-    known = digest(secret(connection, now), account, reference)
+    known = known_by(secret(connection, now), account, reference)
     before = connection.execute(select(payers.c.customer).where(payers.c.digest == known)).scalar()
     if before == customer:
         return
