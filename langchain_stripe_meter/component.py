@@ -38,6 +38,7 @@ _ERROR_TYPES = {
     Move.REFUSED: "rejected",
     Move.UNSEAL: "rejected",
     Move.UNAUTHORISED: "unauthorised",
+    Move.NO_ACCESS: "unauthorised",
     Move.REFUSED_FOR_NOW: "unavailable",
     Move.UNKNOWN: "unknown_outcome",
 }

@@ -98,8 +98,6 @@ class Operations:
     def retry(self) -> int:
         """Try held and rejected things again, now; who was made Stripe's customer a moment ago is found. Returns how
         many."""
-        if self._courier is not None:
-            self._courier.ask_anew()
         return self._moved(views.retry(self._ledger))
 
     def check(self, stripe_account: str | None = None) -> None:

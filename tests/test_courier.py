@@ -422,7 +422,7 @@ def test_no_more_is_in_flight_than_was_allowed(shop: Shop) -> None:
     for customer in ("cus_1", "cus_2", "cus_3"):
         shop.record(customer, customer=customer)
     for _ in range(3):
-        courier.turn()
+        shop.send(courier)
     assert courier.in_flight == 2
     answer.set()
     shop.drive(courier)
@@ -469,7 +469,7 @@ def test_answers_are_kept_while_the_ledger_cannot_be_written(tmp_path: Path) -> 
     holder = Ledger(f"sqlite:///{tmp_path}/other.db")
     courier = shop.another_courier()
     shop.record("run", value=3)
-    courier.turn()
+    shop.send(courier)
     with holder.deliver_lane().transaction():
         wait_until(lambda: shop.billed() == 3)
         for _ in range(2):
@@ -520,7 +520,7 @@ def test_a_customer_who_is_gone_is_told_once_and_billed_when_a_person_says_who_p
     shop.record("run", customer="cus_1", value=4)
     shop.sandbox.delete_customer("cus_1")
     for _ in range(5):
-        shop.courier.turn()  # releases what is due
+        shop.send()  # releases what is due
         shop.drive()
         assert shop.states() == {"run": "held"}
         shop.sandbox.advance(hours=2)

@@ -53,7 +53,7 @@ def test_no_thread_keeps_the_process_and_there_are_no_more_than_requests_at_once
     if woken:
         shop.courier.wake()
     else:
-        shop.courier.turn()
+        shop.send()
     wait_until(lambda: shop.courier.in_flight == len(arrived) == 4)
     assert sorted({thread.name for thread in ours()}) == ["stripe-meter-courier"] * woken + ["stripe-meter-sender"]
     assert len(senders()) == 4
@@ -112,6 +112,7 @@ def test_where_no_thread_can_be_started_nothing_is_lost_and_it_is_told(
     shop.sandbox.create_customer(id="cus_ann", email=ANN.value)
     shop.record("run")
     shop.record("by-email", reference=ANN)
+    shop.courier.gateway.load_meters()
     shop.courier.wake()
     assert not shop.courier.is_running
     assert [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"] == [
@@ -182,7 +183,7 @@ def test_what_a_close_found_unanswered_is_repeated_under_its_identifier_and_a_la
 ) -> None:
     answer, arrived = shop.hang()
     shop.record("run")
-    shop.courier.turn()
+    shop.send()
     wait_until(lambda: arrived)
     shop.courier.close(0)
     assert shop.states() == {"run": "pending"}
@@ -225,7 +226,7 @@ def test_an_answer_that_could_not_be_stored_is_stored_once_the_ledger_is_free(
 ) -> None:
     shop, holder = busy
     shop.record("run")
-    shop.courier.turn()
+    shop.send()
     with holder.deliver_lane().transaction():
         wait_until(lambda: shop.billed() == 1 and shop.courier._results.qsize() > 0)
         with pytest.raises(MeteringError):
@@ -263,7 +264,7 @@ def test_a_close_that_cannot_store_an_answer_is_told_and_the_next_courier_asks_a
 ) -> None:
     shop, holder = busy
     shop.record("run")
-    shop.courier.turn()
+    shop.send()
     with holder.deliver_lane().transaction():
         shop.courier.close(0)
     assert [type(error) for error in shop.errors] == [LedgerError]

@@ -17,7 +17,8 @@ from conftest import wait_until
 from courier_shop import StillShop, of
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS, PAUSE_SECONDS, PAUSED
+from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS
+from langchain_stripe_meter.delivery.guard import PAUSE_SECONDS, PAUSED
 from langchain_stripe_meter.delivery.lookups import LOOKUPS_AT_ONCE
 from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUP_PAUSE_SECONDS
 from langchain_stripe_meter.errors import MeteringError, StripeError
@@ -97,7 +98,7 @@ def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(
     chores: list[int] = []
     watches: list[int] = []
     shop.courier = shop.another_courier(chores=[chores.append], watches=[watches.append])
-    shop.sandbox.fail(refuse(503, headers={"Retry-After": "50"}), path=METERS, times=None)
+    shop.sandbox.fail(refuse(503, headers={"Retry-After": "50"}), path="/v1/account", times=None)
     shop.record("run")
     shop.record("by-email", reference=ANN)
     assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
@@ -106,7 +107,7 @@ def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(
     assert re.match("stripe-meter: sending waits: .*HTTP 503", said)
     shop.pass_(49)
     assert shop.courier.turn() == 0
-    assert shop.asked(METERS) == 1
+    assert (shop.asked("/v1/account"), shop.asked(METERS)) == (1, 0)
     assert shop.states() == {"run": "resolved", "by-email": "recorded"}
     assert shop.asked("/v1/customers") == 0
     shop.sandbox.clear_faults()
@@ -244,7 +245,7 @@ def test_an_answer_is_waited_for_while_one_is_to_come_and_nothing_else_to_do(sho
     courier, answers = shop.courier, Answers()
     courier._results = answers
     shop.record("run")
-    courier.turn()
+    shop.send()
     courier._collect(0.01)
     courier._nudge()
     courier._collect(30)

@@ -22,6 +22,8 @@ from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.gateway.meters import make_meter
 from langchain_stripe_meter.gateway.replies import classify
 from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse
+from langchain_stripe_meter.sandbox.faults import Fault
+from langchain_stripe_meter.sandbox.wire import Reply
 
 SPEC = Path(__file__).parent.parent.parent / "shared" / "spec" / "stripe-meters.subset.json"
 
@@ -133,6 +135,51 @@ def test_each_status_has_its_meaning(sandbox: StripeSandbox, gateway: Gateway, s
     outcome = gateway.send(event(sandbox), 0)
     assert outcome.move is move
     assert str(status) in outcome.message
+
+
+@pytest.mark.parametrize("account", ["", "acct_1Theirs"])
+@pytest.mark.parametrize("status", [400, 401, 403, 404])
+def test_a_no_without_stripes_own_words_is_none_of_stripes(
+    sandbox: StripeSandbox, gateway: Gateway, status: int, account: str
+) -> None:
+    """As from a proxy or a firewall on the way: whether Stripe got the request, it does not say."""
+    sandbox.connect("acct_1Theirs").create_meter("ai_tokens")
+    gateway.load_meters(account)
+    page = Fault(works=False, reply=Reply(status, {"page": "Blocked"}))
+    sandbox.fail(page, path=None, times=None)
+    assert gateway.send(event(sandbox, account=account), 0).move is Move.UNKNOWN
+    for ask in (gateway.account_id, lambda: gateway.load_meters(account)):
+        with pytest.raises(StripeError) as told:
+            ask()
+        assert gateway.outcome_of(told.value, account).move is Move.UNKNOWN
+    gateway.forget_meters(account)
+    assert gateway.send(event(sandbox, account=account), 0).move is Move.REFUSED_FOR_NOW
+
+
+@pytest.mark.parametrize(
+    ("status", "listing", "move"),
+    [
+        (401, False, Move.UNAUTHORISED),
+        (401, True, Move.UNAUTHORISED),
+        (403, False, Move.NO_ACCESS),
+        (400, True, Move.NO_ACCESS),
+        (404, True, Move.NO_ACCESS),
+        (400, False, Move.REFUSED),
+    ],
+)
+def test_a_no_about_a_connected_account_concerns_that_account_alone(
+    sandbox: StripeSandbox, gateway: Gateway, status: int, listing: bool, move: Move
+) -> None:
+    sandbox.connect("acct_1Theirs")
+    sandbox.fail(refuse(status), path="/v1/billing/meters" if listing else "/v1/billing/meter_events")
+    assert gateway.send(event(sandbox, account="acct_1Theirs"), 0).move is move
+
+
+def test_an_account_that_is_closed_is_no_key_that_may_not_read_meters(sandbox: StripeSandbox, gateway: Gateway) -> None:
+    with pytest.raises(StripeError, match="does not have access to account 'acct_gone'"):
+        gateway.load_meters("acct_gone")
+    sandbox.fail(refuse(403, code="more_permissions_required"), path="/v1/billing/meters")
+    assert gateway.load_meters() is None
 
 
 def test_a_no_that_stripe_says_to_try_again_is_not_final() -> None:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import wait_until
 from courier_shop import StillShop
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.delivery.clocks import WRONG_SECONDS, Clocks
-from langchain_stripe_meter.delivery.guard import ACCOUNT
-from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, MISSING_SECONDS, Lookups
+from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAUSE_SECONDS
+from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.pin import LIVEMODE
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, Unknown
-from langchain_stripe_meter.sandbox import refuse
+from langchain_stripe_meter.sandbox import drop_answer, hang, refuse
+from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
 
 ANN = Reference("email", "ann@example.com")
-CUSTOMERS = "/v1/customers"
+CUSTOMERS, METERS = "/v1/customers", "/v1/billing/meters"
+THEIRS = "acct_1Connected"
 
 
 @pytest.fixture
@@ -125,7 +130,293 @@ def test_a_meter_that_is_gone_is_looked_at_anew_and_sent_nothing_more(shop: Stil
     assert shop.states() == {"first": "delivered", "second": "held"}
 
 
+# -- accounts that are closed to us, or do not answer
+
+
+def closed(account: str, status: int = 403) -> dict[str, Any]:
+    """How the sandbox refuses whatever is asked of an account."""
+    said = f"The provided key does not have access to account '{account}'."
+    fault = refuse(status, code="account_invalid" if status == 403 else None, message=said)
+    mine = {"path": None, "times": None, "where": lambda request: request.headers.get("stripe-account") == account}
+    return {"fault": fault, **mine}
+
+
+def close_account(shop: StillShop, account: str = THEIRS, status: int = 403) -> None:
+    options = closed(account, status)
+    shop.sandbox.fail(options.pop("fault"), **options)
+
+
+def later(shop: StillShop, seconds: int) -> None:
+    """Time passes for both: Stripe refuses what is dated more than five minutes ahead."""
+    shop.sandbox.advance(seconds=seconds)
+    shop.pass_(seconds)
+
+
+def connect(shop: StillShop, account: str = THEIRS) -> AccountHandle:
+    connected = shop.sandbox.connect(account)
+    connected.create_meter("ai_tokens")
+    connected.create_customer(id="cus_1", email=ANN.value)
+    return connected
+
+
+def of_account(shop: StillShop, account: str = THEIRS) -> int:
+    """How much was asked of an account."""
+    return len([request for request in shop.sandbox.requests if request.headers.get("stripe-account") == account])
+
+
+@pytest.fixture(params=["reader", "writer"])
+def keyed(request: pytest.FixtureRequest, shop: StillShop) -> StillShop:
+    """With a key that may read meters, and with one that may not, so that Stripe says no when something is sent."""
+    if request.param == "writer":
+        shop.sandbox.allow("rk_test_writer", {"meter_events:write", "customers:read"})
+        shop.courier = shop.another_courier(key="rk_test_writer")
+    return shop
+
+
+def test_an_account_that_is_closed_to_us_is_held_told_once_and_keeps_nobody_waiting(keyed: StillShop) -> None:
+    shop = keyed
+    connected = connect(shop)
+    shop.record("theirs-1", account=THEIRS)
+    shop.answered()
+    close_account(shop)
+    shop.record("theirs-2", "theirs-3", account=THEIRS)
+    shop.record("theirs-4", account=THEIRS, reference=Reference("email", "nobody@example.com"))
+    shop.courier.gateway.forget_meters(THEIRS)
+    for number in range(3):
+        shop.record(f"ours-{number}", customer=f"cus_{number + 1}")
+        shop.answered()
+    assert {key: state for key, state in shop.states().items() if key.startswith("ours")} == {
+        "ours-0": "delivered", "ours-1": "delivered", "ours-2": "delivered",
+    }  # fmt: skip
+    assert (shop.status.paused, shop.status.held, shop.status.pending) == (None, 3, 0)
+    assert all("HTTP 403" in held.reason and THEIRS in held.reason for held in views.held(shop.ledger))
+    (told,) = [str(error) for error in shop.errors]
+    assert told.startswith(f"Usage on the account {THEIRS} is held: HTTP 403")
+    shop.sandbox.clear_faults()
+    for wait in HELD_RETRY[:2]:
+        later(shop, wait)
+        shop.answered()
+        shop.answered()
+    assert connected.billed("ai_tokens", "cus_1") == 3
+    assert shop.status.held == 1  # nobody has that address
+
+
+def test_an_account_stays_closed_with_few_questions_and_burns_no_attempt(keyed: StillShop) -> None:
+    shop = keyed
+    connect(shop)
+    close_account(shop)
+    for number in range(6):
+        shop.record(f"theirs-{number}", account=THEIRS, customer=f"cus_{number}")
+    asked = []
+    for wait in (0, *HELD_RETRY, *HELD_RETRY):
+        later(shop, wait)
+        before = of_account(shop)
+        for _ in range(3):
+            shop.record(f"late-{shop.now}-{_}", account=THEIRS)
+            shop.answered()
+        asked.append(of_account(shop) - before)
+    assert max(asked) <= 8  # what was in flight at once when the first no came
+    assert set(shop.states().values()) == {"held"}
+    assert len(shop.errors) == 1
+    shop.record("ours")
+    shop.answered()
+    assert shop.states()["ours"] == "delivered"
+
+
+def test_a_retry_asks_at_once_whether_an_account_is_open_again(keyed: StillShop) -> None:
+    shop = keyed
+    connected = connect(shop)
+    close_account(shop)
+    shop.record("theirs", account=THEIRS)
+    shop.answered()
+    assert shop.states() == {"theirs": "held"}
+    shop.sandbox.clear_faults()
+    views.retry(shop.ledger)  # as in another process
+    for _ in range(2):
+        shop.answered()
+    assert connected.billed("ai_tokens", "cus_1") == 1
+
+
+def test_an_event_whose_outcome_is_unknown_waits_for_its_closed_account_under_its_identifier(keyed: StillShop) -> None:
+    shop = keyed
+    connected = connect(shop)
+    shop.sandbox.fail(drop_answer())
+    shop.record("theirs", account=THEIRS)
+    shop.answered()
+    close_account(shop)
+    for _ in range(20):
+        later(shop, 600)
+        shop.answered()
+    assert shop.states() == {"theirs": "pending"}
+    assert of_account(shop) <= 2 + 20
+    shop.sandbox.clear_faults()
+    later(shop, HELD_RETRY[-1])
+    shop.answered()
+    assert shop.states() == {"theirs": "delivered"}
+    assert connected.billed("ai_tokens", "cus_1") == 1
+
+
+def test_a_key_that_is_refused_pauses_everything_and_one_closed_account_does_not_keep_it_paused(
+    shop: StillShop,
+) -> None:
+    connect(shop)
+    shop.record("theirs-first", account=THEIRS)
+    shop.record("ours")
+    shop.courier.gateway.meter("ai_tokens", THEIRS)
+    shop.courier.gateway.meter("ai_tokens")
+    shop.sandbox.revoke(shop.sandbox.api_key)
+    shop.answered()
+    assert "401" in str(shop.status.paused)
+    shop.sandbox.allow(shop.sandbox.api_key)
+    close_account(shop)
+    for _ in range(3):
+        later(shop, PAUSE_SECONDS)
+        shop.answered()
+    assert shop.states() == {"theirs-first": "held", "ours": "delivered"}
+    assert shop.status.paused is None
+
+
+@pytest.mark.parametrize("account", [THEIRS, ""])
+@pytest.mark.parametrize("status", [400, 404])
+def test_an_account_whose_meters_stripe_will_not_list_is_held_told_once_and_waits_alone(
+    shop: StillShop, account: str, status: int
+) -> None:
+    connected = connect(shop)
+    other = "" if account else THEIRS
+    of_it = lambda request: (request.headers.get("stripe-account") or "") == account  # noqa: E731
+    shop.sandbox.fail(refuse(status, message="It has no meters."), path=METERS, times=None, where=of_it)
+    shop.record("odd", account=account)
+    shop.record("good", account=other)
+    shop.answered()
+    assert shop.states() == {"odd": "held", "good": "delivered"}
+    (held,) = views.held(shop.ledger)
+    assert f"HTTP {status}: It has no meters" in held.reason
+    (told,) = shop.errors
+    assert str(told).startswith(f"Usage on {f'the account {account}' if account else 'our own account'} is held: HTTP")
+    asked = shop.asked(METERS)
+    for _ in range(12):
+        later(shop, 60)
+        shop.record(f"odd-{shop.now}", account=account)
+        shop.answered()
+    assert shop.asked(METERS) - asked <= 2 + 3  # after a minute, five more and fifteen; the good one's every five
+    assert (len(shop.errors), shop.status.pending) == (1, 0)
+    shop.sandbox.clear_faults()
+    later(shop, HELD_RETRY[2])
+    for _ in range(2):
+        shop.answered()
+    assert shop.status.held == 0
+    assert shop.billed() + connected.billed("ai_tokens", "cus_1") == 14
+
+
+def test_an_account_whose_meters_stripe_does_not_list_for_now_waits_alone_and_is_told_once(shop: StillShop) -> None:
+    connect(shop)
+    theirs = lambda request: request.headers.get("stripe-account") == THEIRS  # noqa: E731
+    shop.sandbox.fail(refuse(503), path=METERS, times=None, where=theirs)
+    shop.record("theirs", account=THEIRS)
+    for number in range(100):
+        shop.record(f"ours-{number}")
+        shop.answered()
+        later(shop, 1)
+    states = shop.states()
+    assert states.pop("theirs") == "resolved"
+    assert set(states.values()) == {"delivered"}
+    assert of_account(shop) < 12
+    (told,) = shop.errors
+    assert str(told).startswith(f"Usage on the account {THEIRS} waits: ")
+    assert "HTTP 503" in str(told)
+    shop.sandbox.clear_faults()
+    later(shop, PAUSE_SECONDS)
+    shop.answered()
+    assert shop.states()["theirs"] == "delivered"
+
+
+def test_an_account_that_is_slow_to_list_its_meters_delays_no_other(shop: StillShop) -> None:
+    connect(shop)
+    slow, arrived = threading.Event(), list[str]()
+    theirs = lambda request: request.headers.get("stripe-account") == THEIRS  # noqa: E731
+    shop.sandbox.fail(
+        hang(slow), path=METERS, times=None, where=lambda one: theirs(one) and arrived.append(one.path) is None
+    )
+    shop.record("theirs", account=THEIRS)
+    shop.record("ours")
+    wait_until(lambda: shop.courier.turn() + 1 and shop.status.delivered == 1)
+    assert (shop.states(), len(arrived)) == ({"theirs": "resolved", "ours": "delivered"}, 1)
+    slow.set()
+    shop.answered()
+    assert shop.states()["theirs"] == "delivered"
+
+
+def test_no_more_accounts_are_asked_for_their_meters_at_once_than_so_many(shop: StillShop) -> None:
+    answer, arrived = shop.hang(METERS)
+    for number in range(LISTINGS_AT_ONCE + 3):
+        shop.record(f"run-{number}", account=f"acct_{number}")
+        connect(shop, f"acct_{number}")
+    for _ in range(2):
+        shop.courier.turn()
+    wait_until(lambda: len(arrived) == LISTINGS_AT_ONCE)
+    assert shop.courier.in_flight == LISTINGS_AT_ONCE
+    answer.set()
+    shop.answered()
+    assert shop.status.delivered == LISTINGS_AT_ONCE + 3
+
+
+def test_readings_of_a_missing_meter_stay_held_while_stripe_does_not_have_it_and_wait_longer_and_longer(
+    shop: StillShop,
+) -> None:
+    shop.record("run-1", "run-2", event_name="missing")
+    shop.answered()
+    seen, asked = set[str](), [shop.asked(METERS)]
+    for wait in (*HELD_RETRY, HELD_RETRY[-1]):
+        later(shop, wait - 1)
+        shop.answered()
+        assert shop.asked(METERS) == asked[-1]
+        later(shop, 1)
+        while shop.courier.turn() or shop.courier.in_flight:
+            seen |= set(shop.states().values())
+        asked.append(shop.asked(METERS))
+    assert seen <= {"held"}
+    assert [later - earlier for earlier, later in itertools.pairwise(asked)] == [1] * 5
+    assert len(shop.errors) == 1
+
+
+def test_new_usage_of_a_missing_meter_is_held_without_asking_stripe_each_time(shop: StillShop) -> None:
+    for number in range(5):
+        shop.record(f"run-{number}", event_name="missing")
+        shop.answered()
+        later(shop, 5)
+    assert (shop.asked(METERS), shop.status.held) == (1, 5)
+    shop.sandbox.create_meter("missing")
+    views.retry(shop.ledger)
+    for _ in range(2):
+        shop.answered()
+    assert shop.sandbox.billed("missing", "cus_1") == 5
+
+
 # -- who is looked up
+
+
+def test_a_retry_in_another_process_finds_a_customer_who_was_made_a_moment_ago(shop: StillShop) -> None:
+    shop.record("first", reference=ANN)
+    shop.answered()
+    assert shop.status.held == 1
+    customer = shop.sandbox.create_customer(email=ANN.value)
+    views.retry(shop.ledger)
+    shop.answered()
+    assert shop.billed(customer) == 1
+
+
+def test_those_of_a_closed_account_do_not_keep_others_from_being_looked_up(shop: StillShop) -> None:
+    connect(shop)
+    customer = shop.sandbox.create_customer(email=ANN.value)
+    close_account(shop)
+    for number in range(LOOKUPS_AT_ONCE + 2):
+        shop.record(f"theirs-{number}", account=THEIRS, reference=Reference("email", f"{number}@example.com"))
+    shop.record("ours", reference=ANN)
+    for _ in range(2):
+        shop.answered()
+    assert shop.billed(customer) == 1
+    assert (shop.status.held, of_account(shop)) == (LOOKUPS_AT_ONCE + 2, LOOKUPS_AT_ONCE)
+    assert len(shop.errors) == 1
 
 
 def test_whom_stripe_does_not_have_is_not_asked_for_again_for_half_a_minute(shop: StillShop) -> None:

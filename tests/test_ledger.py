@@ -22,7 +22,7 @@ from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError,
 from langchain_stripe_meter.ledger import acts, outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.outbox import Claimed
-from langchain_stripe_meter.ledger.resolving import Unknown
+from langchain_stripe_meter.ledger.resolving import Unknown, Waiting
 from langchain_stripe_meter.ledger.schema import events, metadata, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE, migrate
@@ -292,9 +292,9 @@ def test_retry_looks_held_readings_up_again_and_sends_rejected_events_again(ledg
     do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     finish(ledger, claim(ledger), Outcome(Move.REFUSED, "No such customer"))
     assert states(ledger) == {"refused": "rejected", "unknown": "held"}
-    assert do(ledger, resolving.unresolved, NOW) == []
+    assert do(ledger, resolving.unresolved, NOW) == {}
     assert views.retry(ledger) == 2
-    assert do(ledger, resolving.unresolved, NOW) == [UNKNOWN_ANN]
+    assert do(ledger, resolving.unresolved, NOW) == {UNKNOWN_ANN: True}
     assert states(ledger) == {"refused": "pending", "unknown": "recorded"}
 
 
@@ -333,8 +333,8 @@ def test_a_held_reference_is_looked_up_again_later_and_later(ledger: Ledger) -> 
     for _ in range(5):
         do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", now)
         due = do(ledger, outbox.next_due)
-        assert do(ledger, resolving.unresolved, due - 1) == []
-        assert do(ledger, resolving.unresolved, due) == [UNKNOWN_ANN]
+        assert do(ledger, resolving.unresolved, due - 1) == {}
+        assert do(ledger, resolving.unresolved, due) == {UNKNOWN_ANN: False}
         waits.append(due - now)
         now = due
     assert waits == [60, 300, 900, 3600, 3600]
@@ -344,17 +344,49 @@ def test_a_reference_that_is_none_is_held_and_stops_nobody_else(ledger: Ledger) 
     ledger.record([named("bad"), named("good", Reference("name", "Ann"))])
     with ledger.deliver_lane().transaction() as connection:
         connection.execute(update(readings).where(readings.c.key == "bad").values(reference="fax:1"))
-    assert do(ledger, resolving.unresolved, NOW) == [Unknown("", Reference("name", "Ann"))]
+    assert do(ledger, resolving.unresolved, NOW) == {Unknown("", Reference("name", "Ann")): False}
     assert states(ledger)["bad"] == "held"
 
 
 def test_a_meter_that_cannot_take_events_stops_alone_and_is_tried_again(ledger: Ledger) -> None:
     ledger.record([entry("a"), entry("b", event_name="other")])
-    assert sorted(do(ledger, sealing.open_meters)) == [("", "ai_tokens"), ("", "other")]
-    assert do(ledger, resolving.hold_meter, "", "ai_tokens", "inactive", NOW) == 1
-    assert do(ledger, sealing.open_meters) == [("", "other")]
-    assert do(ledger, resolving.release_held, NOW + 59) == 0
-    assert do(ledger, resolving.release_held, NOW + 60) == 1
+    new = Waiting(is_due=False, again=False)
+    assert do(ledger, resolving.waiting_meters, NOW) == {"": {"ai_tokens": new, "other": new}}
+    assert do(ledger, resolving.hold_usage, ("", "ai_tokens"), "inactive", NOW) == (1, NOW + 60)
+    assert do(ledger, resolving.waiting_meters, NOW + 59) == {"": {"other": new}}
+    due = Waiting(is_due=True, again=False)
+    assert do(ledger, resolving.waiting_meters, NOW + 60) == {"": {"ai_tokens": due, "other": new}}
+    assert do(ledger, resolving.hold_usage, ("", "ai_tokens"), "inactive", NOW + 60) == (0, NOW + 360)
+    assert do(ledger, resolving.release, "", "ai_tokens", NOW + 359) == 0
+    assert do(ledger, resolving.release, "", "ai_tokens", NOW + 360) == 1
+    again = Waiting(is_due=False, again=True)
+    assert do(ledger, resolving.waiting_meters, NOW) == {"": {"ai_tokens": again, "other": new}}
+
+
+def test_of_an_account_that_is_closed_all_is_held_but_what_stripe_may_have_taken(ledger: Ledger) -> None:
+    keys = ("new", "pending", "doubted", "sending")
+    ledger.record([entry(key, customer=f"cus_{key}", account="acct_1") for key in keys[1:]])
+    ledger.record([entry("ours")])
+    do(ledger, sealing.seal, NOW)
+    ledger.record([entry("new", account="acct_1")])
+    with ledger.deliver_lane().transaction() as connection:
+        doubted = update(events).where(events.c.identifier == "doubted").values(first_unknown_at=NOW)
+        connection.execute(doubted)
+        connection.execute(update(events).where(events.c.identifier == "sending").values(state="sending"))
+        _, due = resolving.hold_usage(connection, ("acct_1", None), "HTTP 403", NOW)
+        sealing.withdraw(connection, "acct_1", "HTTP 403", due)
+    assert states(ledger) == {
+        "pending": "held", "doubted": "pending", "sending": "sending", "ours": "pending", "new": "held",
+    }  # fmt: skip
+    assert {held.reason for held in views.held(ledger)} == {"HTTP 403"}
+    assert do(ledger, outbox.next_due) == NOW
+    assert [item.event.identifier for item in do(ledger, outbox.claim, 9, NOW, ["acct_1"])] == ["ours"]
+
+
+def test_only_the_accounts_that_were_looked_at_are_sealed(ledger: Ledger) -> None:
+    ledger.record([entry("ours"), entry("theirs", account="acct_1")])
+    for accounts, sealed in (([], 0), (["acct_1"], 1), ([""], 1)):
+        assert do(ledger, sealing.seal, NOW, None, accounts) == sealed
 
 
 def test_usage_of_34_days_ago_is_held_and_usage_ahead_waits(ledger: Ledger) -> None:

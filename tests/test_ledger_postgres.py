@@ -228,5 +228,5 @@ def test_forgetting_somebody_leaves_who_records_at_the_same_moment_with_a_payer(
     forget(ledger, email=PEOPLE[0].reference.value)
     with other.deliver_lane().transaction() as connection:
         assert not late
-        assert resolving.unresolved(connection, NOW) == [PEOPLE[0]]
+        assert list(resolving.unresolved(connection, NOW)) == [PEOPLE[0]]
     other.close()

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.delivery.courier import PAUSE_SECONDS, Courier
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.delivery.guard import PAUSE_SECONDS
 from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views

@@ -82,8 +82,8 @@ def test_no_question_of_the_audit_reads_every_event(ledger: Ledger, question: st
 
 COURIERS: dict[str, Callable[[Connection], object]] = {
     "who must be looked up": lambda known: resolving.unresolved(known, NOW),
-    "on which meters": sealing.open_meters,
-    "what can be sealed": lambda known: sealing.seal(known, NOW),
+    "on which meters": lambda known: resolving.waiting_meters(known, NOW),
+    "what can be sealed": lambda known: sealing.seal(known, NOW, None, [""]),
     "whether anything is pending": views.pending,
 }
 

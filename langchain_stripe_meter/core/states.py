@@ -52,8 +52,8 @@ class EventState(StrEnum):
     DOUBTFUL = "doubtful"
     REJECTED = "rejected"
     WITHDRAWN = "withdrawn"
-    """Stripe has not taken it, and its customer or meter is gone, or it is too old: its readings are held, and its row
-    is removed."""
+    """Stripe has not taken it, and its customer or meter is gone, its account is closed to us, or it is too old: its
+    readings are held, and its row is removed."""
     WRITTEN_OFF = "written_off"
 
 
@@ -77,6 +77,7 @@ class Move(StrEnum):
     DUPLICATE = "duplicate"
     REFUSED_FOR_NOW = "refused for now"
     UNAUTHORISED = "unauthorised"
+    NO_ACCESS = "no access to the account"
     UNKNOWN = "unknown outcome"
     OUT_OF_WINDOW = "unknown for too long"
     REFUSED = "refused for good"
@@ -102,12 +103,18 @@ READING_MOVES: Mapping[ReadingState, Mapping[Move, ReadingState]] = {
 }
 
 EVENT_MOVES: Mapping[EventState, Mapping[Move, EventState]] = {
-    _E.PENDING: {_M.SEND: _E.SENDING, _M.OUT_OF_WINDOW: _E.DOUBTFUL, _M.TOO_OLD: _E.WITHDRAWN},
+    _E.PENDING: {
+        _M.SEND: _E.SENDING,
+        _M.OUT_OF_WINDOW: _E.DOUBTFUL,
+        _M.TOO_OLD: _E.WITHDRAWN,
+        _M.NO_ACCESS: _E.WITHDRAWN,
+    },
     _E.SENDING: {
         _M.ACCEPTED: _E.DELIVERED,
         _M.DUPLICATE: _E.DELIVERED,
         _M.REFUSED_FOR_NOW: _E.PENDING,
         _M.UNAUTHORISED: _E.PENDING,
+        _M.NO_ACCESS: _E.PENDING,
         _M.UNKNOWN: _E.PENDING,
         _M.OUT_OF_WINDOW: _E.DOUBTFUL,
         _M.REFUSED: _E.REJECTED,
@@ -173,9 +180,9 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     """Decide what an attempt's outcome means for the event.
 
     An outcome is *unknown* from the moment the request was sent, so the safe window counts from there. A refused
-    key burns no attempt. Once unknown, an event stays so through later refusals until Stripe says that it has it:
-    a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not to rejection or
-    to being withdrawn.
+    key, or a closed account, burns no attempt. Once unknown, an event stays so through later refusals until Stripe says
+    that it has it: a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not
+    to rejection or to being withdrawn.
     """
     first_unknown = attempt.first_unknown_at
     move = outcome.move
@@ -185,7 +192,7 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     is_final = move in (Move.REFUSED, Move.UNSEAL)
     if first_unknown is not None and (is_final or (back_in_queue and out_of_window(first_unknown, now))):
         move = Move.OUT_OF_WINDOW
-    attempts = attempt.attempts + (outcome.move is not Move.UNAUTHORISED)
+    attempts = attempt.attempts + (outcome.move not in (Move.UNAUTHORISED, Move.NO_ACCESS))
     delay = max(backoff(attempts, attempt.identifier), min(outcome.retry_after or 0, MAX_WISH))
     return Settlement(next_event_state(EventState.SENDING, move), attempts, now + delay, first_unknown)
 

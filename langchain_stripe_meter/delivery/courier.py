@@ -15,10 +15,10 @@ from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.clocks import Clocks
-from langchain_stripe_meter.delivery.guard import Guard
+from langchain_stripe_meter.delivery.guard import Guard, Listing
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
-from langchain_stripe_meter.delivery.pace import QUIET_SECONDS, Pace
-from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError, StripeError, place_of
+from langchain_stripe_meter.delivery.pace import Pace
+from langchain_stripe_meter.errors import MeteringError, StripeError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
@@ -33,23 +33,19 @@ IDLE_SECONDS = 5.0
 """How often a courier with nothing to do looks whether another process has recorded something."""
 BLOCKED_SECONDS = 0.2
 """How often it looks at what is due but may not be sent yet, such as while another process sends for the customer."""
-PAUSE_SECONDS = 30
-"""How long everything rests after Stripe refused the key, before one event tries it again."""
 GONE_REMEMBERED = 1000
 """Customers and meters of which it was told that Stripe does not have them."""
 CHORES_SECONDS = 60
 """How often what is seldom needed is looked at: doubtful events, ages."""
 LAST_SECONDS = 1.0
 """How much longer than its deadline ``close`` waits for the ledger to be told what was still in flight."""
-PAUSED = "paused"
-"""The ledger's note that says why sending is paused."""
 
 OnError = Callable[[MeteringError], None]
 Chore = Callable[[int], None]
 """Something that is done every minute while there is a courier, given the time; it may raise. One of the ``chores`` may
 ask Stripe, and rests while nothing may be sent; one of the ``watches`` looks at the ledger only, and never rests."""
-Job = Claimed | Unknown
-Result = tuple[Claimed, Outcome] | tuple[Unknown, Answer | StripeError]
+Job = Claimed | Unknown | Listing
+Result = tuple[Claimed, Outcome] | tuple[Unknown | Listing, Answer | StripeError | None]
 
 
 class Courier:
@@ -100,17 +96,16 @@ class Courier:
         self._lookups = Lookups(self.ledger, create_missing=self._create_missing)
         self._round = outbox.Round()
         self._pace = Pace(self._concurrency)
-        self._guard = Guard(self.ledger, self.gateway, self._report)
+        self._guard = Guard(self.ledger, self.gateway, self._pace, self._report)
         self._chores_after = 0
         self._watches_after = 0
-        self._pause_noted: bool | None = None
         self._clocks = Clocks(self.ledger, self._report)
         self._gone: LRUCache[Line, bool] = LRUCache(GONE_REMEMBERED)
 
     @property
     def in_flight(self) -> int:
         """How many requests wait for Stripe's answer."""
-        return len(self._sending) + len(self._lookups.asking)
+        return len(self._sending) + len(self._lookups.asking) + len(self._guard.listing)
 
     def wake(self) -> None:
         """There may be something to deliver: start the thread if need be."""
@@ -173,13 +168,15 @@ class Courier:
         self._collect(0.5)
         moved = self._settle()
         now = self.ledger.now()
-        checked = self._check(now)
+        checked = self._guard.check(now)
         moved += self._look_up(now) if checked else 0
+        ready = self._check_meters(now) if checked else []
         slots = self._pace.slots(len(self._sending), now)
         with self.ledger.deliver_lane().transaction(shared=True) as connection:
             moved += outbox.reap(connection, now)
-            moved += sealing.seal(connection, now, self._roll_up) if checked else 0
-            claimed = outbox.claim(connection, slots, now, self._pace.at_rest(now), self._round)
+            moved += sealing.seal(connection, now, self._roll_up, ready) if checked else 0
+            resting: list[Line | str] = [*self._pace.at_rest(now), *self._guard.closed(now)]
+            claimed = outbox.claim(connection, slots, now, resting, self._round)
             if claimed:
                 self._guard.sends()
         for item in claimed:
@@ -219,11 +216,21 @@ class Courier:
             self._sending.pop(asked.lease, None)
             self._sent.append((asked, answer))
             return
+        now = self.ledger.now()
+        if isinstance(asked, Listing):
+            assert not isinstance(answer, Answer | Outcome)  # noqa: S101 - as Result says
+            self._guard.listed(asked.account, answer, now)
+            return
         self._lookups.asking.discard(asked)
         if isinstance(answer, Answer):
             self._found.append((asked, answer))
         elif isinstance(answer, StripeError):
-            self._lookups.failed(self.ledger.now())
+            said = self.gateway.outcome_of(answer, asked.account)
+            if said.move is Move.NO_ACCESS:
+                self._guard.refused(asked.account, said.message)
+                self._found.append((asked, Answer([], said.message)))
+                return
+            self._lookups.failed(now)
             self._report(answer)
 
     def _settle(self) -> int:
@@ -270,18 +277,25 @@ class Courier:
             except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
                 return job, Outcome(Move.UNKNOWN, type(error).__name__)
         try:
-            return job, self._lookups.ask(self.gateway, job)
+            if isinstance(job, Unknown):
+                return job, self._lookups.ask(self.gateway, job)
+            self.gateway.load_meters(job.account)
         except StripeError as error:
             return job, error
         except Exception as error:  # noqa: BLE001 - as above
-            return job, StripeError(f"A customer could not be looked up: {type(error).__name__}.")
+            what = "A customer could not be looked up" if isinstance(job, Unknown) else "Meters could not be listed"
+            return job, StripeError(f"{what}: {type(error).__name__}.")
+        return job, None
 
     def _account(self, claimed: Claimed, outcome: Outcome, state: EventState | None, now: int) -> None:
         """Slow down, pause or resume as Stripe answered; tell what needs a person."""
         if outcome.move in (Move.ACCEPTED, Move.DUPLICATE, Move.REFUSED, Move.UNSEAL):
-            self._resume()
+            self._pace.faster()
+            self._guard.opened(claimed.event.account)
         elif outcome.move is Move.UNAUTHORISED:
-            self._pause(f"Stripe refused the key; {outcome.message.rstrip('.')}. Check the key.", now)
+            self._guard.pause(outcome.message, now)
+        elif outcome.move is Move.NO_ACCESS:
+            self._guard.refused(claimed.event.account, outcome.message)
         else:
             self._pace.slower(claimed.line, outcome.retry_after, now)
         if outcome.move is Move.UNSEAL:
@@ -300,52 +314,18 @@ class Courier:
             what = f"Usage of {claimed.event.customer} on {claimed.event.event_name}"
             self._report(StripeError(f"{what} is held: {message.rstrip('.')}. See: stripe-meter held"))
 
-    def _resume(self) -> None:
-        self._pace.faster()
-        if self._pause_noted is None:  # an earlier process may have left it
-            self._pause_noted = self.ledger.note(PAUSED) is not None
-        if self._pause_noted:
-            self.ledger.set_note(PAUSED, None)
-            self._pause_noted = False
-
-    def _pause(self, message: str, now: int) -> None:
-        """Everything rests, and then one event at a time tries the key."""
-        first = not self._pause_noted
-        self._pace.probe(now + PAUSE_SECONDS)
-        self.ledger.set_note(PAUSED, message)
-        self._pause_noted = True
-        if first:
-            self._report(StripeError(f"Sending is paused, nothing is lost. {message}"))
-
     def _look_up(self, now: int) -> int:
         """Settle whom readings name by e-mail, name or phone, as far as it is known; ask Stripe for the others."""
-        moved, asked = self._lookups.next(now)
+        moved, asked = self._lookups.next(now, self._guard.closed(now))
         for one in asked:
             self._dispatch(one)
         return moved
 
-    def _check(self, now: int) -> bool:
-        """Whether anything may be sent: not where Stripe does not say, nor to another account than the ledger's."""
-        if self._pace.is_quiet(now):
-            return False
-        try:
-            self._guard.check(now)
-        except ForeignLedgerError as error:
-            self._pause(str(error), now)
-            return False
-        except StripeError as error:
-            self._unread(error, now)
-            return False
-        return True
-
-    def _unread(self, error: StripeError, now: int) -> None:
-        """Nobody knows whether the meters add up rightly, so nothing is sent until Stripe says."""
-        outcome = self.gateway.outcome_of(error)
-        if outcome.move is Move.UNAUTHORISED:
-            self._pause(f"Stripe refused the key; {outcome.message.rstrip('.')}. Check the key.", now)
-            return
-        self._pace.rest(outcome.retry_after or QUIET_SECONDS, now)
-        logger.info("stripe-meter: sending waits: %s", error)
+    def _check_meters(self, now: int) -> list[str]:
+        ready, questions = self._guard.check_meters(now)
+        for one in questions:
+            self._dispatch(one)
+        return ready
 
     def _report(self, error: Exception) -> None:
         if not isinstance(error, MeteringError):
@@ -373,10 +353,6 @@ class Courier:
             self._end()
         elif thread is not threading.current_thread():
             thread.join(timeout + LAST_SECONDS)
-
-    def ask_anew(self) -> None:
-        """Whom Stripe did not know a moment ago is asked for again, once there is usage of theirs to send."""
-        self._lookups.ask_anew()
 
     def reopen(self) -> None:
         """Deliver what is pending, also after a ``close``."""

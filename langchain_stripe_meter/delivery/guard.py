@@ -1,46 +1,224 @@
-"""What is looked at before anything is sent: is it this ledger's account, and will its meters add up rightly?"""
+"""What is looked at before anything is sent: is it this ledger's account, may the key send at all, and is each account
+open to us, with meters that add up rightly?"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+from cachetools import LRUCache
+
+from langchain_stripe_meter.core.states import Move, backoff
+from langchain_stripe_meter.delivery.pace import LONGEST_REST, QUIET_SECONDS, Pace
 from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import problem_with
 from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
 from langchain_stripe_meter.ledger.pin import pin
+from langchain_stripe_meter.ledger.resolving import Waiting
 from langchain_stripe_meter.ledger.store import Ledger
 
 ACCOUNT = "account"
 """The ledger's note of the Stripe account that its usage belongs to."""
+PAUSED = "paused"
+"""The ledger's note that says why sending is paused."""
+PAUSE_SECONDS = 30
+"""How long everything rests after Stripe refused the key, before one event tries it again."""
+LISTINGS_AT_ONCE = 8
+"""Accounts that are asked for their meters at the same time."""
+LISTING_DELAY = 30
+"""The longest wait, in seconds, before an account is asked again that did not answer, unless Stripe wishes more."""
+RESTS_REMEMBERED = 1000
+"""Accounts and meters that rest, or did until they were asked again."""
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+
+class Listing(NamedTuple):
+    """A question to Stripe: which meters does this account have?"""
+
+    account: str
+
+
+class _Rest(NamedTuple):
+    """``why`` an account or a meter is held until then (Unix seconds); without it, Stripe has not answered so far."""
+
+    until: int
+    why: str | None
+    tries: int = 0
 
 
 class Guard:
-    """Checks for one courier. ``tell`` is told what was held."""
+    """Checks for one courier. ``tell`` is told what waits; ``listing`` are the accounts that have not answered yet."""
 
-    def __init__(self, ledger: Ledger, gateway: Gateway, tell: Callable[[Exception], None]) -> None:
+    def __init__(self, ledger: Ledger, gateway: Gateway, pace: Pace, tell: Callable[[Exception], None]) -> None:
         self._ledger = ledger
         self._gateway = gateway
+        self._pace = pace
         self._tell = tell
         self._is_ours = False
+        self._pause_noted: bool | None = None
         self._epoch = Epoch(ledger, tell)
         self.sends, self.end = self._epoch.sends, self._epoch.end
+        self.listing: set[str] = set()
+        self._listed: set[str] = set()
+        self._refused: dict[str, str] = {}
+        self._rests: LRUCache[tuple[str, str | None], _Rest] = LRUCache(RESTS_REMEMBERED)  # also those that are over
 
-    def check(self, now: int) -> None:
-        """Hold what must not be sent.
+    def check(self, now: int) -> bool:
+        """Whether anything may be sent: not where Stripe does not say whose key this is, nor to another account than
+        the ledger's."""
+        if self._pace.is_quiet(now):
+            return False
+        try:
+            self._epoch.keep(now)
+            if not self._is_ours:
+                self._check_account()
+        except ForeignLedgerError as error:
+            self._pause(str(error), now)
+            return False
+        except StripeError as error:
+            outcome = self._gateway.outcome_of(error)
+            if outcome.move is Move.UNAUTHORISED:
+                self.pause(outcome.message, now)
+            else:
+                self._pace.rest(outcome.retry_after or QUIET_SECONDS, now)
+                logger.info("stripe-meter: sending waits: %s", error)
+            return False
+        return True
 
-        Raises ``StripeError`` where Stripe does not say, ``ForeignLedgerError`` where the key belongs to another
-        account, or another mode, than the ledger.
+    def pause(self, why: str, now: int) -> None:
+        """Stripe has refused the key: everything rests, and then one event at a time tries it."""
+        self._pause(f"Stripe refused the key; {why.rstrip('.')}. Check the key.", now)
+
+    def _pause(self, message: str, now: int) -> None:
+        is_news = not self._pause_noted
+        self._pace.probe(now + PAUSE_SECONDS)
+        self._ledger.set_note(PAUSED, message)
+        self._pause_noted = True
+        if is_news:
+            self._tell(StripeError(f"Sending is paused, nothing is lost. {message}"))
+
+    def check_meters(self, now: int) -> tuple[list[str], list[Listing]]:
+        """The accounts whose usage may be sealed, and those whose meters Stripe must be asked for first.
+
+        Holds what must not be sent, and releases what was held and may be sent by now.
         """
-        self._epoch.keep(now)
-        if not self._is_ours:
-            self._check_account()
+        self._hold_refused(now)
         with self._ledger.deliver_lane().transaction(shared=True) as connection:
-            resolving.release_held(connection, now)
-            meters = sealing.open_meters(connection)
-        for account, event_name in meters:
-            self._check_meter(account, event_name, now)
+            waiting = resolving.waiting_meters(connection, now)
+        ready, questions = [], []
+        for account, meters in waiting.items():
+            if account in self.listing or self._is_at_rest(account, meters, now):
+                continue
+            if self._settle(account, meters, now):
+                ready.append(account)
+            elif len(self.listing) < LISTINGS_AT_ONCE:
+                self.listing.add(account)
+                questions.append(Listing(account))
+        self._listed.clear()
+        return ready, questions
+
+    def closed(self, now: int) -> dict[str, str]:
+        """The accounts that are not to be asked for anything now, and why."""
+        at_rest = ((account, self._rest_of(account, name, now)) for account, name in list(self._rests) if name is None)
+        return {account: rest.why for account, rest in at_rest if rest and rest.why} | self._refused
+
+    def listed(self, account: str, error: StripeError | None, now: int) -> None:
+        """Stripe has listed an account's meters, or has not."""
+        self.listing.discard(account)
+        if error is None:
+            self._listed.add(account)
+            if self._gateway.can_read_meters(account):
+                self._rests.pop((account, None), None)
+            return
+        outcome = self._gateway.outcome_of(error, account)
+        if outcome.move in (Move.NO_ACCESS, Move.REFUSED, Move.UNSEAL):
+            self.refused(account, outcome.message)
+        elif outcome.move is Move.UNAUTHORISED:
+            self.pause(outcome.message, now)
+        else:
+            before = self._rests.get((account, None))
+            tries = before.tries + 1 if before else 1
+            delay = max(min(backoff(tries, account), LISTING_DELAY), min(outcome.retry_after or 0, LONGEST_REST))
+            self._rests[account, None] = _Rest(now + delay, None, tries)
+            if before is None:
+                self._tell(StripeError(f"Usage on {_called(account)} waits: {error}"))
+
+    def opened(self, account: str) -> None:
+        """Stripe has taken something on an account: neither it nor anything else is closed to the key."""
+        self._rests.pop((account, None), None)
+        if self._pause_noted is None:  # an earlier process may have left it
+            self._pause_noted = self._ledger.note(PAUSED) is not None
+        if self._pause_noted:
+            self._ledger.set_note(PAUSED, None)
+            self._pause_noted = False
+
+    def refused(self, account: str, why: str) -> None:
+        """Stripe has closed an account to us: the next check holds what is to be sent there."""
+        self._refused[account] = why
+
+    def _hold_refused(self, now: int) -> None:
+        for account, why in list(self._refused.items()):
+            rest = self._rest_of(account, None, now)
+            with self._ledger.deliver_lane().transaction() as connection:
+                _, due = resolving.hold_usage(connection, (account, None), why, now, rest and rest.until)
+                sealing.withdraw(connection, account, why, due)
+            del self._refused[account]
+            is_news = (account, None) not in self._rests
+            self._rests[account, None] = _Rest(due, why)
+            if is_news:
+                said = f"Usage on {_called(account)} is held: {why.rstrip('.')}. See: stripe-meter held"
+                self._tell(StripeError(said))
+
+    def _rest_of(self, account: str, event_name: str | None, now: int) -> _Rest | None:
+        rest = self._rests.get((account, event_name))
+        return rest if rest is not None and now < rest.until <= now + LONGEST_REST else None
+
+    def _is_at_rest(self, account: str, meters: Mapping[str, Waiting], now: int) -> bool:
+        """Whether all of an account waits. What is new is held with the rest, unless somebody wants a new look."""
+        rest = self._rest_of(account, None, now)
+        if rest is None or rest.why is None:
+            return rest is not None
+        if any(meter.again for meter in meters.values()):
+            self._rests.pop((account, None))
+            return False
+        with self._ledger.deliver_lane().transaction() as connection:
+            resolving.hold_usage(connection, (account, None), rest.why, now, rest.until)
+        return True
+
+    def _settle(self, account: str, meters: Mapping[str, Waiting], now: int) -> bool:
+        """Hold the usage of meters that would bill it wrongly, and release that of the others.
+
+        False, with nothing done, where Stripe must be asked first.
+        """
+        known = self._gateway.known_meters(account)
+        if known is ...:
+            return False
+        wrong = {} if known is None else {
+            name: problem for name in meters if (problem := problem_with(name, known.get(name))) is not None
+        }  # fmt: skip
+        rests = {name: self._rest_of(account, name, now) for name in wrong if not meters[name].again}
+        if account not in self._listed and not all(rests.get(name) for name in wrong):
+            return False
+        for name in [name for name, meter in meters.items() if name not in wrong]:
+            self._rests.pop((account, name), None)
+            if meters[name].is_due:
+                with self._ledger.deliver_lane().transaction() as connection:
+                    resolving.release(connection, account, name, now)
+        for name, problem in wrong.items():
+            self._hold_meter((account, name), problem, now, rests.get(name))
+        return True
+
+    def _hold_meter(self, meter: tuple[str, str], problem: str, now: int, rest: _Rest | None) -> None:
+        with self._ledger.deliver_lane().transaction() as connection:
+            held, due = resolving.hold_usage(connection, meter, problem, now, rest and rest.until)
+        before = self._rests.get(meter)
+        self._rests[meter] = _Rest(due, problem)
+        if held and (before is None or before.why != problem):
+            self._tell(StripeError(f"{held} readings are held: {problem}."))
 
     def _check_account(self) -> None:
         """Pin the ledger to the key's mode and account. A key that may not read its account does not pin that."""
@@ -56,14 +234,6 @@ class Guard:
             )
         self._is_ours = True
 
-    def _check_meter(self, account: str, event_name: str, now: int) -> None:
-        info = self._gateway.meter(event_name, account)
-        if info is None and not self._gateway.can_read_meters(account):
-            return
-        problem = problem_with(event_name, info)
-        if problem is None:
-            return
-        with self._ledger.deliver_lane().transaction() as connection:
-            held = resolving.hold_meter(connection, account, event_name, problem, now)
-        if held:
-            self._tell(StripeError(f"{held} readings are held: {problem}."))
+
+def _called(account: str) -> str:
+    return f"the account {account}" if account else "our own account"

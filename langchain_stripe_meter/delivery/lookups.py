@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from cachetools import TTLCache
@@ -44,33 +45,39 @@ class Lookups:
         self._create_missing = create_missing
         self._secret: bytes | None = None
         self._found: TTLCache[Unknown, str] = TTLCache(CACHED_AT_MOST, FOUND_SECONDS, ledger.now)
-        self._missing: TTLCache[Unknown, bool] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
+        self._missing: TTLCache[Unknown, Answer] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
         self._rest_until = 0
-        self._anew = False
         self.asking: set[Unknown] = set()
 
-    def next(self, now: int) -> tuple[int, list[Unknown]]:
-        """How many readings could be settled from memory, and whom to ask Stripe for now."""
-        if self._anew:
-            self._anew = False
-            self._missing.clear()
+    def next(self, now: int, closed: Mapping[str, str]) -> tuple[int, list[Unknown]]:
+        """How many readings could be settled from memory, and whom to ask Stripe for now.
+
+        ``closed`` are the accounts that are not to be asked, and why. Who was not found lately, or is on such an
+        account, is asked for all the same where somebody wants it done again.
+        """
         if now < self._rest_until:
             return 0, []
         if self._secret is None:  # in a transaction of its own
             self._secret = secret_of(self._ledger)
         with self._ledger.deliver_lane().transaction(shared=True) as connection:
             waiting = resolving.unresolved(connection, now)
-        known = {one: self._found.get(one) for one in waiting if one in self._found or one in self._missing}
+        known: dict[Unknown, Answer] = {}
+        for one, again in waiting.items():
+            if one in self._found:
+                known[one] = Answer([self._found[one]])
+            elif one.account in closed and not again:
+                known[one] = Answer([], closed[one.account])
+            elif one in self._missing and not again:
+                known[one] = self._missing[one]
         moved = self._settle_known(known, now) if known else 0
         new = [one for one in waiting if one not in known and one not in self.asking]
         asked = new[: LOOKUPS_AT_ONCE - len(self.asking)]
         self.asking.update(asked)
         return moved, asked
 
-    def _settle_known(self, known: dict[Unknown, str | None], now: int) -> int:
+    def _settle_known(self, known: Mapping[Unknown, Answer], now: int) -> int:
         with self._ledger.deliver_lane().transaction() as connection:
-            answers = {one: Answer([customer] if customer else []) for one, customer in known.items()}
-            return sum(self.settle(connection, one, answer, now) for one, answer in answers.items())
+            return sum(_settle(connection, one, answer, now) for one, answer in known.items())
 
     def ask(self, gateway: Gateway, asked: Unknown) -> Answer:
         """Ask Stripe; any thread may. Raises ``StripeError``, which does not repeat who was asked for.
@@ -82,7 +89,7 @@ class Lookups:
             found = gateway.find_customers(asked.reference, asked.account)
             return Answer(found) if found or not self._create_missing else self._create(gateway, asked)
         except StripeError as error:
-            if gateway.outcome_of(error).move is Move.REFUSED:
+            if gateway.outcome_of(error, asked.account).move is Move.REFUSED:
                 return Answer([], str(_unnamed(error, asked)))
             raise _unnamed(error, asked) from error.__cause__
 
@@ -106,26 +113,27 @@ class Lookups:
 
     def settle(self, connection: Connection, asked: Unknown, answer: Answer, now: int) -> int:
         """Settle the readings of somebody of whom Stripe has these customers: exactly one pays, else they are held."""
-        found = answer.customers
-        if len(found) == 1:
-            self._found.setdefault(asked, found[0])
-            return resolving.resolve(connection, asked, found[0], now)
-        if not found:
-            self._missing.setdefault(asked, True)
-        return resolving.hold(connection, asked, answer.why or _why_held(asked, found), now)
+        if len(answer.customers) == 1:
+            self._found[asked] = answer.customers[0]
+        elif not answer.customers:
+            self._missing[asked] = answer
+        return _settle(connection, asked, answer, now)
 
     def failed(self, now: int) -> None:
         """Stripe did not answer: ask again later."""
         self._rest_until = now + PAUSE_SECONDS
 
-    def ask_anew(self) -> None:
-        """Whom Stripe did not know a moment ago it may know now. Any thread may say so; the next turn heeds it."""
-        self._anew = True
-
     def forget(self, customer: str) -> None:
         """Stripe no longer has this customer."""
         for asked in [one for one, found in self._found.items() if found == customer]:
             del self._found[asked]
+
+
+def _settle(connection: Connection, asked: Unknown, answer: Answer, now: int) -> int:
+    found = answer.customers
+    if len(found) == 1:
+        return resolving.resolve(connection, asked, found[0], now)
+    return resolving.hold(connection, asked, answer.why or _why_held(asked, found), now)
 
 
 def _why_held(asked: Unknown, found: list[str]) -> str:

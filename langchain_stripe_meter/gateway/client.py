@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from types import EllipsisType
 from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
@@ -31,6 +32,8 @@ READ_SECONDS = 30
 METERS_CACHED_SECONDS = 300
 ACCOUNTS_CACHED = 1000
 """Connected accounts whose meters are kept in memory."""
+_UNSENT = {Move.UNKNOWN: Move.REFUSED_FOR_NOW, Move.REFUSED: Move.NO_ACCESS, Move.UNSEAL: Move.NO_ACCESS}
+"""What it means for an event that the meters of its account could not be listed."""
 _KEY = re.compile(r"[sr]k_(test|live)_\w+\Z", re.ASCII)
 
 
@@ -157,19 +160,21 @@ class Gateway:
                 return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event"), {}
             return Outcome(Move.ACCEPTED, date=_date(made)), answer
         except StripeError as error:  # the meter could not be read, so nothing was sent
-            outcome = self.outcome_of(error)
-            unsent = replace(outcome, move=Move.REFUSED_FOR_NOW) if outcome.move is Move.UNKNOWN else outcome
-            return unsent, {}
+            outcome = self.outcome_of(error, event.account)
+            return replace(outcome, move=_UNSENT.get(outcome.move, outcome.move)), {}
         except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is stored
-            return self.outcome_of(error), {}
+            return self.outcome_of(error, event.account), {}
 
     @staticmethod
-    def outcome_of(error: Exception) -> Outcome:
-        """What an error means: one of the ``stripe`` client's, or a ``StripeError`` that has one as its cause."""
+    def outcome_of(error: Exception, account: str = "") -> Outcome:
+        """What an error means: one of the ``stripe`` client's, or a ``StripeError`` that has one as its cause.
+
+        ``account`` is the connected account that was asked about.
+        """
         from langchain_stripe_meter.gateway.replies import classify
 
         cause = error.__cause__
-        return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error)
+        return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error, account)
 
     def _create(self, event: MeterEvent, options: Any) -> Any:
         options = {**options, **on_account(event.account)}
@@ -191,24 +196,35 @@ class Gateway:
 
         Raises ``StripeError`` where Stripe does not answer: unknown is not absent.
         """
-        with inside(), self._lock:
-            known = self._meters.get(account, ...)
+        known = self.known_meters(account)
         if known is ... or (known is not None and event_name not in known):
-            known = self._load_meters(account)
+            known = self.load_meters(account)
         return known.get(event_name) if known else None
+
+    def known_meters(self, account: str = "") -> dict[str, MeterInfo] | EllipsisType | None:
+        """The account's meters by event name, as they were listed lately; None where the key may not read them, ``...``
+        where they were not listed. Asks nobody."""
+        with inside(), self._lock:
+            return self._meters.get(account, ...)
 
     def can_read_meters(self, account: str = "") -> bool:
         """Whether the key may read meters (a restricted key may only write events)."""
-        with inside(), self._lock:
-            return self._meters.get(account) is not None
+        return isinstance(self.known_meters(account), dict)
 
-    def _load_meters(self, account: str) -> dict[str, MeterInfo] | None:
+    def load_meters(self, account: str = "") -> dict[str, MeterInfo] | None:
+        """List the account's meters, and keep them for a while; None where the key may not read meters.
+
+        Raises ``StripeError`` where Stripe does not answer, or has closed the account to us.
+        """
         import stripe
+
+        from langchain_stripe_meter.gateway.replies import code_of
 
         try:
             found: dict[str, MeterInfo] | None = {meter.event_name: meter for meter in self.meters(account)}
         except StripeError as error:
-            if not isinstance(error.__cause__, stripe.PermissionError):
+            said = error.__cause__
+            if not isinstance(said, stripe.PermissionError) or code_of(said) == "account_invalid":
                 raise
             found = None
         with inside(), self._lock:
@@ -233,7 +249,7 @@ class Gateway:
             with as_stripe_error("read the account"):
                 return str(self.client.v1.accounts.retrieve_current().id)
         except StripeError as error:
-            if getattr(error.__cause__, "http_status", None) in (400, 403, 404):
+            if _said(error) in (400, 403, 404):
                 return None
             raise
 
@@ -250,9 +266,8 @@ class Gateway:
                 listed = summaries.list(meter_id, window, on_account(account)).auto_paging_iter()
                 return sum((Decimal(f"{summary.aggregated_value:.15g}") for summary in listed), Decimal(0))
         except StripeError as error:
-            said = error.__cause__
-            if getattr(said, "http_status", None) in (400, 404) and getattr(said, "error", None) is not None:
-                return None  # in Stripe's own words, not those of some box on the way
+            if _said(error) in (400, 404):
+                return None
             raise
 
     def find_customers(self, reference: Reference, account: str = "") -> list[str]:
@@ -295,6 +310,12 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
         raise ConfigurationError(f"The Stripe API key is {kind}. It must look like 'sk_test_…' or 'rk_live_…'.")
     checked: str | StripeClient = key
     return checked
+
+
+def _said(error: StripeError) -> int | None:
+    """The status that Stripe gave with words of its own; None for what some box on the way said."""
+    said = error.__cause__
+    return getattr(said, "http_status", None) if getattr(said, "error", None) is not None else None
 
 
 def _date(answer: Any) -> int | None:

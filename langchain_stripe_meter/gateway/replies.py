@@ -20,8 +20,8 @@ _NOTHING_SENT = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutErr
                  "ConnectionRefusedError")  # fmt: skip
 
 
-def classify(error: Exception) -> Outcome:
-    """The outcome of an attempt that raised.
+def classify(error: Exception, account: str = "") -> Outcome:
+    """The outcome of an attempt that raised, on a connected account or, where it is ``""``, on the key's own.
 
     A *definite* refusal means that Stripe has not taken the event; after anything else nobody knows. Stripe's own
     words say when an identifier is known already, and that means delivered.
@@ -33,20 +33,24 @@ def classify(error: Exception) -> Outcome:
         return Outcome(move, message, request_id)
     if not isinstance(error, stripe.StripeError):
         return Outcome(Move.UNKNOWN, message)
-    return Outcome(_move(error), message, request_id, _retry_after(error), date_of(error.headers))
+    return Outcome(_move(error, account), message, request_id, _retry_after(error), date_of(error.headers))
 
 
 _NOT_FINAL = (408, 409, 423, 424, 425)
 """Statuses that speak of now: too slow, in conflict, locked, something Stripe depends on failed, too early."""
 
 
-def _move(error: stripe.StripeError) -> Move:
-    """A final no needs Stripe's own words: a cut answer, or the page of a box on the way, says nothing of it."""
+def _move(error: stripe.StripeError, account: str) -> Move:
+    """A final no needs Stripe's own words: a cut answer, or the page of a box on the way, says nothing of it.
+
+    A 401 is about the key. A 403 about a connected account says that this one is closed to us, as after its owner has
+    revoked our access; only on the key's own account does it say that the key may do nothing.
+    """
     status = error.http_status or 0
     if is_duplicate(error):
         return Move.DUPLICATE
-    if status in (401, 403) or isinstance(error, stripe.AuthenticationError | stripe.PermissionError):
-        return Move.UNAUTHORISED
+    if status in (401, 403) and error.error is not None:
+        return Move.NO_ACCESS if status == 403 and account else Move.UNAUTHORISED
     if status == 429 or _is_ahead(error):
         return Move.REFUSED_FOR_NOW
     if _is_gone(error):
@@ -56,9 +60,14 @@ def _move(error: stripe.StripeError) -> Move:
     return Move.REFUSED if final and error.error is not None else Move.UNKNOWN
 
 
+def code_of(error: stripe.StripeError) -> str | None:
+    """Stripe's code for what was wrong, where it has one."""
+    return error.code or getattr(error.error, "code", None)
+
+
 def is_duplicate(error: stripe.StripeError) -> bool:
     """Whether Stripe says that it has this identifier (v1 in words only, v2 with a code)."""
-    code = error.code or getattr(error.error, "code", None)
+    code = code_of(error)
     return code == "duplicate_meter_event" or (
         error.http_status == 400 and "already exists with identifier" in str(error.user_message or error)
     )
@@ -66,14 +75,14 @@ def is_duplicate(error: stripe.StripeError) -> bool:
 
 def _is_gone(error: stripe.StripeError) -> bool:
     """Whether Stripe took nothing because it does not have the customer, or no active meter; either may come back."""
-    code = error.code or getattr(error.error, "code", None)
+    code = code_of(error)
     said = str(error.user_message or error)
     return error.http_status in (400, 404) and (code in _GONE_CODES or any(words in said for words in _GONE_WORDS))
 
 
 def _is_ahead(error: stripe.StripeError) -> bool:
     """Whether Stripe took nothing because its clock is behind ours; it will once that time has come."""
-    code = error.code or getattr(error.error, "code", None)
+    code = code_of(error)
     said = str(error.user_message or error)
     return error.http_status == 400 and (code == "timestamp_in_future" or _AHEAD in said)
 

@@ -110,12 +110,12 @@ class Round:
 
 
 def claim(
-    connection: Connection, slots: int, now: int, resting: Collection[Line] = (), at: Round | None = None
+    connection: Connection, slots: int, now: int, resting: Collection[Line | str] = (), at: Round | None = None
 ) -> list[Claimed]:
     """Take up to ``slots`` due events, one per customer and meter, and store the intent to send them.
 
-    ``resting`` are left alone. What Stripe may have forgotten becomes doubtful instead of being sent again; what is
-    too old for it, and which it surely does not have, is held.
+    What is ``resting``, an account or one customer and meter of it, is left alone. What Stripe may have forgotten
+    becomes doubtful instead of being sent again; what is too old for it, and which it surely does not have, is held.
     """
     if slots <= 0:
         return []
@@ -129,7 +129,11 @@ def claim(
     claimed: list[Claimed] = []
     for heads in _pages(connection, at, now):
         free = [
-            head for head in heads if head.is_free and (head.account, head.customer, head.event_name) not in resting
+            head
+            for head in heads
+            if head.is_free
+            and head.account not in resting
+            and (head.account, head.customer, head.event_name) not in resting
         ]
         chosen = free[: slots - len(claimed)]
         claimed += _take(connection, [head.id for head in chosen], lease, now)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, bindparam, func, or_, select, update
+from sqlalchemy import (
+    BindParameter,
+    Column,
+    ColumnElement,
+    Connection,
+    Select,
+    and_,
+    bindparam,
+    func,
+    or_,
+    select,
+    text,
+    update,
+)
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
@@ -17,8 +31,17 @@ HELD_RETRY = (60, 300, 900, 3600)
 """Seconds between looks at a held reading whose customer, or whose meter, Stripe did not have."""
 RECORDED = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
 RESOLVED = and_(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
-HELD = readings.c.state == ReadingState.HELD.value
-IS_DUE = and_(HELD, readings.c.due <= bindparam("now"))
+_NOW: BindParameter[int] = bindparam("now")
+HELD = and_(text("readings.state = 'held'"))
+
+
+def _due(now: int | BindParameter[int]) -> ColumnElement[bool]:
+    return and_(HELD, readings.c.due <= now)
+
+
+def _due_for_meter(now: int | BindParameter[int]) -> ColumnElement[bool]:
+    """What was held for the sake of its meter, or of its account."""
+    return and_(_due(now), readings.c.customer.is_not(None), readings.c.value.is_not(None))
 
 
 class Unknown(NamedTuple):
@@ -28,22 +51,28 @@ class Unknown(NamedTuple):
     reference: Reference
 
 
-def _named(condition: ColumnElement[bool]) -> Select[Any]:
-    query = select(readings.c.account, readings.c.reference).where(condition)
-    query = query.group_by(readings.c.account, readings.c.reference).order_by(func.min(readings.c.id))
-    return query.limit(RESOLVE_AT_MOST)
+def _by(column: Column[str], condition: ColumnElement[bool]) -> Select[Any]:
+    """What runs at every turn is put together once: that costs more than to carry it out."""
+    query = select(readings.c.account, column, func.max(readings.c.tries).label("tries")).where(condition)
+    return query.group_by(readings.c.account, column).order_by(func.min(readings.c.id))
 
 
-_NAMED = _named(RECORDED), _named(and_(IS_DUE, readings.c.reference.is_not(None)))
+_NAMED, _NAMED_DUE = (
+    _by(readings.c.reference, condition).limit(RESOLVE_AT_MOST)
+    for condition in (RECORDED, and_(_due(_NOW), readings.c.reference.is_not(None)))
+)
 
 
-def unresolved(connection: Connection, now: int) -> list[Unknown]:
-    """Who must be looked up at Stripe now, oldest first."""
-    found: list[tuple[str, str | None]] = []
-    for query in _NAMED:
-        found += [(row.account, row.reference) for row in connection.execute(query, {"now": now})]
-    asked = ((account, _reference(connection, told)) for account, told in dict.fromkeys(found))
-    return [Unknown(account, reference) for account, reference in asked if reference is not None]
+def unresolved(connection: Connection, now: int) -> dict[Unknown, bool]:
+    """Who must be looked up at Stripe now, oldest first, and whether somebody wants it done again at once: usage that
+    was held before and is on its way again."""
+    found: dict[tuple[str, str | None], bool] = {}
+    for row in connection.execute(_NAMED):
+        found[row.account, row.reference] = row.tries > 0
+    for row in connection.execute(_NAMED_DUE, {"now": now}):
+        found.setdefault((row.account, row.reference), False)
+    asked = (((account, _reference(connection, told)), again) for (account, told), again in found.items())
+    return {Unknown(account, reference): again for (account, reference), again in asked if reference is not None}
 
 
 def _of(unknown: Unknown) -> Any:
@@ -87,18 +116,8 @@ def resolve(connection: Connection, unknown: Unknown, customer: str, now: int) -
 
 def hold(connection: Connection, unknown: Unknown, reason: str, now: int) -> int:
     """Nobody, or several, at Stripe: hold the readings of ``unknown`` and look again later."""
-    waiting = [(RECORDED, _of(unknown)), (HELD, readings.c.due <= now, _of(unknown))]  # apart: each has its own index
-    tries = [connection.execute(select(func.max(readings.c.tries)).where(*each)).scalar() for each in waiting]
-    changes = {
-        "state": next_reading_state(ReadingState.RECORDED, Move.NOT_FOUND).value,
-        "reason": reason,
-        "due": now + held_delay(max(each or 0 for each in tries)),
-        "tries": readings.c.tries + 1,
-    }
-    # The held ones first: those that become held now are not due again.
-    return sum(
-        connection.execute(update(readings).where(*each).values(**changes)).rowcount for each in reversed(waiting)
-    )
+    next_reading_state(ReadingState.RECORDED, Move.NOT_FOUND)
+    return _hold(connection, [and_(RECORDED, _of(unknown)), and_(_due(now), _of(unknown))], reason, now)[0]
 
 
 def held_delay(tries: int | None) -> int:
@@ -106,33 +125,70 @@ def held_delay(tries: int | None) -> int:
     return HELD_RETRY[min(int(tries or 0), len(HELD_RETRY) - 1)]
 
 
-def hold_meter(connection: Connection, account: str, event_name: str, reason: str, now: int) -> int:
-    """A meter that cannot take events stops, and only it: its resolved readings wait."""
-    statement = (
-        update(readings)
-        .where(RESOLVED)
-        .where(readings.c.account == account, readings.c.event_name == event_name)
-        .values(
-            state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value, reason=reason, due=now + HELD_RETRY[0]
-        )
-    )
-    return connection.execute(statement).rowcount
+class Waiting(NamedTuple):
+    """A meter that usage waits for: ``is_due`` where some was held for its sake and is due, ``again`` where somebody
+    has put some on its way again that had been held."""
+
+    is_due: bool
+    again: bool
 
 
-def release_held(connection: Connection, now: int) -> int:
-    """Readings that were held for their meter's sake are tried again when they are due."""
-    return connection.execute(_RELEASE, {"now": now}).rowcount
+_WAITING = _by(readings.c.event_name, RESOLVED)
+_HELD_DUE = _by(readings.c.event_name, _due_for_meter(_NOW))
+
+
+def waiting_meters(connection: Connection, now: int) -> dict[str, dict[str, Waiting]]:
+    """By account and event name, the meters of what could be sealed, and of what was held for their sake and is due."""
+    found: dict[str, dict[str, Waiting]] = {}
+    for row in connection.execute(_WAITING):
+        found.setdefault(row.account, {})[row.event_name] = Waiting(is_due=False, again=row.tries > 0)
+    for row in connection.execute(_HELD_DUE, {"now": now}):
+        meters = found.setdefault(row.account, {})
+        new = meters.get(row.event_name)
+        meters[row.event_name] = Waiting(is_due=True, again=new is not None and new.again)
+    return found
+
+
+def hold_usage(
+    connection: Connection, of: tuple[str, str | None], reason: str, now: int, due: int | None = None
+) -> tuple[int, int]:
+    """A meter (account and event name) or a whole account (and None) that cannot take events stops, and only it: what
+    is resolved waits.
+
+    Returns how many readings were not held before, and when they are looked at again: at ``due``, by default after
+    the longer the more often they were held.
+    """
+    next_reading_state(ReadingState.RESOLVED, Move.HOLD)
+    account, event_name = of
+    mine = readings.c.account == account
+    if event_name is not None:
+        mine = and_(mine, readings.c.event_name == event_name)
+    before = connection.execute(select(func.count()).where(RESOLVED, mine)).scalar_one()
+    _, due = _hold(connection, [and_(RESOLVED, mine), and_(_due_for_meter(now), mine)], reason, now, due)
+    return int(before), due
+
+
+def _hold(
+    connection: Connection, waiting: Sequence[ColumnElement[bool]], reason: str, now: int, due: int | None = None
+) -> tuple[int, int]:
+    """Hold what is ``waiting`` (apart, since each has its own index); returns how many and until when."""
+    if due is None:
+        tries = [connection.execute(select(func.max(readings.c.tries)).where(each)).scalar() for each in waiting]
+        due = now + held_delay(max(each or 0 for each in tries))
+    changes = {"state": ReadingState.HELD.value, "reason": reason[:300], "due": due, "tries": readings.c.tries + 1}
+    # The held ones first: those that become held now are not due again.
+    held = [connection.execute(update(readings).where(each).values(**changes)).rowcount for each in reversed(waiting)]
+    return sum(held), due
+
+
+def release(connection: Connection, account: str, event_name: str, now: int) -> int:
+    """Readings that were held for their meter's or their account's sake are on their way again."""
+    due = and_(_due_for_meter(now), readings.c.account == account, readings.c.event_name == event_name)
+    changes = {"state": next_reading_state(ReadingState.HELD, Move.ASSIGN).value, "reason": None, "due": None}
+    return connection.execute(update(readings).where(due).values(**changes)).rowcount
 
 
 def free(condition: ColumnElement[bool]) -> ColumnElement[bool]:
     """``condition``, without the readings that another transaction holds on PostgreSQL: a shared one must not wait for
     them."""
     return readings.c.id.in_(select(readings.c.id).where(condition).with_for_update(skip_locked=True))
-
-
-_RELEASE = (
-    update(readings)
-    .where(free(and_(IS_DUE, readings.c.customer.is_not(None), readings.c.value.is_not(None))))
-    .values(state=next_reading_state(ReadingState.HELD, Move.ASSIGN).value, reason=None, due=None)
-)
-"""What runs at every turn is put together once: that costs more than to carry it out."""

@@ -6,11 +6,11 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, and_, bindparam, delete, exists, func, insert, or_, select, update
 
 from langchain_stripe_meter.core.events import (
     FUTURE_LIMIT,
@@ -21,10 +21,17 @@ from langchain_stripe_meter.core.events import (
     significant_digits,
 )
 from langchain_stripe_meter.core.exact import exact_sum
-from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move, ReadingState, next_reading_state
+from langchain_stripe_meter.core.states import (
+    STALE_AFTER,
+    EventState,
+    Move,
+    ReadingState,
+    next_event_state,
+    next_reading_state,
+)
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
-from langchain_stripe_meter.ledger.schema import acts, events, notes, readings
+from langchain_stripe_meter.ledger.schema import IS_PENDING, acts, events, notes, readings
 
 SEAL_AT_MOST = 1000
 REJECTED_LATER = "rejected later"
@@ -39,7 +46,6 @@ logger = logging.getLogger("langchain_stripe_meter")
 Row = Mapping[Any, Any]
 
 
-_OPEN_METERS = select(readings.c.account, readings.c.event_name).where(RESOLVED).distinct()
 _SEALABLE = (
     select(readings)
     .where(RESOLVED, readings.c.at <= bindparam("latest"))
@@ -47,6 +53,7 @@ _SEALABLE = (
     .limit(SEAL_AT_MOST)
     .with_for_update(skip_locked=True)
 )
+_SEALABLE_OF = _SEALABLE.where(readings.c.account.in_(bindparam("accounts", expanding=True)))
 _HOLD_STALE = (
     update(readings)
     .where(free(and_(RESOLVED, readings.c.at < bindparam("oldest"))))
@@ -55,20 +62,21 @@ _HOLD_STALE = (
 _RESTORED = select(notes.c.value).where(notes.c.name == "restored")
 
 
-def open_meters(connection: Connection) -> list[tuple[str, str]]:
-    """Account and event name of the readings that could be sealed."""
-    return [(row.account, row.event_name) for row in connection.execute(_OPEN_METERS)]
-
-
-def seal(connection: Connection, now: int, roll_up: int | None = None) -> int:
+def seal(connection: Connection, now: int, roll_up: int | None = None, accounts: Sequence[str] | None = None) -> int:
     """Make meter events of resolved readings; what is too old for Stripe is held, what lies ahead waits.
 
     With ``roll_up`` (seconds), a customer's readings on one meter within such a span become one event, once the span
-    is over.
+    is over. ``accounts`` are those that may be sealed, by default all.
     """
     connection.execute(_HOLD_STALE, {"oldest": now - STALE_AFTER})
     latest = now + FUTURE_LIMIT if roll_up is None else now - now % roll_up - 1
-    rows = connection.execute(_SEALABLE, {"latest": latest}).mappings().all()
+    if accounts is None:
+        found = connection.execute(_SEALABLE, {"latest": latest})
+    elif accounts:
+        found = connection.execute(_SEALABLE_OF, {"latest": latest, "accounts": accounts})
+    else:
+        return 0
+    rows = found.mappings().all()
     sound = [row for row in rows if _is_sound(connection, row)]
     past = _from_the_past(connection) if sound else None
     last = past["reading"] if past else 0
@@ -211,12 +219,25 @@ def unseal(connection: Connection, event_id: int, reason: str, now: int) -> None
 
     They keep the customer, and are tried again when they are due or assigned to somebody else by a person.
     """
-    mine = readings.c.event_id == event_id
-    tries = connection.execute(select(readings.c.tries).where(mine).limit(1)).scalar()
-    held = next_reading_state(ReadingState.SEALED, Move.UNSEAL).value
-    changes = {"event_id": None, "reason": reason[:300], "due": now + held_delay(tries), "tries": readings.c.tries + 1}
-    connection.execute(update(readings).where(mine).values(state=held, **changes))
-    connection.execute(delete(events).where(events.c.id == event_id))
+    tries = connection.execute(select(func.max(readings.c.tries)).where(readings.c.event_id == event_id)).scalar()
+    _remove(connection, [event_id], Move.UNSEAL, reason, now + held_delay(tries))
+
+
+def withdraw(connection: Connection, account: str, reason: str, due: int) -> None:
+    """An account is closed to us: of what is to be sent there, all that Stripe surely has not is held instead."""
+    next_event_state(EventState.PENDING, Move.NO_ACCESS)
+    mine = (IS_PENDING, events.c.account == account, events.c.first_unknown_at.is_(None))
+    query = select(events.c.id).where(*mine).limit(SEAL_AT_MOST)
+    while ids := connection.execute(query).scalars().all():
+        _remove(connection, ids, Move.UNSEAL, reason, due)
+
+
+def _remove(connection: Connection, ids: Sequence[int], move: Move, reason: str, due: int | None) -> None:
+    """Remove events, and hold their readings instead."""
+    held = next_reading_state(ReadingState.SEALED, move).value
+    changes = {"state": held, "event_id": None, "reason": reason[:300], "due": due, "tries": readings.c.tries + 1}
+    connection.execute(update(readings).where(readings.c.event_id.in_(ids)).values(**changes))
+    connection.execute(delete(events).where(events.c.id.in_(ids)))
 
 
 def withdraw_stale(connection: Connection, which: ColumnElement[bool], now: int) -> int:
@@ -226,9 +247,6 @@ def withdraw_stale(connection: Connection, which: ColumnElement[bool], now: int)
     query = select(events.c.id).where(which, is_stale).limit(SEAL_AT_MOST).with_for_update(skip_locked=True)
     ids = connection.execute(query).scalars().all()
     if ids:
-        held = next_reading_state(ReadingState.SEALED, Move.TOO_OLD).value
-        mine = update(readings).where(readings.c.event_id.in_(ids))
-        connection.execute(mine.values(state=held, event_id=None, reason=TOO_OLD, due=None))
-        connection.execute(delete(events).where(events.c.id.in_(ids)))
+        _remove(connection, ids, Move.TOO_OLD, TOO_OLD, None)
         logger.warning("stripe-meter: %d meter events are held: %s", len(ids), TOO_OLD)
     return len(ids)
