@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import sqlite3
 import subprocess
@@ -12,11 +14,15 @@ from pathlib import Path
 
 import pytest
 from faults import deliver, settled, tally
+from sqlalchemy import select
+from typer.testing import CliRunner
 
+from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import LedgerError
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import sealing, views
+from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
 
@@ -156,3 +162,77 @@ def test_a_schema_that_never_was_is_refused_and_left_as_it_is(tmp_path: Path) ->
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE stripe_meter_version SET version_num = '0000'")
     assert not is_usable(path)
+
+
+# -- full, and not to be written
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("a small disk can only be mounted by root with the right to mount")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_an_error_and_what_was_stored_still_drains(small_disk: Path) -> None:
+    path = small_disk / "ledger.db"
+    ledger = Ledger(f"sqlite:///{path}")
+    stored: list[str] = []
+
+    def fill() -> None:
+        for number in range(100_000):
+            record(ledger, f"run-{number:060d}")
+            stored.append(f"run-{number:060d}")
+
+    with pytest.raises(LedgerError, match="Free some disk space"):
+        fill()
+    with ledger.read() as connection:
+        assert list(connection.execute(select(readings.c.key).order_by(readings.c.id)).scalars()) == stored
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    with ledger.deliver_lane().transaction() as connection:
+        assert sealing.seal(connection, ledger.now())
+    record(ledger, "after")
+    assert len(list(views.every(ledger))) == len(stored) + 1
+    ledger.close()
+    tally("a full disk", needed_a_person=1)
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Iterator[Path]:
+    """A ledger that may be read and not written, in a folder that may not be written either."""
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(f"sqlite:///{path}")
+    record(ledger, "a")
+    ledger.close()
+    path.chmod(0o400)
+    tmp_path.chmod(0o500)
+    if os.access(path, os.W_OK):  # root may write anywhere
+        commands = [
+            ["mount", "--bind", str(tmp_path), str(tmp_path)],
+            ["mount", "-o", "remount,ro,bind", str(tmp_path)],
+        ]
+        if any(subprocess.run(mount, capture_output=True, check=False).returncode for mount in commands):
+            pytest.skip("root may write anywhere, and may not mount here")
+    yield path
+    subprocess.run(["umount", str(tmp_path)], capture_output=True, check=False)
+    tmp_path.chmod(0o700)
+
+
+def test_what_may_not_be_written_is_an_error_in_a_sentence_and_the_doctor_says_so(frozen: Path) -> None:
+    with pytest.raises(LedgerError, match=r"cannot be opened for writing.*Give a writable path"):
+        record(Ledger(f"sqlite:///{frozen}"), "b")
+    found = CliRunner().invoke(app, ["doctor", "--ledger", f"sqlite:///{frozen}", "--json"])
+    assert found.exit_code == 1
+    (ledger,) = [one for one in json.loads(found.stdout) if one["what"] == "ledger"]
+    assert (ledger["state"], "cannot be opened for writing" in ledger["said"]) == ("fail", True)
+    tally("a file system that may not be written", needed_a_person=1)
+
+
+def record(ledger: Ledger, key: str) -> None:
+    ledger.record([Entry(key, "ai_tokens", 1, ledger.now(), ReadingState.RESOLVED, "cus_1")])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sqlite3
 import stat
@@ -21,14 +20,12 @@ from typing import Any
 import pytest
 from conftest import wait_until
 from faults import tally
-from sqlalchemy import select
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
 from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.address import prepare_file
-from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 NOW = 1_800_000_000
@@ -328,66 +325,6 @@ def test_a_second_ledger_on_the_file_does_not_drop_the_first_ones_locks(ledger: 
     second.close()
     ledger.close()
     assert count(path) == 3
-
-
-# -- disks
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(folder)], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("a small disk can only be mounted by root with the right to mount")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-def test_a_full_disk_is_an_error_and_what_was_stored_still_drains(small_disk: Path) -> None:
-    path = small_disk / "ledger.db"
-    ledger = open_ledger(path)
-    stored: list[str] = []
-
-    def fill() -> None:
-        for number in range(100_000):
-            record(ledger, f"run-{number:060d}")
-            stored.append(f"run-{number:060d}")
-
-    with pytest.raises(LedgerError, match="Free some disk space"):
-        fill()
-    with ledger.read() as connection:
-        assert list(connection.execute(select(readings.c.key).order_by(readings.c.id)).scalars()) == stored
-    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
-    with ledger.deliver_lane().transaction() as connection:
-        assert sealing.seal(connection, NOW)
-    record(ledger, "after")
-    ledger.close()
-    assert count(path) == len(stored) + 1
-    tally("a full disk", needed_a_person=1)
-
-
-def test_a_folder_that_may_not_be_written_is_an_error_in_a_sentence(path: Path, ledger: Ledger) -> None:
-    record(ledger, "a")
-    ledger.close()
-    path.parent.chmod(0o500)
-    path.chmod(0o400)
-    if os.access(path, os.W_OK):
-        frozen = path.parent / "frozen"
-        frozen.mkdir()
-        shutil.copy(path, frozen)
-        mounts = [["mount", "--bind", str(frozen), str(frozen)], ["mount", "-o", "remount,ro,bind", str(frozen)]]
-        if any(subprocess.run(mount, capture_output=True, check=False).returncode for mount in mounts):
-            pytest.skip("root may write anywhere, and may not mount here")
-        path = frozen / path.name
-    try:
-        with pytest.raises(LedgerError, match=r"cannot be opened for writing|folder writable"):
-            record(open_ledger(path), "b")
-    finally:
-        subprocess.run(["umount", str(path.parent)], capture_output=True, check=False)
-    tally("a file system that may not be written", needed_a_person=1)
 
 
 # -- the plan
