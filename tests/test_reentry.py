@@ -236,6 +236,31 @@ def test_what_interrupts_a_group_commit_is_written_after_it() -> None:
     assert written == [1, 2]
 
 
+def test_a_group_commit_that_is_closed_while_somebody_wakes_its_helper_leaves_nobody_waiting() -> None:
+    written: list[str] = []
+    group = GroupCommit(written.extend)
+
+    async def write(*items: str) -> None:
+        for item in items:
+            await group.asubmit([item])
+
+    asyncio.run(write("first"))
+    helper = group._helper
+    assert helper is not None
+
+    def is_alive() -> bool:
+        """Right after it was asked, another thread closes the group, if it can."""
+        closing = threading.Thread(target=group.close)
+        closing.start()
+        closing.join(0.2)
+        return True
+
+    helper.is_alive = is_alive  # type: ignore[method-assign]
+    assert done(lambda: asyncio.run(write("second", "third")))
+    assert written == ["first", "second", "third"]
+    group.close()
+
+
 def test_a_late_event_that_fails_disturbs_neither_its_host_nor_the_others(caplog: pytest.LogCaptureFixture) -> None:
     def fail() -> None:
         raise ValueError("a prompt")
@@ -281,6 +306,7 @@ CALLED_INSIDE = {
     "ledger.group.GroupCommit._submit": "within()",
     "ledger.group.GroupCommit._drain": "within()",
     "ledger.group.GroupCommit._tell": "within()",
+    "ledger.group.GroupCommit._ring": "within()",
     "ledger.database.Lane.run": "within(), by GroupCommit",
     "ledger.database._before_fork": "nothing else runs while a process forks",
     "ledger.database.Database.before_fork": "nothing else runs while a process forks",

@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.reentry import within
+from langchain_stripe_meter.reentry import inside, within
 
 T = TypeVar("T")
 
@@ -54,6 +54,7 @@ class GroupCommit(Generic[T]):
         self._jobs: deque[_Job[T]] = deque()
         self._leader = threading.Lock()
         self._telling = threading.Lock()
+        self._ringing = threading.Lock()
         self._helper: threading.Thread | None = None
         self._bell: SimpleQueue[bool] = SimpleQueue()
         self._rung = False
@@ -110,20 +111,28 @@ class GroupCommit(Generic[T]):
 
     def _wake_helper(self) -> None:
         """Ring once; whoever comes before the helper has looked relies on the same ring."""
-        if self._rung:
-            return
-        self._rung = True
-        try:
-            if self._helper is None or not self._helper.is_alive():
-                self._helper = threading.Thread(
-                    target=self._serve, args=(self._bell,), name="stripe-meter-ledger", daemon=True
-                )
-                self._helper.start()
-        except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
-            self._rung = False
+        if not self._rung and not self._ring():
             self._drain()
-            return
-        self._bell.put(True)
+
+    def _ring(self) -> bool:
+        """False where the interpreter is shutting down and starts no threads: better to block than to lose."""
+        with self._ringing:
+            if self._rung:
+                return True
+            self._rung = True
+            try:
+                if self._helper is None or not self._helper.is_alive():
+                    self._helper = threading.Thread(
+                        target=self._serve, args=(self._bell,), name="stripe-meter-ledger", daemon=True
+                    )
+                    self._helper.start()
+                self._bell.put(True)
+            except BaseException as error:  # also Ctrl-C: who comes next must not rely on this ring
+                self._rung = False
+                if not isinstance(error, RuntimeError):
+                    raise
+                return False
+            return True
 
     def _serve(self, bell: SimpleQueue[bool]) -> None:
         while bell.get():
@@ -132,10 +141,12 @@ class GroupCommit(Generic[T]):
 
     def close(self) -> None:
         """Let the helper thread end; it starts anew when it is needed again."""
-        if self._helper is not None:
-            self._helper = None
-            self._bell.put(False)
-            self._bell = SimpleQueue()
+        with inside(), self._ringing:
+            if self._helper is not None:
+                self._helper = None
+                self._rung = False  # what was rung, the helper still hears
+                self._bell.put(False)
+                self._bell = SimpleQueue()
 
     def _drain(self) -> None:
         while self._jobs:
