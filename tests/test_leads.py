@@ -422,3 +422,13 @@ def test_a_lead_is_found_also_where_that_cannot_be_noted(tmp_path: Path) -> None
         other.execute("BEGIN IMMEDIATE")
         assert Leads(ledger).find("s") == {"email": "ann@example.com"}
     ledger.close()
+
+
+def test_a_run_that_asks_for_a_lead_waits_for_nobody_who_reads_the_ledger(url: str) -> None:
+    ledger = Ledger(url)
+    known = Leads(ledger)
+    known.capture("thread-1", email="ann@example.com")
+    with ThreadPoolExecutor(1) as pool, ledger.read() as connection:
+        connection.execute(select(readings))
+        assert pool.submit(known.find, "thread-1").result(timeout=30) == {"email": "ann@example.com"}
+    ledger.close()

@@ -169,7 +169,8 @@ def test_an_address_that_cannot_be_a_ledger_is_a_configuration_error(url: str) -
 
 
 def test_a_password_in_an_address_is_never_shown() -> None:
-    assert "hunter2" not in repr(Ledger("postgresql+psycopg://me:hunter2@host/name"))
+    for address in ("me:hunter2@host/name", "host/name?user=me&password=hunter2"):
+        assert "hunter2" not in repr(Ledger(f"postgresql+psycopg://{address}"))
     with pytest.raises(ConfigurationError) as caught:
         Ledger("nonsense://me:hunter2@host/name")
     assert "hunter2" not in str(caught.value)

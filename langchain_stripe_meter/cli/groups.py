@@ -124,7 +124,7 @@ def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None
 def path(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Where the ledger is."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        where = opened.database.url.render_as_string(hide_password=True)
+        where = opened.database.address
         say(where, {"ledger": where}, as_json=as_json)
 
 

@@ -29,7 +29,13 @@ from sqlalchemy.pool import NullPool
 
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.address import BUSY_SECONDS, parse_url, postgres_engine, prepare_file
+from langchain_stripe_meter.ledger.address import (
+    BUSY_SECONDS,
+    parse_url,
+    postgres_engine,
+    prepare_file,
+    without_password,
+)
 from langchain_stripe_meter.ledger.upgrading import bring_up_to_date
 from langchain_stripe_meter.reentry import inside
 
@@ -42,7 +48,6 @@ _TURN = 7382910545
 """PostgreSQL's advisory lock that transactions on the deliver lane take, for themselves or together."""
 
 logger = logging.getLogger("langchain_stripe_meter")
-
 
 _DISCREET: dict[str, Any] = {"hide_parameters": True, "logging_name": "stripe_meter"}
 """Values name people, so neither SQLAlchemy's errors nor its log may show them."""
@@ -224,6 +229,11 @@ class Database:
         renew_after_fork(self)
         if self.is_sqlite:
             _on_sqlite.add(self)
+
+    @property
+    def address(self) -> str:
+        """Where the ledger is, without what may be a secret."""
+        return str(self.url) if self.is_sqlite else without_password(self.url.render_as_string(hide_password=False))
 
     def before_fork(self) -> None:
         """Close the file, unless somebody goes on using it for longer than a fork can wait."""

@@ -137,7 +137,7 @@ class Leads:
         if not _is_session(session):
             return None
         mine, now = _of(self._account if account is None else account, session), self._ledger.now()
-        with self._ledger.read() as connection:
+        with self._ledger.look() as connection:
             row = connection.execute(select(leads).where(mine)).mappings().first()
         if row is None:
             return None

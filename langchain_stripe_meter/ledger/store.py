@@ -119,7 +119,7 @@ class Ledger:
         return int((self._clock or time.time)())
 
     def __repr__(self) -> str:
-        return f"Ledger({self.database.url.render_as_string(hide_password=True)!r})"
+        return f"Ledger({self.database.address!r})"
 
     def record(self, entries: Sequence[Entry]) -> None:
         """Store ``entries`` durably, together with those of other threads that are waiting."""
@@ -171,6 +171,17 @@ class Ledger:
         turn = self.database.reading if self.database.is_sqlite else nullcontext()
         with inside(), clear_errors(), turn, self.database.engine.connect() as connection:
             yield connection
+
+    @contextmanager
+    def look(self) -> Iterator[Connection]:
+        """As ``read``, for what a run waits for: also on SQLite, it waits for no long reading of another thread."""
+        if not self.database.is_sqlite:
+            with self.read() as connection:
+                yield connection
+            return
+        lane = self.database.lane("count")
+        with inside(), clear_errors(), lane.lock:
+            yield lane.connection
 
     def note(self, name: str) -> str | None:
         """A fact about the ledger itself."""
