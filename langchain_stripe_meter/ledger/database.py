@@ -377,22 +377,18 @@ def explain(error: BaseException) -> LedgerError:
     said = str(error).splitlines()[0] if str(error) else type(error).__name__
     if isinstance(error, UnicodeDecodeError) or "Could not decode" in said:  # it goes on to quote the row
         said = "it holds text that is no UTF-8"
-    corrupt = "The file is corrupt; it was left untouched. Restore a backup."
     advice = {
-        "not a database": "The file is corrupt or no SQLite database; it was left untouched. Restore a backup.",
-        "malformed": corrupt,
-        "no UTF-8": corrupt,
-        "unsupported file": corrupt,
-        "no such column": corrupt,
-        "has no column": corrupt,
-        "locked": "Another process holds it; try again, or find the process.",
-        "lock timeout": "Another process holds it; try again, or find the process.",
-        "full": "Free some disk space; what is stored is safe.",
-        "disk I/O": "Look at the disk and its free space; what is stored is safe.",
-        "readonly": "Make the file and its folder writable.",
-        "unable to open": "Unless it was deleted, make the file and its folder writable.",
+        ("not a database",): "The file is corrupt or no SQLite database; it was left untouched. Restore a backup.",
+        ("malformed", "no UTF-8", "unsupported file", "no such column", "has no column"): (
+            "The file is corrupt; it was left untouched. Restore a backup."
+        ),
+        ("locked", "lock timeout"): "Another process holds it; try again, or find the process.",
+        ("full",): "Free some disk space; what is stored is safe.",
+        ("disk I/O",): "Look at the disk and its free space; what is stored is safe.",
+        ("readonly", "unable to open"): "Make the file and its folder writable.",
     }
-    hint = next((text for word, text in advice.items() if word in said), "Look at the database and at its own log.")
+    found = (text for words, text in advice.items() if any(word in said for word in words))
+    hint = next(found, "Look at the database and at its own log.")
     return LedgerError(f"The ledger's database says: {said}. {hint}")
 
 
