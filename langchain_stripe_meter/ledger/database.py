@@ -135,9 +135,8 @@ class Lane:
 
     def _begin_on_postgres(self, *, shared: bool) -> str:
         """Statements for one round trip."""
-        begin = ["BEGIN ISOLATION LEVEL READ COMMITTED"]
+        begin = ["BEGIN ISOLATION LEVEL READ COMMITTED", f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'"]
         begin.append(f"SET LOCAL idle_in_transaction_session_timeout = '{STOPPED_SECONDS}s'")
-        begin.append(f"SET LOCAL lock_timeout = '{BUSY_SECONDS}s'")
         if self._in_turn:
             begin.append(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}({_TURN})")
         return "; ".join(begin)
@@ -296,13 +295,11 @@ class Database:
 
     def _file(self) -> tuple[int, int] | None:
         """What is at the ledger's path now."""
-        if not self.is_sqlite:
-            return None
-        try:
-            found = os.stat(self._path)
-        except FileNotFoundError:
-            return None
-        return found.st_dev, found.st_ino
+        with suppress(FileNotFoundError):
+            if self.is_sqlite:
+                found = os.stat(self._path)
+                return found.st_dev, found.st_ino
+        return None
 
     @property
     def is_in_place(self) -> bool:
@@ -385,7 +382,8 @@ def explain(error: BaseException) -> LedgerError:
         ("locked", "lock timeout"): "Another process holds it; try again, or find the process.",
         ("full",): "Free some disk space; what is stored is safe.",
         ("disk I/O",): "Look at the disk and its free space; what is stored is safe.",
-        ("readonly", "unable to open"): "Make the file and its folder writable.",
+        ("readonly",): "Make the file and its folder writable.",
+        ("unable to open",): "Unless it was deleted, make the file and its folder writable.",
     }
     found = (text for words, text in advice.items() if any(word in said for word in words))
     hint = next(found, "Look at the database and at its own log.")
