@@ -8,11 +8,10 @@ from dataclasses import replace
 from decimal import Decimal
 
 from langchain_stripe_meter.core.customers import Facts
-from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.usage import completed
-from langchain_stripe_meter.core.values import valueclass
+from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import InvalidValueError, place_of
 from langchain_stripe_meter.observed import Observed
 

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.utils import count_tokens_approximately
 
-from langchain_stripe_meter.core.blocks import thoughts_of
-from langchain_stripe_meter.core.usage import Usage
+from langchain_stripe_meter.core.usage import Usage, thoughts_of
 from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.audit.chores import chores
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
 from langchain_stripe_meter.core.events import check_account
-from langchain_stripe_meter.core.leads import lead_fields, lead_region
 from langchain_stripe_meter.core.meters import Call, Meter
-from langchain_stripe_meter.core.tenants import Tenant, TenantSource
+from langchain_stripe_meter.core.tenants import Tenant, TenantSource, lead_fields, lead_region
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway, check_key

@@ -13,10 +13,9 @@ from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_core.runnables.config import var_child_runnable_config
 
-from langchain_stripe_meter.core.blocks import text_of, thoughts_of
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import merged
-from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.core.usage import Usage, text_of, thoughts_of, usage_from_metadata, usage_from_token_usage
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import UsageError
 

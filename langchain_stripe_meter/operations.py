@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from langchain_stripe_meter.arguments import seconds
 from langchain_stripe_meter.core.customers import CustomerSource
 from langchain_stripe_meter.core.events import check_account
-from langchain_stripe_meter.core.leads import lead_region
 from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
+from langchain_stripe_meter.core.tenants import lead_region
 from langchain_stripe_meter.errors import ConfigurationError, StripeError, UnrecordedError
 from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import doubts, views

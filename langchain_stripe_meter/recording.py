@@ -18,13 +18,20 @@ from uuid import UUID, uuid4
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
-from langchain_stripe_meter.core.exact import EXACT
-from langchain_stripe_meter.core.leads import lead_fields, lead_session, needs_lookup
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.core.tenants import NO_TENANT, Tenant, TenantSource, Untold
+from langchain_stripe_meter.core.tenants import (
+    NO_TENANT,
+    Tenant,
+    TenantSource,
+    Untold,
+    lead_fields,
+    lead_session,
+    needs_lookup,
+)
 from langchain_stripe_meter.core.usage import usage_from_metadata
+from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.counting import Ending, Use, estimated, is_known, readings_of
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import (

@@ -7,8 +7,8 @@ from decimal import Decimal
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import number_text
-from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import Unrecorded
 from langchain_stripe_meter.ledger.store import Entry
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from langchain_stripe_meter import MeteringSettings, StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.audit.ages import Ages
 from langchain_stripe_meter.cli import app
-from langchain_stripe_meter.core.ages import DAY, period, spans
+from langchain_stripe_meter.core.periods import DAY, billing_period, spans
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import AgeAlarm, ConfigurationError
 from langchain_stripe_meter.ledger import acts, views
@@ -184,10 +184,10 @@ def test_an_on_error_that_fails_is_logged_and_stops_nothing(books: Books, caplog
 
 @given(st.integers(0, 4 * 10**9), st.integers(1, 31))
 def test_every_moment_lies_in_one_period_that_begins_on_its_day(now: int, day: int) -> None:
-    start, end = period(now, day)
+    start, end = billing_period(now, day)
     assert start <= now < end
     assert 28 * DAY <= end - start <= 31 * DAY
-    assert period(end, day)[0] == end
+    assert billing_period(end, day)[0] == end
     begins = datetime.fromtimestamp(start, UTC)
     assert begins.day == day or (begins.day < day and datetime.fromtimestamp(start + DAY, UTC).day == 1)
     assert (begins.hour, begins.minute, begins.second) == (0, 0, 0)

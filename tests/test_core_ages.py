@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from langchain_stripe_meter.core.ages import Late, Span, check_billing_day, period, sentence, spans, untold
+from langchain_stripe_meter.core.periods import Late, Span, billing_period, check_billing_day, sentence, spans, untold
 from langchain_stripe_meter.errors import ConfigurationError
 
 DAY = 86_400
@@ -43,18 +43,18 @@ def closing(now: int, billing_day: int = 1) -> list[Span]:
 def test_a_billing_period_begins_on_its_day_or_on_the_last_of_a_shorter_month(
     now: str, day: int, start: str, end: str
 ) -> None:
-    assert period(seconds(now), day) == (seconds(start), seconds(end))
+    assert billing_period(seconds(now), day) == (seconds(start), seconds(end))
 
 
 def test_a_billing_period_is_a_calendar_month_unless_told() -> None:
-    assert period(NOON) == (MARCH, APRIL)
+    assert billing_period(NOON) == (MARCH, APRIL)
     assert spans(APRIL) == spans(APRIL, 1)
 
 
 @pytest.mark.usefixtures("far_west")
 def test_billing_periods_are_in_utc_wherever_the_machine_stands() -> None:
-    assert period(APRIL - 1, 1) == (MARCH, APRIL)
-    assert period(APRIL, 1) == (APRIL, MAY)
+    assert billing_period(APRIL - 1, 1) == (MARCH, APRIL)
+    assert billing_period(APRIL, 1) == (APRIL, MAY)
 
 
 def test_the_first_and_the_last_day_of_a_month_are_billing_days() -> None:

@@ -30,7 +30,7 @@ from langchain_stripe_meter.core.customers import (
     normalise,
     static,
 )
-from langchain_stripe_meter.core.leads import needs_lookup
+from langchain_stripe_meter.core.tenants import needs_lookup
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 KEY = "stripe_customer_id"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from langchain_stripe_meter.core.customers import first_of, from_lead, from_metadata
-from langchain_stripe_meter.core.leads import lead_fields, lead_region, needs_lookup, session_digest
+from langchain_stripe_meter.core.tenants import lead_fields, lead_region, needs_lookup, session_digest
 
 PLAIN = from_metadata("stripe_customer_id")
 NESTED = first_of(PLAIN, first_of(from_lead("phone", region="DE"), from_lead("email")), from_lead("phone"))

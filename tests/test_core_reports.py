@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_stripe_meter.core.reports import (
+from langchain_stripe_meter.core.totals import (
     MINUTE,
     Minute,
     Sample,

@@ -24,9 +24,9 @@ from sqlalchemy import event, func, select
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, first_of, from_lead, from_metadata
 from langchain_stripe_meter.core.customers import Facts, FirstOf
-from langchain_stripe_meter.core.leads import lead_session, session_digest
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.core.states import STALE_AFTER, ReadingState
+from langchain_stripe_meter.core.tenants import lead_session, session_digest
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.keeping import DAY, Pruned, prune
 from langchain_stripe_meter.ledger.leads import UNKNOWN_AMOUNT, Leads

@@ -21,8 +21,7 @@ from langchain_stripe_meter import (
     from_metadata,
 )
 from langchain_stripe_meter.agents import from_signed_token, metered_config, sign_customer
-from langchain_stripe_meter.core.leads import lead_fields
-from langchain_stripe_meter.core.tenants import Tenant
+from langchain_stripe_meter.core.tenants import Tenant, lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.ledger.views import tail
 

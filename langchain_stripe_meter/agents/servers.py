@@ -33,7 +33,7 @@ from langchain_stripe_meter.core.customers import (
     flat,
 )
 from langchain_stripe_meter.core.events import check_customer_id
-from langchain_stripe_meter.core.leads import lead_fields
+from langchain_stripe_meter.core.tenants import lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.leads import BillFrom

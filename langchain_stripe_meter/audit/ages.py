@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from langchain_stripe_meter.audit.telling import OnError, tell
-from langchain_stripe_meter.core.ages import Late, Span, check_billing_day, sentence, spans, untold
+from langchain_stripe_meter.core.periods import Late, Span, check_billing_day, sentence, spans, untold
 from langchain_stripe_meter.errors import AgeAlarm
 from langchain_stripe_meter.ledger import ages
 from langchain_stripe_meter.ledger.store import Ledger

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from langchain_stripe_meter.core.events import MAX_DIGITS
-from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import STALE_AFTER, EventState, Move
+from langchain_stripe_meter.core.values import EXACT, exact_sum
 
 MINUTE = 60
 """Stripe sums up whole minutes (UTC), in seconds."""

@@ -1,4 +1,4 @@
-"""Whose business a run is: the connected account that it is billed on, and what applies there.
+"""Whose business a run is, the connected account that it is billed on, and whose lead pays there.
 
 A platform that bills for others (Stripe Connect) has a connected account for each of them. Meters, customers, leads and
 identifiers belong to one account and never mix.
@@ -6,10 +6,11 @@ identifiers belong to one account and never mix.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, Skip, as_source
+from langchain_stripe_meter.core.customers import By, CustomerSource, Facts, FromLead, Skip, as_source, flat
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.core.values import valueclass
@@ -44,3 +45,37 @@ class Untold(Skip):
 
 TenantSource = Callable[[Facts], Tenant | None]
 """From the trusted facts of a run to its tenant; None skips the run, for nobody is billed on a guess."""
+
+
+# -- leads: whether a source wants them, which fields, of whose session
+
+
+def needs_lookup(source: CustomerSource) -> bool:
+    """Whether identifying may ask the ledger for a captured lead."""
+    return bool(_from_leads(source))
+
+
+def _from_leads(source: CustomerSource) -> list[FromLead]:
+    return [one for one in flat(source) if isinstance(one, FromLead)]
+
+
+def lead_fields(source: CustomerSource) -> tuple[By, ...]:
+    """What of a lead says who pays, in the order in which ``source`` tries it."""
+    return tuple(dict.fromkeys(one.by for one in _from_leads(source)))
+
+
+def lead_region(source: CustomerSource) -> str | None:
+    """Where ``source`` says that a lead's phone number without a leading ``+`` is dialled."""
+    return next((one.region for one in _from_leads(source) if one.region), None)
+
+
+def lead_session(source: CustomerSource, facts: Facts) -> str | None:
+    """The session whose lead, captured later, may pay for a run that names nobody; None where none is trusted."""
+    found = _from_leads(source)
+    return facts.session(trust_client=all(one.trust_client for one in found)) if found else None
+
+
+def session_digest(account: str, session: str) -> str:
+    """What stands for a session in a reading: never the session itself, which may be a secret or name a person."""
+    told = f"{len(account)}:{account}{session}"
+    return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()

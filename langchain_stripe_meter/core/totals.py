@@ -1,16 +1,31 @@
-"""The ledger's totals against Stripe's: what agrees, what is still on its way, what differs."""
+"""The ledger's totals against Stripe's: what agrees, what is still on its way, what differs, and what Stripe reports to
+have taken and refused later.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
+from datetime import datetime
+from decimal import Context, Decimal
+from enum import StrEnum
+from typing import Any
 
-from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import EventState
+from langchain_stripe_meter.core.values import EXACT, exact_sum
 
 _ON_THE_WAY = (EventState.SENDING, EventState.DOUBTFUL)
 """States in which Stripe may have an amount or not: nobody knows yet."""
+MINUTE = 60
+SETTLE_SECONDS = 3600
+"""How long Stripe's sums are given to show an event. No bound is published; minutes are usual."""
+SKEW_SECONDS = 600
+"""By how much a report's window is widened: our clock and Stripe's differ, and it judges events after it took them."""
+GONE_CODES = frozenset({"archived_meter", "no_meter", "meter_event_customer_not_found"})
+"""Codes that say that a meter or a customer is not there (any more)."""
+NO_CUSTOMER = "meter_event_customer_not_found"
+_AS_STRIPE = Context(prec=15)
+"""Stripe's sums are floats, which are read to 15 digits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +83,139 @@ def compare(
 
 def _on_the_way(amounts: Mapping[str, Decimal]) -> Decimal:
     return exact_sum(amounts.get(state, Decimal(0)) for state in _ON_THE_WAY)
+
+
+# -- what Stripe took and refused later
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One of the events that a report is about: Stripe names only some."""
+
+    identifier: str
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What Stripe refused of what it took between ``start`` and ``end`` (Unix seconds): ``errors`` events in all."""
+
+    samples: tuple[Sample, ...]
+    errors: int
+    codes: frozenset[str]
+    start: int
+    end: int
+
+
+def read_report(data: Mapping[str, Any], now: int) -> Report:
+    """The ``data`` of a fetched event. A part that is not as documented counts as absent; a window without bounds is
+    the last day, since Stripe reports within minutes."""
+    kinds = [kind for kind in _list(_mapping(data.get("reason")).get("error_types")) if isinstance(kind, Mapping)]
+    samples = [
+        Sample(identifier, str(kind.get("code")))
+        for kind in kinds
+        for sample in _list(kind.get("sample_errors"))
+        if (identifier := identifier_of(_mapping(_mapping(sample).get("request"))))
+    ]
+    return Report(
+        samples=tuple(dict.fromkeys(samples)),
+        errors=sum(count for kind in kinds if isinstance(count := kind.get("error_count"), int)),
+        codes=frozenset(str(kind.get("code")) for kind in kinds),
+        start=_seconds(data.get("validation_start"), now - 86_400),
+        end=_seconds(data.get("validation_end"), now),
+    )
+
+
+def identifier_of(request: Mapping[str, Any]) -> str:
+    """The event that a sample's request was for, ``""`` where it does not say.
+
+    Stripe documents ``{"identifier"}`` and ``{"id", "idempotency_key"}``. Our idempotency keys are the identifier, a
+    dot and the attempt, and no identifier of ours has a dot.
+    """
+    named = request.get("identifier") or request.get("idempotency_key")
+    return named.partition(".")[0] if isinstance(named, str) else ""
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _list(value: object) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else ()
+
+
+def _seconds(value: object, otherwise: int) -> int:
+    if not isinstance(value, str):
+        return otherwise
+    try:
+        moment = datetime.fromisoformat(value)
+        return int(moment.timestamp()) if moment.tzinfo else otherwise
+    except (ValueError, OverflowError):
+        return otherwise
+
+
+class Verdict(StrEnum):
+    """What Stripe's sum says of a customer's events."""
+
+    AGREES = "agrees"
+    ABSENT = "absent"
+    """Stripe has nothing of them."""
+    PARTIAL = "partial"
+    """Neither: which of them Stripe has cannot be told."""
+
+
+@dataclass(frozen=True, slots=True)
+class Minute:
+    """A customer's events on one meter whose usage lies in the minute from ``start`` (Unix seconds).
+
+    ``delivered`` are those that Stripe took long enough ago for its sums to show them, by identifier; ``uncertain``
+    are the values of those that its sums may or may not have.
+    """
+
+    start: int
+    delivered: Mapping[str, Decimal]
+    uncertain: tuple[Decimal, ...] = ()
+
+
+def judge(delivered: Sequence[Decimal], uncertain: Sequence[Decimal], at_stripe: Decimal | None) -> Verdict:
+    """Hold what Stripe must have, and may have, against its sum (None: it cannot be asked).
+
+    Values of both signs can add up to nothing, so then a sum of 0 proves nothing.
+    """
+    if at_stripe is None:
+        return Verdict.PARTIAL
+    low = _sum([*delivered, *(value for value in uncertain if value < 0)])
+    high = _sum([*delivered, *(value for value in uncertain if value > 0)])
+    if low <= at_stripe <= high:
+        return Verdict.AGREES
+    values = [*delivered, *uncertain]
+    one_sign = all(value >= 0 for value in values) or all(value <= 0 for value in values)
+    return Verdict.ABSENT if at_stripe == 0 and one_sign else Verdict.PARTIAL
+
+
+def _sum(values: Sequence[Decimal]) -> Decimal:
+    return _AS_STRIPE.plus(exact_sum(values))
+
+
+Ask = Callable[[int, int], Decimal | None]
+"""Stripe's sum for a customer and meter from one whole minute to another (Unix seconds)."""
+
+
+def disagreeing(minutes: Sequence[Minute], ask: Ask) -> Iterator[tuple[Minute, Verdict, Decimal | None]]:
+    """The minutes, given in order, in which Stripe does not have what it took, and its sums.
+
+    It is asked for halves, and for their halves, so that what agrees costs few questions.
+    """
+    if not minutes:
+        return
+    at_stripe = ask(minutes[0].start, minutes[-1].start + MINUTE)
+    delivered = [value for minute in minutes for value in minute.delivered.values()]
+    verdict = judge(delivered, [value for minute in minutes for value in minute.uncertain], at_stripe)
+    if verdict is Verdict.AGREES:
+        return
+    if len(minutes) == 1 or at_stripe is None:
+        yield from ((minute, verdict, at_stripe) for minute in minutes)
+        return
+    half = len(minutes) // 2
+    yield from disagreeing(minutes[:half], ask)
+    yield from disagreeing(minutes[half:], ask)

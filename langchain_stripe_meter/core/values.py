@@ -1,11 +1,22 @@
-"""Values: small classes whose objects nobody changes once they are made."""
+"""Values: small classes whose objects nobody changes once they are made, and sums that are exact."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from decimal import Context, Decimal
+from functools import reduce
 from typing import TypeVar, dataclass_transform
 
 T = TypeVar("T")
+
+EXACT = Context(prec=250)
+"""Whatever decimal context the application has set (Python's own rounds to 28 digits)."""
+
+
+def exact_sum(values: Iterable[Decimal]) -> Decimal:
+    """The sum; 0 of none."""
+    return reduce(EXACT.add, values, Decimal(0))
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from langchain_stripe_meter.core.reports import Report, read_report
 from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.core.totals import Report, read_report
 from langchain_stripe_meter.errors import InvalidValueError
 from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error, on_account
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, select, text
 
-from langchain_stripe_meter.core.ages import ON_ITS_WAY_SECONDS, Late, Span
+from langchain_stripe_meter.core.periods import ON_ITS_WAY_SECONDS, Late, Span
 from langchain_stripe_meter.ledger.schema import events, notes, readings
 from langchain_stripe_meter.ledger.store import insert_or_ignore
 

@@ -14,8 +14,8 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, func, or_, select
 
 from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import check_customer_id
-from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
+from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
 from langchain_stripe_meter.ledger.payers import known_by, secret_of

@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy import Connection, and_, delete, exists, func, insert, select, tuple_, update
 
 from langchain_stripe_meter.core.events import number_text
-from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.states import EventState, ReadingState
+from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.database import clear_errors

@@ -12,8 +12,8 @@ from sqlalchemy import ColumnElement, Connection, func, select, update
 from sqlalchemy import delete as sql_delete
 
 from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise
-from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
+from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger.schema import leads, readings
 from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act

@@ -14,7 +14,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, select, tuple_
 
-from langchain_stripe_meter.core.reports import (
+from langchain_stripe_meter.core.states import EventState
+from langchain_stripe_meter.core.totals import (
     MINUTE,
     NO_CUSTOMER,
     SETTLE_SECONDS,
@@ -23,7 +24,6 @@ from langchain_stripe_meter.core.reports import (
     Report,
     Sample,
 )
-from langchain_stripe_meter.core.states import EventState
 from langchain_stripe_meter.ledger.acts import CANCEL_ASKED, reject_later
 from langchain_stripe_meter.ledger.schema import acts, events, notes, webhook_events
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER

@@ -20,7 +20,6 @@ from langchain_stripe_meter.core.events import (
     number_text,
     significant_digits,
 )
-from langchain_stripe_meter.core.exact import exact_sum
 from langchain_stripe_meter.core.states import (
     STALE_AFTER,
     EventState,
@@ -29,6 +28,7 @@ from langchain_stripe_meter.core.states import (
     next_event_state,
     next_reading_state,
 )
+from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
 from langchain_stripe_meter.ledger.schema import IS_PENDING, acts, events, notes, readings

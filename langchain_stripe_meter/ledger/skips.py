@@ -8,8 +8,8 @@ from decimal import Decimal
 
 from sqlalchemy import func, select
 
-from langchain_stripe_meter.core.exact import EXACT
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.ledger.schema import pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.ledger.views import html_table

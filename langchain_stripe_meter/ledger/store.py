@@ -17,8 +17,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from langchain_stripe_meter.core.customers import By, Reference
 from langchain_stripe_meter.core.events import number_text
-from langchain_stripe_meter.core.leads import session_digest
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain

@@ -11,7 +11,6 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, null, or_, select, union, union_all, update
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
-from langchain_stripe_meter.core.exact import EXACT, exact_sum
 from langchain_stripe_meter.core.states import (
     STALE_AFTER,
     EventState,
@@ -20,6 +19,7 @@ from langchain_stripe_meter.core.states import (
     next_event_state,
     next_reading_state,
 )
+from langchain_stripe_meter.core.values import EXACT, exact_sum
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.schema import (
