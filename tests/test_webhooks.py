@@ -16,6 +16,7 @@ from faults import settled
 from sqlalchemy import select, update
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts, reports, views
 from langchain_stripe_meter.ledger.schema import events, webhook_events
@@ -428,3 +429,58 @@ def test_an_identifier_that_stripe_took_and_refused_is_never_sent_again_whatever
     assert small.states() == {"run-1": "delivered"}
     assert [event.identifier for event in small.sandbox.events if event.billed] == ["run-1-r1"]
     assert_invariant(small.ledger, small.sandbox, settled=True)
+
+
+def test_what_was_refused_later_and_rolled_up_is_billed_to_whoever_it_is_assigned_to(books: Books) -> None:
+    """Rolled up again, the same readings would get the identifier that Stripe took and refused: that bills nothing."""
+    books.courier = Courier(books.ledger, books.gateway, on_error=books.errors.append, roll_up=60)
+    books.deliver("run-1", "run-2", value=5)
+    (first,) = books.sandbox.events
+    customer = "cus_1"
+    for other in ("cus_2", "cus_3"):  # refused again, under its second identifier
+        (result,) = books.take(*books.sandbox.reject(books.sandbox.events[-1].identifier))
+        assert len(result.rejected) == 1
+        views.retry(books.ledger)
+        books.sandbox.delete_customer(customer)
+        books.deliver()
+        assert books.states() == {"run-1": "held", "run-2": "held"}
+        (held,) = views.held(books.ledger)
+        assert (held.customer, held.value) == (customer, 10)
+        acts.assign(books.ledger, held.ids, other)
+        books.deliver()
+        assert books.states() == {"run-1": "delivered", "run-2": "delivered"}
+        assert books.billed(other) == 10
+        customer = other
+    (billed,) = [event for event in books.sandbox.events if event.billed]
+    assert billed.identifier == f"{first.identifier}-r2"
+    assert (books.billed("cus_1"), books.billed("cus_2")) == (0, 0)
+
+
+def test_what_was_refused_later_in_one_event_may_be_billed_to_several(books: Books) -> None:
+    rolled_up = Courier(books.ledger, books.gateway, on_error=books.errors.append, roll_up=60)
+    books.courier, alone = rolled_up, books.courier
+    books.deliver("run-1", "run-2", "run-3", value=5)
+    books.take(*books.sandbox.reject(books.sandbox.events[-1].identifier))
+    views.retry(books.ledger)
+    books.sandbox.delete_customer("cus_1")
+    books.deliver()
+    (held,) = views.held(books.ledger)
+    acts.assign(books.ledger, held.ids[:2], "cus_2")
+    books.deliver()
+    acts.assign(books.ledger, held.ids[2:], "cus_3")
+    books.courier = alone
+    books.deliver()
+    assert (books.billed("cus_2"), books.billed("cus_3")) == (10, 5)
+
+
+def test_long_identifiers_that_were_refused_later_stay_apart_when_both_are_assigned_to_another(small: Books) -> None:
+    long = "x" * 99
+    small.deliver(f"{long}a", f"{long}b", value=3)
+    small.take(*small.sandbox.reject(f"{long}a", f"{long}b"))
+    views.retry(small.ledger)
+    small.sandbox.delete_customer("cus_1")
+    small.deliver()
+    (held,) = views.held(small.ledger)
+    acts.assign(small.ledger, held.ids, "cus_2")
+    small.deliver()
+    assert small.billed("cus_2") == 6

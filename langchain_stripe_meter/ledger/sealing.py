@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -179,14 +179,19 @@ def _avoid_refused(connection: Connection, made: list[dict[str, Any]]) -> None:
     ours = [event["identifier"] for event in made]
     query = select(acts.c.subject).where(acts.c.act == REJECTED_LATER, acts.c.subject.in_(ours))
     refused = set(connection.execute(query).scalars())
+    taken = set(ours)
     for event in made:
         event["resent"] = 0
         if event["identifier"] in refused:
-            event["resent"], event["identifier"] = fresh_identifier(connection, event["identifier"], 0)
+            event["resent"], event["identifier"] = fresh_identifier(connection, event["identifier"], 0, taken)
+            taken.add(event["identifier"])
 
 
-def fresh_identifier(connection: Connection, identifier: str, resent: int) -> tuple[int, str]:
-    """How often the event got a new identifier by now, and one that Stripe has never been sent."""
+def fresh_identifier(
+    connection: Connection, identifier: str, resent: int, taken: Collection[str] = ()
+) -> tuple[int, str]:
+    """How often the event got a new identifier by now, and one that Stripe has never been sent, nor is among those
+    ``taken``."""
     lead = _RESENT.sub("", identifier) if resent else identifier
     number = resent
     while True:
@@ -195,7 +200,7 @@ def fresh_identifier(connection: Connection, identifier: str, resent: int) -> tu
         fresh = f"{lead[: MAX_NAME_LENGTH - len(end)]}{end}"
         used = exists().where(events.c.identifier == fresh)
         refused = exists().where(acts.c.act == REJECTED_LATER, acts.c.subject == fresh)
-        if not connection.execute(select(or_(used, refused))).scalar():
+        if fresh not in taken and not connection.execute(select(or_(used, refused))).scalar():
             return number, fresh
 
 
