@@ -18,8 +18,8 @@ from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAU
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.pin import LIVEMODE
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, Unknown
+from langchain_stripe_meter.ledger.store import LIVEMODE
 from langchain_stripe_meter.sandbox import drop_answer, hang, refuse
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
 

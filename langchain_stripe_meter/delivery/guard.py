@@ -16,9 +16,8 @@ from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import problem_with
 from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
-from langchain_stripe_meter.ledger.pin import pin
 from langchain_stripe_meter.ledger.resolving import Waiting
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Ledger, pin
 
 ACCOUNT = "account"
 """The ledger's note of the Stripe account that its usage belongs to."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as sql_delete
@@ -20,12 +22,14 @@ from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.core.values import valueclass
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
-from langchain_stripe_meter.ledger.pin import pin, refuse_early
 from langchain_stripe_meter.ledger.schema import acts, notes, readings
 from langchain_stripe_meter.reentry import inside
+
+LIVEMODE = "livemode"
+"""The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
 
 _ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
 _SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "", "session": None}
@@ -277,3 +281,49 @@ def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, An
     statement = dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
     # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
+
+
+def pin(lane: Lane, now: int, *, is_test: bool) -> None:
+    """Pin the ledger behind ``lane`` to the key's mode; ``ForeignLedgerError`` where it has the other one."""
+    ours = _word(is_test)
+    with inside(), lane.lock:
+        pinned = _pinned(lane.connection)
+    if pinned is None:
+        with lane.transaction() as connection:
+            pinned = _pinned(connection) or _set_mode(connection, ours, now)
+    _refuse_other(pinned, ours)
+
+
+def refuse_early(path: Path, *, is_test: bool) -> None:
+    """As ``pin``, but only looks at a SQLite file that is there already, and leaves every other complaint for later."""
+    if not path.is_file():
+        return
+    try:
+        with closing(sqlite3.connect(f"file:{quote(str(path))}?mode=rw", uri=True, timeout=1)) as connection:
+            row = connection.execute("SELECT value FROM notes WHERE name = ?", (LIVEMODE,)).fetchone()
+    except sqlite3.Error:  # no ledger yet, or one that cannot be used: its first use says so
+        return
+    if row is not None:
+        _refuse_other(row[0], _word(is_test))
+
+
+def _word(is_test: bool) -> str:
+    return "test" if is_test else "live"
+
+
+def _pinned(connection: Connection) -> str | None:
+    return connection.execute(select(notes.c.value).where(notes.c.name == LIVEMODE)).scalar()
+
+
+def _set_mode(connection: Connection, mode: str, now: int) -> str:
+    """Another process may be as fast on PostgreSQL; then the primary key lets one of them win."""
+    insert_or_ignore(connection, notes, {"name": LIVEMODE, "value": mode, "at": now})
+    return _pinned(connection) or mode
+
+
+def _refuse_other(pinned: str, ours: str) -> None:
+    if pinned != ours:
+        raise ForeignLedgerError(
+            f"The ledger holds usage of {pinned} mode, but the key is one for {ours} mode; nothing is recorded or "
+            f"sent. Use a key for {pinned} mode, or give {ours} mode a ledger of its own."
+        )
