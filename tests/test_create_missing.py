@@ -23,8 +23,7 @@ from langchain_stripe_meter.delivery.lookups import Lookups
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, sealing, views
-from langchain_stripe_meter.ledger.payers import digest, secret_of
-from langchain_stripe_meter.ledger.resolving import Unknown
+from langchain_stripe_meter.ledger.resolving import Unknown, digest, secret_of
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer, drop_request, refuse, server_error
 from langchain_stripe_meter.sandbox.wire import RecordedRequest

@@ -22,7 +22,7 @@ from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
 from langchain_stripe_meter.ledger.leads import Leads
-from langchain_stripe_meter.ledger.payers import remember
+from langchain_stripe_meter.ledger.resolving import remember
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 

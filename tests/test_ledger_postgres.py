@@ -18,8 +18,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.ledger import database, resolving
 from langchain_stripe_meter.ledger.forget import forget
-from langchain_stripe_meter.ledger.payers import secret_of
-from langchain_stripe_meter.ledger.resolving import Unknown
+from langchain_stripe_meter.ledger.resolving import Unknown, secret_of
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox

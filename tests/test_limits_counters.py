@@ -21,7 +21,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.periods import Period, Spent
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
-from langchain_stripe_meter.ledger import counters, payers, sealing
+from langchain_stripe_meter.ledger import counters, resolving, sealing
 from langchain_stripe_meter.ledger.schema import acts, events, notes, pruned, readings
 from langchain_stripe_meter.ledger.schema import payers as payers_table
 from langchain_stripe_meter.ledger.store import Entry
@@ -248,10 +248,10 @@ def test_the_table_that_remembers_leads_does_not_hold_them(books: Books) -> None
     books.resolve(ANN, "cus_1")
     with books.ledger.read() as connection:
         (row,) = connection.execute(select(payers_table)).all()
-        key = connection.execute(select(notes.c.value).where(notes.c.name == payers.SECRET)).scalar_one()
+        key = connection.execute(select(notes.c.value).where(notes.c.name == resolving.SECRET)).scalar_one()
     assert (row.customer, row.at) == ("cus_1", books.ledger.now())
-    assert row.digest == payers.digest(bytes.fromhex(key), "", "email:ann@example.com")
-    assert row.digest != payers.digest(bytes(32), "", "email:ann@example.com")
+    assert row.digest == resolving.digest(bytes.fromhex(key), "", "email:ann@example.com")
+    assert row.digest != resolving.digest(bytes(32), "", "email:ann@example.com")
     assert "ann" not in "".join(map(str, row))
 
 

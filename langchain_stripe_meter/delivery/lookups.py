@@ -13,8 +13,7 @@ from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.creating import create_customer, find_recent
 from langchain_stripe_meter.ledger import resolving
-from langchain_stripe_meter.ledger.payers import digest, secret_of
-from langchain_stripe_meter.ledger.resolving import Unknown
+from langchain_stripe_meter.ledger.resolving import Unknown, digest, secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 
 LOOKUPS_AT_ONCE = 4

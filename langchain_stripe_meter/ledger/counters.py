@@ -3,7 +3,7 @@
 What any process has recorded counts at once: each answer first reads the readings that are newer than the newest one
 seen, which costs one look at the end of an index. What happens to readings later is seen otherwise:
 
-- a reading named by e-mail, name or phone finds its customer: the table ``payers`` says so (ledger/payers.py);
+- a reading named by e-mail, name or phone finds its customer: the table ``payers`` says so (ledger/resolving.py);
 - a person, a webhook or a captured lead changes readings or events, or such a name finds another customer than before:
   whoever does that leaves a row in ``acts``, and everything is counted anew;
 - old readings are pruned: their sums were counted already, and are in ``pruned`` for those who count anew.
@@ -22,9 +22,8 @@ from langchain_stripe_meter.core.periods import Period, Spent, What
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger import payers
 from langchain_stripe_meter.ledger.database import explain
-from langchain_stripe_meter.ledger.payers import secret_of
+from langchain_stripe_meter.ledger.resolving import known_by, secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.reentry import inside
 
@@ -237,7 +236,7 @@ class Counters:
     def _digest(self, account: str, reference: str) -> str:
         if self._secret is None:
             self._secret = secret_of(self._ledger)
-        return payers.known_by(self._secret, account, reference)
+        return known_by(self._secret, account, reference)
 
     # -- the database
 

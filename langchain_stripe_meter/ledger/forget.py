@@ -18,7 +18,7 @@ from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
-from langchain_stripe_meter.ledger.payers import known_by, secret_of
+from langchain_stripe_meter.ledger.resolving import known_by, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable

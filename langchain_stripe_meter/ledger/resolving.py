@@ -1,7 +1,14 @@
-"""Readings on the way to their customer: who must be looked up, what was found, what waits for whom."""
+"""Readings on the way to their customer: who must be looked up, what was found, what waits for whom.
+
+A reading forgets its lead's reference when Stripe's customer is found. So that a limit still knows what that lead has
+used, the table ``payers`` leads from a digest of the reference to the customer. The digest is keyed with a secret of
+this ledger: somebody who only has a list of addresses cannot try them against another copy of the table.
+"""
 
 from __future__ import annotations
 
+import hmac
+import secrets
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,14 +30,16 @@ from sqlalchemy import (
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
-from langchain_stripe_meter.ledger import payers
-from langchain_stripe_meter.ledger.schema import OPEN_READINGS, readings
+from langchain_stripe_meter.ledger.schema import OPEN_READINGS, notes, payers, readings
+from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, insert_or_ignore, write_act
 
 RESOLVE_AT_MOST = 100
 HELD_RETRY = (60, 300, 900, 3600)
 """Seconds between looks at a held reading whose customer, or whose meter, Stripe did not have."""
 RECORDED = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
 RESOLVED = and_(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
+SECRET = "payers_secret"  # noqa: S105 - the name of a note
+"""The note that holds the secret of this ledger. Without it, nobody's digest can be worked out again."""
 _NOW: BindParameter[int] = bindparam("now")
 HELD = and_(text("readings.state = 'held'"))
 
@@ -96,7 +105,7 @@ def resolve(connection: Connection, unknown: Unknown, customer: str, now: int) -
 
     A keyed digest of it is kept, by which the spend limits know whose it was.
     """
-    payers.remember(connection, unknown.account, unknown.reference.text, customer, now)
+    remember(connection, unknown.account, unknown.reference.text, customer, now)
     moved = 0
     for waiting, state, move in (
         (RECORDED, ReadingState.RECORDED, Move.FOUND),
@@ -192,3 +201,49 @@ def free(condition: ColumnElement[bool]) -> ColumnElement[bool]:
     """``condition``, without the readings that another transaction holds on PostgreSQL: a shared one must not wait for
     them."""
     return readings.c.id.in_(select(readings.c.id).where(condition).with_for_update(skip_locked=True))
+
+
+# -- to whom a lead led, for as long as a limit must remember it, without keeping the person
+
+
+def secret(connection: Connection, now: int) -> bytes:
+    """The ledger's own secret, made when it is first needed; inside the caller's transaction."""
+    query = select(notes.c.value).where(notes.c.name == SECRET)
+    found = connection.execute(query).scalar()
+    if found is None:
+        insert_or_ignore(connection, notes, {"name": SECRET, "value": secrets.token_hex(32), "at": now})
+        found = connection.execute(query).scalar_one()  # another process may have been faster
+    return bytes.fromhex(found)
+
+
+def secret_of(ledger: Ledger) -> bytes:
+    """The secret, in a transaction of its own: a run may ask, so it does not wait for couriers."""
+    with ledger.write("record") as connection:
+        return secret(connection, ledger.now())
+
+
+def digest(key: bytes, account: str, reference: str) -> str:
+    """A keyed digest of somebody whom runs of ``account`` name by ``reference`` (``email:…``), letter by letter."""
+    return hmac.digest(key, f"{account}\0{reference}".encode(), "sha256").hex()
+
+
+def known_by(key: bytes, account: str, reference: str) -> str:
+    """The digest in the table: the same however the letters of an e-mail are written, so that it can be forgotten."""
+    return digest(key, account, reference.lower() if reference.startswith("email:") else reference)
+
+
+def remember(connection: Connection, account: str, reference: str, customer: str, now: int) -> None:
+    """``reference`` leads to ``customer``, as of now.
+
+    Where it led to another one before, that is left as an act: some process may have counted by it.
+    """
+    known = known_by(secret(connection, now), account, reference)
+    before = connection.execute(select(payers.c.customer).where(payers.c.digest == known)).scalar()
+    if before == customer:
+        return
+    if before is not None:
+        by = reference.partition(":")[0]
+        write_act(connection, "another customer", f"a customer's {by}", "Stripe finds another customer by it now", now)
+    values = {"account": account, "customer": customer, "at": now}
+    statement = dialect_insert(connection, payers).values(digest=known, **values)
+    connection.execute(statement.on_conflict_do_update(index_elements=["digest"], set_=values))

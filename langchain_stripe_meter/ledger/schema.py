@@ -137,7 +137,7 @@ leads = Table(
 payers = Table(  # to whom a lead's e-mail, name or phone led, for the spend limits; the person is not in it
     "payers",
     metadata,
-    Column("digest", String(64), primary_key=True),  # keyed with this ledger's own secret, see ledger/payers.py
+    Column("digest", String(64), primary_key=True),  # keyed with this ledger's own secret, see ledger/resolving.py
     Column("account", String(255), nullable=False, server_default=text("''")),
     Column("customer", String(255), nullable=False),
     Column("at", BigInteger, nullable=False),
