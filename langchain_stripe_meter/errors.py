@@ -20,10 +20,13 @@ what goes wrong inside a run into a counter, one log line and a call of ``on_err
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+
+logger = logging.getLogger("langchain_stripe_meter")
 
 
 class MeteringError(Exception):
@@ -144,3 +147,17 @@ class AgeAlarm(MeteringError):  # noqa: N818 - it is no error that something rai
         super().__init__(message)
         self.threshold = threshold
         self.counts = dict(counts or {})
+
+
+OnError = Callable[[MeteringError], None]
+
+
+def tell(on_error: OnError | None, error: MeteringError) -> None:
+    """Log ``error`` and hand it on; a callback that fails is logged and stops nothing."""
+    logger.warning("stripe-meter: %s", error)
+    if on_error is None:
+        return
+    try:
+        on_error(error)
+    except Exception as own:  # noqa: BLE001 - the caller's callback must not stop the audit
+        logger.warning("stripe-meter: on_error itself failed: %s", type(own).__name__)

@@ -13,8 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.arguments import check_on_error, check_tenant, check_webhook_secret
-from langchain_stripe_meter.audit.ages import Ages
-from langchain_stripe_meter.audit.chores import chores
+from langchain_stripe_meter.audit.chores import Ages, chores
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Call, Meter

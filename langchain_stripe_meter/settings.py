@@ -17,7 +17,7 @@ from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.tokens import MIN_SECRET
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.handler import MAX_ROLL_UP, StripeMeterCallbackHandler
-from langchain_stripe_meter.ledger.address import without_password
+from langchain_stripe_meter.ledger.opening import without_password
 
 
 class _Strict(BaseModel):

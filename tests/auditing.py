@@ -11,8 +11,7 @@ from typing import Any, Self
 
 from conftest import assert_invariant
 
-from langchain_stripe_meter.audit.ages import Ages
-from langchain_stripe_meter.audit.chores import chores
+from langchain_stripe_meter.audit.chores import Ages, chores
 from langchain_stripe_meter.audit.webhooks import WebhookResult, Webhooks
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import CHORES_SECONDS, Courier

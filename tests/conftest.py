@@ -24,9 +24,9 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from langchain_stripe_meter import estimate
+from langchain_stripe_meter.ledger.opening import migrate
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.ledger.upgrading import migrate
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 # An example is judged by what it shows, never by how long a busy machine takes for it. Examples stay random in CI too,

@@ -28,7 +28,7 @@ from conftest import assert_invariant
 from requests.structures import CaseInsensitiveDict
 from sqlalchemy import select
 
-from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.audit.chores import Doubts
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
 from langchain_stripe_meter.core.states import ReadingState

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from langchain_stripe_meter import MeteringSettings, StripeMeterCallbackHandler, Tokens
-from langchain_stripe_meter.audit.ages import Ages
+from langchain_stripe_meter.audit.chores import Ages
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.periods import DAY, billing_period, spans
 from langchain_stripe_meter.core.states import ReadingState

@@ -14,7 +14,7 @@ from sqlalchemy import insert, select, update
 from typer.testing import CliRunner
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
-from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.audit.chores import Doubts
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.doubts import (
     ASK_AGAIN,

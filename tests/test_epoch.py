@@ -22,7 +22,7 @@ from faults import settled, tally
 from sqlalchemy import event, update
 from typer.testing import CliRunner
 
-from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.audit.chores import Doubts
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
@@ -30,9 +30,8 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, epoch, views
-from langchain_stripe_meter.ledger.backup import backup
 from langchain_stripe_meter.ledger.doubts import settle_doubt
-from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
+from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, backup, compare, sidecar_path
 from langchain_stripe_meter.ledger.forget import forget
 from langchain_stripe_meter.ledger.keeping import prune
 from langchain_stripe_meter.ledger.leads import Leads

@@ -20,9 +20,9 @@ from faults import deliver, settled, tally
 from sqlalchemy import create_engine
 
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.opening import VERSION_TABLE, migrate
 from langchain_stripe_meter.ledger.schema import HEAD
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE, migrate
 from langchain_stripe_meter.sandbox import RecordedRequest, StripeSandbox, delay, drop_request
 
 Order = Callable[..., dict[str, Any]]

@@ -25,7 +25,7 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import keeping, outbox, sealing, views
-from langchain_stripe_meter.ledger.backup import backup
+from langchain_stripe_meter.ledger.epoch import backup
 from langchain_stripe_meter.ledger.keeping import DAY, PruneChore, Pruned, prune
 from langchain_stripe_meter.ledger.schema import acts, events, pruned, readings, webhook_events
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -471,7 +471,7 @@ def writer(on_file: Ledger) -> Iterator[subprocess.Popen[str]]:
 def test_a_backup_and_an_export_are_of_one_moment_while_others_write(
     on_file: Ledger, writer: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("langchain_stripe_meter.ledger.backup.PAGES", 5)
+    monkeypatch.setattr("langchain_stripe_meter.ledger.epoch.PAGES", 5)
     on_file.record([reading(f"old-{number}", OLD) for number in range(5000)])
     told: list[int] = []
     backup(on_file, tmp_path / "copy.db", progress=lambda done, _all: told.append(done))
@@ -493,7 +493,7 @@ def test_a_killed_backup_leaves_nothing_under_its_name(on_file: Ledger, tmp_path
     on_file.record([reading(f"old-{number}", OLD) for number in range(500)])
     code = (
         "import os, signal, sys; from pathlib import Path\n"
-        "from langchain_stripe_meter.ledger import backup as module\n"
+        "from langchain_stripe_meter.ledger import epoch as module\n"
         "from langchain_stripe_meter.ledger.store import Ledger\n"
         "module.PAGES = 2\n"
         "module.backup(Ledger(sys.argv[1]), Path(sys.argv[2]), "

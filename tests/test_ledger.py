@@ -21,11 +21,11 @@ from langchain_stripe_meter.core.states import EventState, Move, Outcome, Readin
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError
 from langchain_stripe_meter.ledger import acts, outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.leads import Leads
+from langchain_stripe_meter.ledger.opening import VERSION_TABLE, migrate
 from langchain_stripe_meter.ledger.outbox import Claimed
 from langchain_stripe_meter.ledger.resolving import Unknown, Waiting
 from langchain_stripe_meter.ledger.schema import events, metadata, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.ledger.upgrading import VERSION_TABLE, migrate
 
 NOW = 1_800_000_000
 ANN = Reference("email", "ann@example.com")

@@ -25,7 +25,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
 from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
-from langchain_stripe_meter.ledger.address import prepare_file
+from langchain_stripe_meter.ledger.opening import prepare_file
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 NOW = 1_800_000_000

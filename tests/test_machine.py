@@ -23,7 +23,7 @@ from langchain_core.messages import AIMessage
 from simulation import EVENTS, HOUR, InProcess, Killed, Sandbox, SteadyCourier, as_process, empty_ledger, gateway_to
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, from_metadata
-from langchain_stripe_meter.audit.doubts import Doubts
+from langchain_stripe_meter.audit.chores import Doubts
 from langchain_stripe_meter.core.doubts import SUMS_LAG
 from langchain_stripe_meter.sandbox import (
     Fault,

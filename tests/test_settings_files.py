@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from langchain_stripe_meter import Credits, MeteringSettings, first_of, from_lead, static
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger.address import without_password
+from langchain_stripe_meter.ledger.opening import without_password
 
 TOML = """
 ledger = "sqlite:///usage.db"

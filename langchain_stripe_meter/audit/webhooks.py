@@ -12,10 +12,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from langchain_stripe_meter.audit.telling import OnError, logger, tell
 from langchain_stripe_meter.audit.windows import Found, Unexplained, Windows, tell_late, tell_rejected
 from langchain_stripe_meter.core.totals import GONE_CODES, Report
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError, StripeError
+from langchain_stripe_meter.errors import (
+    ConfigurationError,
+    InvalidValueError,
+    LedgerError,
+    OnError,
+    StripeError,
+    logger,
+    tell,
+)
 from langchain_stripe_meter.gateway.audit import TOLERANCE, Notice, meters_named, read_notice
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import reports

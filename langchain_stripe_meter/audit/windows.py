@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 
-from langchain_stripe_meter.audit.telling import OnError, tell
 from langchain_stripe_meter.core.totals import Minute, Sample, Verdict, disagreeing
-from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.errors import OnError, StripeError, tell
 from langchain_stripe_meter.gateway.audit import billed_on, meters_named
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import reports

@@ -73,7 +73,7 @@ def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_js
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from dataclasses import asdict
 
-        from langchain_stripe_meter.audit.ages import Ages
+        from langchain_stripe_meter.audit.chores import Ages
         from langchain_stripe_meter.ledger import views
 
         known = asdict(views.status(opened)) | {"alarms": Ages(opened, billing_day=billing_day).standing()}

@@ -50,8 +50,7 @@ def deliver(
         _ledger(ledger, once=once, as_json=as_json) as opened,
         open_gateway() as gateway,
     ):
-        from langchain_stripe_meter.audit.ages import Ages
-        from langchain_stripe_meter.audit.chores import chores
+        from langchain_stripe_meter.audit.chores import Ages, chores
         from langchain_stripe_meter.delivery.courier import Courier
         from langchain_stripe_meter.ledger import views
 

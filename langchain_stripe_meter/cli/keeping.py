@@ -97,7 +97,7 @@ def backup(
 ) -> None:
     """Copy the ledger (SQLite) as it stands now, while others go on recording."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger.backup import backup as copy
+        from langchain_stripe_meter.ledger.epoch import backup as copy
 
         with errors.status("copying") as shown:
             size = copy(opened, file, progress=_telling(shown, "pages"))

@@ -18,25 +18,22 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
-from sqlalchemy import Connection, Engine, create_engine, event
+from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
-from sqlalchemy.pool import NullPool
 
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.address import (
+from langchain_stripe_meter.ledger.opening import (
     BUSY_SECONDS,
+    bring_up_to_date,
+    make_engine,
     parse_url,
-    postgres_engine,
-    prepare_file,
     without_password,
 )
-from langchain_stripe_meter.ledger.upgrading import bring_up_to_date
 from langchain_stripe_meter.reentry import inside
 
 FORK_SECONDS = BUSY_SECONDS + 1
@@ -48,17 +45,6 @@ _TURN = 7382910545
 """PostgreSQL's advisory lock that transactions on the deliver lane take, for themselves or together."""
 
 logger = logging.getLogger("langchain_stripe_meter")
-
-_DISCREET: dict[str, Any] = {"hide_parameters": True, "logging_name": "stripe_meter"}
-"""Values name people, so neither SQLAlchemy's errors nor its log may show them."""
-
-
-def _is_no_row(record: logging.LogRecord) -> bool:
-    """At DEBUG, SQLAlchemy logs every row that it reads."""
-    return record.levelno > logging.DEBUG
-
-
-logging.getLogger("sqlalchemy.engine.Engine.stripe_meter").addFilter(_is_no_row)
 
 
 class Lane:
@@ -278,7 +264,7 @@ class Database:
         with inside(), _opening.lock, clear_errors():
             if self._opened is not None:
                 return self._opened
-            engine = self._make_engine()
+            engine = make_engine(self.url, self._synchronous)
             lane = Lane(engine)
             try:
                 bring_up_to_date(lane, automatic=self.automatic)
@@ -320,30 +306,6 @@ class Database:
             pass
         logger.error("stripe-meter: the ledger %s was deleted or replaced while in use", self.url.database)
         self.close()
-
-    def _make_engine(self) -> Engine:
-        if not self.is_sqlite:
-            return postgres_engine(self.url, BUSY_SECONDS, **_DISCREET)
-        prepare_file(Path(self._path))
-        patience = {} if "timeout" in self.url.query else {"timeout": BUSY_SECONDS}
-        engine = create_engine(
-            self.url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET
-        )
-        event.listen(engine, "do_connect", self._never_create)
-        event.listen(engine, "connect", self._set_pragmas)
-        return engine
-
-    def _never_create(self, _dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
-        """Who opens a file again that was deleted meanwhile would else make an empty one, for everybody to read."""
-        arguments[0] = f"{Path(self._path).absolute().as_uri()}?mode=rw"
-        named["uri"] = True
-
-    def _set_pragmas(self, connection: sqlite3.Connection, _record: Any) -> None:
-        # For a new file: a commit writes whole pages, and rows are small. The log stays at SQLite's usual 4 MB.
-        connection.execute("PRAGMA page_size=1024")
-        connection.execute("PRAGMA wal_autocheckpoint=4000")
-        connection.execute(f"PRAGMA synchronous={self._synchronous}")
-        connection.execute("PRAGMA secure_delete=ON")  # what is erased must be gone from the file
 
     def close(self) -> None:
         """Close what this process opened; the next use opens it again."""

@@ -1,23 +1,27 @@
-"""Keeping the ledger small: what is final and old is pruned, and its sums stay."""
+"""What a ledger holds for long: what is final and old is pruned, and its sums stay; what grows old before Stripe has it
+is counted, and what was told of it is remembered.
+"""
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, select, tuple_, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, select, text, tuple_, update
 
 from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.periods import ON_ITS_WAY_SECONDS, Late, Span
 from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.database import clear_errors
-from langchain_stripe_meter.ledger.schema import acts, events, leads, pruned, readings, webhook_events
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.schema import acts, events, leads, notes, pruned, readings, webhook_events
+from langchain_stripe_meter.ledger.store import Ledger, insert_or_ignore
 from langchain_stripe_meter.ledger.views import NotebookTable
 from langchain_stripe_meter.reentry import inside
 
@@ -272,3 +276,51 @@ def _truncate_log(ledger: Ledger) -> None:
     with ledger.read() as connection:  # a connection of its own, which waits for nobody
         connection.exec_driver_sql("PRAGMA busy_timeout=0")
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
+
+
+# -- what grows old
+
+_ALARM = "alarm:"
+# In the words of the partial indexes, so that they serve; a bound value would not.
+_WAITING = ((readings, "state = 'held'"), (events, "state IN ('doubtful', 'rejected')"))
+_MOVING = (
+    (readings, "state IN ('recorded', 'resolved')"), (events, "state = 'pending'"), (events, "state = 'sending'"),
+)  # fmt: skip
+
+
+def undelivered(connection: Connection, span: Span, now: int) -> list[Late]:
+    """By meter, what is undelivered within the span; what is just moving counts once it is late."""
+    found: dict[str, Late] = {}
+    parts = [(*part, span.before) for part in _WAITING]
+    parts += [(*part, min(span.before, now - ON_ITS_WAY_SECONDS)) for part in _MOVING]
+    for table, waiting, before in parts:
+        for row in connection.execute(_query(table, waiting, span.since, before)):
+            meter = f"{row.event_name} ({row.account})" if row.account else row.event_name
+            one = Late(meter, row.number, row.oldest, row.newest)
+            found[meter] = _together(found.get(meter), one)
+    return [found[meter] for meter in sorted(found)]
+
+
+def _query(table: Any, waiting: str, since: int, before: int) -> Any:
+    ages = (func.count().label("number"), func.min(table.c.at).label("oldest"), func.max(table.c.at).label("newest"))
+    query = select(table.c.account, table.c.event_name, *ages).where(text(waiting))
+    return query.where(table.c.at >= since, table.c.at < before).group_by(table.c.account, table.c.event_name)
+
+
+def _together(one: Late | None, other: Late) -> Late:
+    if one is None:
+        return other
+    return Late(one.meter, one.count + other.count, min(one.oldest, other.oldest), max(one.newest, other.newest))
+
+
+def alarms_told(connection: Connection) -> dict[str, dict[str, int]]:
+    """By threshold, when each meter was last told."""
+    rows = connection.execute(select(notes.c.name, notes.c.value).where(notes.c.name.startswith(_ALARM)))
+    return {row.name.removeprefix(_ALARM): json.loads(row.value) for row in rows}
+
+
+def remember_alarm(connection: Connection, name: str, when: Mapping[str, int], now: int) -> None:
+    """Remember when each meter was told of a threshold; nothing to remember forgets it."""
+    connection.execute(delete(notes).where(notes.c.name == _ALARM + name))
+    if when:
+        insert_or_ignore(connection, notes, {"name": _ALARM + name, "value": json.dumps(dict(when)), "at": now})

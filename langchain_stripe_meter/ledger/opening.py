@@ -1,0 +1,258 @@
+"""What happens before a ledger is used: its address is read, its file made or tightened, its schema brought up to
+date.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+import stat
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Column, Connection, Engine, MetaData, String, Table, create_engine, event, insert, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import DBAPIError, NoSuchModuleError
+from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
+from sqlalchemy.pool import NullPool
+from sqlalchemy.schema import CreateTable
+
+from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.ledger.schema import HEAD, metadata
+
+if TYPE_CHECKING:
+    from langchain_stripe_meter.ledger.database import Lane
+
+# -- where it is
+
+BUSY_SECONDS = 5
+"""How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
+
+logger = logging.getLogger("langchain_stripe_meter")
+
+
+def parse_url(url: str) -> URL:
+    """A SQLAlchemy URL for SQLite or PostgreSQL; ``ConfigurationError`` for anything else."""
+    try:
+        parsed = make_url(url)
+        backend = parsed.get_backend_name()
+        parsed.get_dialect()
+    except (AnyDatabaseError, NoSuchModuleError) as error:
+        raise ConfigurationError(
+            f"ledger={without_password(url)!r} is not a database address. "
+            "Use 'sqlite:///stripe_meter.db' or 'postgresql+psycopg://user@host/name'."
+        ) from error
+    if backend not in ("sqlite", "postgresql"):
+        raise ConfigurationError(f"ledger= takes SQLite or PostgreSQL, not {backend}.")
+    if parsed.drivername not in ("sqlite", "sqlite+pysqlite", "postgresql", "postgresql+psycopg"):
+        raise ConfigurationError(
+            f"ledger= cannot use {parsed.drivername}; use 'sqlite:///…' or 'postgresql+psycopg://…' (psycopg 3)."
+        )
+    if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
+        raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
+    return parsed
+
+
+def without_password(url: str) -> str:
+    """A database address, also a mistyped one, as people and logs may see it."""
+    plain, asked, _ = url.partition("?")  # a password may be asked for there, too
+    if "@" in plain:
+        plain = f"{plain.partition(':')[0]}://{plain.rpartition('@')[2]}"
+    return plain + asked + ("…" if asked else "")
+
+
+def prepare_file(path: Path) -> None:
+    """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere.
+
+    A file that is for others too is made 0600, and refused where that is not ours to do.
+
+    A file that exists is not opened here: closing it again would drop the locks that SQLite holds on it for another
+    ledger in this process (POSIX), and a third process could then throw its write-ahead log away.
+    """
+    if path.is_symlink():
+        raise LedgerError(f"The ledger {path} is a symbolic link; give the real path of the file.")
+    try:
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
+            raise PermissionError(0, "it is no file that may be read and written")
+    except OSError as error:
+        raise LedgerError(
+            f"The ledger {path} cannot be opened for writing: {error.strerror}. "
+            "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
+        ) from error
+    if os.name == "posix":
+        _tighten(path)
+
+
+def _tighten(path: Path) -> None:
+    loose = 0
+    for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+        with suppress(FileNotFoundError):  # SQLite's own come and go
+            mode = stat.S_IMODE(file.stat().st_mode)
+            if not mode & 0o077:
+                continue
+            loose |= mode
+            try:
+                file.chmod(mode & 0o700)
+            except PermissionError as error:
+                raise LedgerError(
+                    f"{file} is for others too ({mode:04o}) and belongs to somebody else, though it names customers. "
+                    "Let its owner run chmod 600 on it, or give the ledger another path."
+                ) from error
+    if loose:
+        logger.warning("stripe-meter: the ledger %s was for others too (%04o); now it is for its owner", path, loose)
+
+
+def make_durable(path: Path) -> None:
+    """Return when ``path``, a file or a folder, survives a power loss as it is now."""
+    if path.is_dir() and os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_DISCREET: dict[str, Any] = {"hide_parameters": True, "logging_name": "stripe_meter"}
+"""Values name people, so neither SQLAlchemy's errors nor its log may show them."""
+
+
+def _is_no_row(record: logging.LogRecord) -> bool:
+    """At DEBUG, SQLAlchemy logs every row that it reads."""
+    return record.levelno > logging.DEBUG
+
+
+logging.getLogger("sqlalchemy.engine.Engine.stripe_meter").addFilter(_is_no_row)
+
+
+def make_engine(url: URL, synchronous: str) -> Engine:
+    """An engine for the ledger at ``url``, whose file is made first where there is none."""
+    if url.get_backend_name() != "sqlite":
+        return _postgres_engine(url)
+    path = Path(str(url.database))
+    prepare_file(path)
+    patience = {} if "timeout" in url.query else {"timeout": BUSY_SECONDS}
+    engine = create_engine(url, poolclass=NullPool, connect_args={"check_same_thread": False, **patience}, **_DISCREET)
+
+    def never_create(_dialect: Any, _record: Any, arguments: list[Any], named: dict[str, Any]) -> None:
+        # Who opens a file again that was deleted meanwhile would else make an empty one, for everybody to read.
+        arguments[0] = f"{path.absolute().as_uri()}?mode=rw"
+        named["uri"] = True
+
+    def set_pragmas(connection: sqlite3.Connection, _record: Any) -> None:
+        # For a new file: a commit writes whole pages, and rows are small. The log stays at SQLite's usual 4 MB.
+        connection.execute("PRAGMA page_size=1024")
+        connection.execute("PRAGMA wal_autocheckpoint=4000")
+        connection.execute(f"PRAGMA synchronous={synchronous}")
+        connection.execute("PRAGMA secure_delete=ON")  # what is erased must be gone from the file
+
+    event.listen(engine, "do_connect", never_create)
+    event.listen(engine, "connect", set_pragmas)
+    return engine
+
+
+def _postgres_engine(url: URL) -> Engine:
+    """An engine for psycopg 3, which gives up after some seconds unless the address says otherwise.
+
+    A server that is gone must not hold a run up for the minutes that TCP would wait.
+    """
+    if url.drivername == "postgresql":
+        url = url.set(drivername="postgresql+psycopg")
+    options = {"connect_timeout": str(BUSY_SECONDS), "tcp_user_timeout": str(2000 * BUSY_SECONDS)}
+    options = {name: value for name, value in options.items() if name not in url.query}
+    try:
+        return create_engine(url.update_query_dict(options), pool_pre_ping=True, **_DISCREET)
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(
+            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
+        ) from error
+
+
+# -- its schema
+
+VERSION_TABLE = "stripe_meter_version"
+
+
+def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
+    """Make an empty ledger, migrate an older one; refuse a newer or foreign one and leave it as it is.
+
+    With ``automatic`` False (PostgreSQL), an older ledger is refused too: an operator runs the migration.
+    """
+    version = _version(lane.connection)
+    _refuse_unknown(lane.connection, version)
+    if lane.connection.dialect.name == "sqlite":
+        _write_ahead(lane.connection)
+    if version == HEAD:
+        return
+    if not automatic:
+        raise LedgerError(
+            "The ledger's tables are missing or older than this package. Run: stripe-meter ledger upgrade"
+        )
+    with lane.transaction() as connection:
+        version = _version(connection)  # another process may have been faster
+        _refuse_unknown(connection, version)
+        if version is None:
+            make(connection)
+        elif version != HEAD:
+            migrate(connection)
+
+
+def _write_ahead(connection: Connection) -> None:
+    """Switch the file to WAL, which it then stays in. SQLite does not wait by itself for others who do the same."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while connection.exec_driver_sql("PRAGMA journal_mode").scalar() != "wal":
+        try:
+            connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+        except DBAPIError as error:
+            if "locked" not in str(error.orig) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
+def _version(connection: Connection) -> str | None:
+    if not inspect(connection).has_table(VERSION_TABLE):
+        return None
+    return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608 - a constant
+
+
+def _refuse_unknown(connection: Connection, version: str | None) -> None:
+    if version is not None and version > HEAD:
+        raise NewerLedgerError(
+            f"The ledger has schema {version}; this version of langchain_stripe_meter knows {HEAD}. "
+            "Upgrade the package."
+        )
+    tables = inspect(connection).get_table_names()
+    if version is None and connection.dialect.name == "sqlite" and tables:
+        raise ForeignLedgerError(
+            f"The database holds tables of something else ({', '.join(sorted(tables)[:3])}). "
+            "Give the ledger its own file."
+        )
+
+
+def make(connection: Connection) -> None:
+    """Make an empty ledger inside the caller's transaction: what the migrations come to, without Alembic, which takes
+    longer to import and run than all else that a new ledger needs."""
+    metadata.create_all(connection, checkfirst=False)
+    versions = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
+    connection.execute(CreateTable(versions))
+    connection.execute(insert(versions).values(version_num=HEAD))
+
+
+def migrate(connection: Connection, to: str = "head") -> None:
+    """Run the migrations inside the caller's transaction."""
+    from alembic import command
+    from alembic.config import Config
+    from alembic.util.exc import CommandError
+
+    config = Config()
+    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, to)
+    except CommandError as error:
+        raise LedgerError(f"The ledger cannot be brought up to date: {error}. Restore a backup.") from error
