@@ -14,11 +14,11 @@ from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.core.tenants import lead_region
 from langchain_stripe_meter.errors import ConfigurationError, StripeError, UnrecordedError
 from langchain_stripe_meter.ledger import acts as decisions
-from langchain_stripe_meter.ledger import doubts, views
+from langchain_stripe_meter.ledger import doubts, sealing, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
-from langchain_stripe_meter.ledger.skips import SkipList, skips
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.views import SkipList, skips
 from langchain_stripe_meter.recording import Recorder
 from langchain_stripe_meter.unrecorded import entry_of
 
@@ -98,7 +98,7 @@ class Operations:
     def retry(self) -> int:
         """Try held and rejected things again, now; who was made Stripe's customer a moment ago is found. Returns how
         many."""
-        return self._moved(views.retry(self._ledger))
+        return self._moved(sealing.retry(self._ledger))
 
     def check(self, stripe_account: str | None = None) -> None:
         """Open the ledger, and ask Stripe whether the handler's meters can bill what they are sent; silent if so.

@@ -35,7 +35,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import ACCOUNTS_CACHED, METERS_CACHED_SECONDS, Gateway
-from langchain_stripe_meter.ledger import acts, outbox, views
+from langchain_stripe_meter.ledger import acts, outbox, sealing, views
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.schema import events, readings
@@ -318,7 +318,7 @@ class World:
         elif roll < 0.66:
             self.bury(self.chance.choice(self.couriers))
         elif roll < 0.68:
-            views.retry(self.ledger)
+            sealing.retry(self.ledger)
         elif roll < 0.69 and self.sandbox._account.customers.exists(MORTAL):
             self.sandbox.delete_customer(MORTAL)
         elif roll < 0.71:
@@ -411,7 +411,7 @@ class World:
                 for held in views.held(self.ledger):
                     acts.assign(self.ledger, held.ids, "cus_0" if held.customer == MORTAL else held.customer)
                 self.sandbox.time += HOUR
-                views.retry(self.ledger)
+                sealing.retry(self.ledger)
                 self.wait()
 
     @property

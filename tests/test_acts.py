@@ -21,7 +21,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError, StripeError
 from langchain_stripe_meter.gateway.audit import cancel as ask_stripe
-from langchain_stripe_meter.ledger import acts, views
+from langchain_stripe_meter.ledger import acts, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import drop_answer, drop_request, refuse, server_error
@@ -126,7 +126,7 @@ def test_one_reading_of_a_rolled_up_event_is_refused_and_the_event_itself_is_not
 def test_an_event_that_got_a_new_identifier_is_cancelled_under_it(books: Books) -> None:
     books.deliver("run-1")
     books.take(*books.sandbox.reject("run-1"))
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.deliver()
     take_back(books, "run-1")
     assert [event.cancelled for event in books.sandbox.events] == [False, True]
@@ -268,7 +268,7 @@ def test_what_a_wrong_meter_held_is_looked_at_again_and_what_stripe_refused_when
     with books.ledger.deliver_lane().transaction() as connection:
         for key, (reason, due) in why.items():
             connection.execute(update(readings).where(readings.c.key == key).values(reason=reason, due=due))
-    assert views.look_again(books.ledger) == 2
+    assert sealing.look_again(books.ledger) == 2
     assert books.states() == {"meter": "resolved", "gone": "held", "due": "resolved", "decided": "held"}
 
 
@@ -280,7 +280,7 @@ def test_a_retry_passes_over_what_is_too_old_and_holds_what_stripe_rejected_then
     books.deliver("new")
     books.take(*books.sandbox.reject("old", "new"))
     books.sandbox.advance(days=15)
-    assert views.retry(books.ledger) == 1
+    assert sealing.retry(books.ledger) == 1
     assert books.states() == {"held": "held", "old": "held", "young": "delivered", "new": "pending"}
     assert "1 meter events are held: older than 34 days" in caplog.text
     assert {one.reason.partition(":")[0] for one in views.held(books.ledger)} == {"older than 34 days"}
@@ -311,7 +311,7 @@ def test_held_rejected_and_doubtful_usage_is_written_off_with_its_reason(books: 
     assert [act for act in books.told() if act.startswith("written off")] == [
         "written off held-1", "written off held-2", "written off rejected-r1", "written off doubtful",
     ]  # fmt: skip
-    assert views.retry(books.ledger) == 0
+    assert sealing.retry(books.ledger) == 0
     books.deliver()
     assert books.billed() == 0
 

@@ -29,7 +29,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import acts, epoch, views
+from langchain_stripe_meter.ledger import acts, epoch, sealing, views
 from langchain_stripe_meter.ledger.doubts import settle_doubt
 from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, backup, compare, sidecar_path
 from langchain_stripe_meter.ledger.forget import forget
@@ -437,7 +437,7 @@ ACTS: dict[str, Callable[[Ledger], Any]] = {
     "retime": lambda ledger: acts.retime(ledger, [2]),
     "write_off": lambda ledger: acts.write_off(ledger, [1], reason="goodwill"),
     "cancel": lambda ledger: acts.ask_to_cancel(ledger, "sent"),
-    "retry": views.retry,
+    "retry": sealing.retry,
     "settle_doubt": lambda ledger: settle_doubt(ledger, ["doubted"], delivered=True),
     "forget": lambda ledger: forget(ledger, email="ann@example.com"),
     "forget a lead": lambda ledger: Leads(ledger).forget("s1"),
@@ -777,7 +777,7 @@ def test_what_was_rejected_before_a_restore_is_compared_when_a_person_retries_it
     shop.deliver(until=lambda: shop.states()["second"] == "rejected")
     shop.sandbox.advance(hours=30)
     epoch.restored(shop.ledger)
-    views.retry(shop.ledger)
+    sealing.retry(shop.ledger)
     shop.deliver()
     assert shop.states()["second"] == "doubtful"
 

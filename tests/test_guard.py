@@ -17,7 +17,7 @@ from langchain_stripe_meter.delivery.clocks import WRONG_SECONDS, Clocks
 from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAUSE_SECONDS
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import sealing, views
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, Unknown
 from langchain_stripe_meter.ledger.store import LIVEMODE
 from langchain_stripe_meter.sandbox import drop_answer, hang, refuse
@@ -231,7 +231,7 @@ def test_a_retry_asks_at_once_whether_an_account_is_open_again(keyed: StillShop)
     shop.answered()
     assert shop.states() == {"theirs": "held"}
     shop.sandbox.clear_faults()
-    views.retry(shop.ledger)  # as in another process
+    sealing.retry(shop.ledger)  # as in another process
     for _ in range(2):
         shop.answered()
     assert connected.billed("ai_tokens", "cus_1") == 1
@@ -386,7 +386,7 @@ def test_new_usage_of_a_missing_meter_is_held_without_asking_stripe_each_time(sh
         later(shop, 5)
     assert (shop.asked(METERS), shop.status.held) == (1, 5)
     shop.sandbox.create_meter("missing")
-    views.retry(shop.ledger)
+    sealing.retry(shop.ledger)
     for _ in range(2):
         shop.answered()
     assert shop.sandbox.billed("missing", "cus_1") == 5
@@ -400,7 +400,7 @@ def test_a_retry_in_another_process_finds_a_customer_who_was_made_a_moment_ago(s
     shop.answered()
     assert shop.status.held == 1
     customer = shop.sandbox.create_customer(email=ANN.value)
-    views.retry(shop.ledger)
+    sealing.retry(shop.ledger)
     shop.answered()
     assert shop.billed(customer) == 1
 

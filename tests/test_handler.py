@@ -19,7 +19,7 @@ from providers import OpenAIServer, Reply
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata, static, stripe_meter
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError, UsageError
-from langchain_stripe_meter.ledger.views import FlushReport, skips
+from langchain_stripe_meter.ledger.views import FlushReport, why_skipped
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 
@@ -174,7 +174,7 @@ def test_the_sample_of_the_public_face_runs_as_written(
 
     assert report == FlushReport(delivered=1, pending=0, held=0, skipped=1, rejected=0, doubtful=0)
     assert stripe_sandbox.billed("ai_tokens_used") == {"cus_123": 15}
-    assert skips(meter._ledger) == {"metadata has no 'stripe_customer_id'": 1}
+    assert why_skipped(meter._ledger) == {"metadata has no 'stripe_customer_id'": 1}
     assert (tmp_path / "stripe_meter.db").exists()
     meter.close()
 

@@ -251,7 +251,7 @@ def test_status_counts_every_state_and_tells_the_age_of_what_waits(ledger: Ledge
     assert (status.rejected, status.doubtful, status.written_off, status.estimated) == (0, 0, 0, 1)
     assert status.oldest_pending_seconds == 90
     assert status.paused is None
-    assert views.skips(ledger) == {"no lead": 1}
+    assert views.why_skipped(ledger) == {"no lead": 1}
     assert "oldest_pending_seconds" in status._repr_html_()
 
 
@@ -293,7 +293,7 @@ def test_retry_looks_held_readings_up_again_and_sends_rejected_events_again(ledg
     finish(ledger, claim(ledger), Outcome(Move.REFUSED, "No such customer"))
     assert states(ledger) == {"refused": "rejected", "unknown": "held"}
     assert do(ledger, resolving.unresolved, NOW) == {}
-    assert views.retry(ledger) == 2
+    assert sealing.retry(ledger) == 2
     assert do(ledger, resolving.unresolved, NOW) == {UNKNOWN_ANN: True}
     assert states(ledger) == {"refused": "pending", "unknown": "recorded"}
 

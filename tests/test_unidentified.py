@@ -24,8 +24,8 @@ from langchain_stripe_meter.cli.scripted import ScriptedModel, says
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, UnidentifiedError
 from langchain_stripe_meter.ledger.schema import pruned
-from langchain_stripe_meter.ledger.skips import PRUNED, Skipped
 from langchain_stripe_meter.ledger.store import Entry
+from langchain_stripe_meter.ledger.views import PRUNED, Skipped
 
 # LangChain leaves the coroutines of its other handlers unawaited when one handler refuses.
 pytestmark = pytest.mark.filterwarnings(r"ignore:(?s).*ahandle_event")

@@ -18,7 +18,7 @@ from sqlalchemy import select, update
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger import acts, reports, views
+from langchain_stripe_meter.ledger import acts, reports, sealing, views
 from langchain_stripe_meter.ledger.schema import events, webhook_events
 from langchain_stripe_meter.sandbox import drop_answer, server_error
 
@@ -51,7 +51,7 @@ def test_a_named_event_is_rejected_and_sent_again_under_an_identifier_that_strip
     assert books.told() == ["rejected later run-1"]
     assert acts.every_act(books.ledger)[0].detail == "meter_event_invalid_value; it is now run-1-r1"
     assert [str(error)[:50] for error in books.errors] == ["Stripe rejected 1 meter events after it took them "]
-    assert views.retry(books.ledger) == 1
+    assert sealing.retry(books.ledger) == 1
     books.deliver()
     assert books.states() == {"run-1": "delivered", "run-2": "delivered"}
     assert [event.identifier for event in books.sandbox.events if event.billed] == ["run-2", "run-1-r1"]
@@ -62,7 +62,7 @@ def test_what_is_rejected_again_gets_one_more_identifier(small: Books) -> None:
     small.deliver("run-1")
     for identifier in ("run-1", "run-1-r1", "run-1-r2"):
         small.take(*small.sandbox.reject(identifier))
-        views.retry(small.ledger)
+        sealing.retry(small.ledger)
         small.deliver()
     assert [event.identifier for event in small.sandbox.events if event.billed] == ["run-1-r3"]
 
@@ -122,7 +122,7 @@ def test_a_report_that_overtakes_the_events_own_answer_waits_for_it(books: Books
     assert books.states() == {"run-1": "rejected"}
     assert "window:" not in books.snapshot()
     books.sandbox.advance(days=2)  # nothing is unknown of the new identifier, however long ago the old one was
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.deliver()
     assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
 
@@ -163,7 +163,7 @@ def test_a_repeated_notification_changes_nothing_even_after_the_event_was_sent_a
     books.deliver("run-1")
     rejections = books.sandbox.reject("run-1")
     books.take(*rejections)
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.deliver()
     before = books.snapshot()
     (again,) = books.take(*rejections)
@@ -192,7 +192,7 @@ def test_eight_threads_with_one_notification_have_one_effect(books: Books) -> No
     assert {result.status for result in results} == {200}
     assert sorted(len(result.rejected) for result in results) == [0] * 7 + [5]
     assert len(books.told()) == 5
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.deliver()
     settled(books.ledger, books.sandbox, fault="a webhook is repeated", tried=7)
 
@@ -250,7 +250,7 @@ def test_one_sample_of_fifty_and_nothing_at_stripe_rejects_all_fifty_once_its_su
     states = books.states()
     assert {state for key, state in states.items() if key != "other"} == {"rejected"}
     assert (states["other"], "window:" in books.snapshot()) == ("delivered", False)
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.deliver()
     assert set(books.states().values()) == {"delivered"}
     assert sum(event.billed for event in books.sandbox.events) == 51
@@ -420,7 +420,7 @@ def test_an_identifier_that_stripe_took_and_refused_is_never_sent_again_whatever
     small.deliver("run-1", value=500)
     small.sandbox.delete_customer("cus_1")
     small.take(*small.sandbox.reject("run-1"))
-    views.retry(small.ledger)
+    sealing.retry(small.ledger)
     small.deliver()
     (held,) = views.held(small.ledger)
     acts.assign(small.ledger, held.ids, "cus_2")
@@ -440,7 +440,7 @@ def test_what_was_refused_later_and_rolled_up_is_billed_to_whoever_it_is_assigne
     for other in ("cus_2", "cus_3"):  # refused again, under its second identifier
         (result,) = books.take(*books.sandbox.reject(books.sandbox.events[-1].identifier))
         assert len(result.rejected) == 1
-        views.retry(books.ledger)
+        sealing.retry(books.ledger)
         books.sandbox.delete_customer(customer)
         books.deliver()
         assert books.states() == {"run-1": "held", "run-2": "held"}
@@ -461,7 +461,7 @@ def test_what_was_refused_later_in_one_event_may_be_billed_to_several(books: Boo
     books.courier, alone = rolled_up, books.courier
     books.deliver("run-1", "run-2", "run-3", value=5)
     books.take(*books.sandbox.reject(books.sandbox.events[-1].identifier))
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.sandbox.delete_customer("cus_1")
     books.deliver()
     (held,) = views.held(books.ledger)
@@ -477,7 +477,7 @@ def test_long_identifiers_that_were_refused_later_stay_apart_when_both_are_assig
     long = "x" * 99
     small.deliver(f"{long}a", f"{long}b", value=3)
     small.take(*small.sandbox.reject(f"{long}a", f"{long}b"))
-    views.retry(small.ledger)
+    sealing.retry(small.ledger)
     small.sandbox.delete_customer("cus_1")
     small.deliver()
     (held,) = views.held(small.ledger)

@@ -21,6 +21,7 @@ from starlette.applications import Starlette
 
 from langchain_stripe_meter.audit.webhooks import MAX_BODY, MAX_HEADER
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger import sealing
 
 BOTH = pytest.mark.parametrize("books", ["sqlite", "postgresql"], indirect=True)
 
@@ -199,9 +200,8 @@ def test_over_http_the_route_answers_as_stripe_expects(books: Books, genuine: tu
         after = books.snapshot()
         assert post(body, signed) == 200
         assert books.snapshot() == after
-    from langchain_stripe_meter.ledger import views
 
-    views.retry(books.ledger)
+    sealing.retry(books.ledger)
     books.deliver()
 
 

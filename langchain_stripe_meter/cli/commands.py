@@ -79,7 +79,7 @@ def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_js
         known = asdict(views.status(opened)) | {"alarms": Ages(opened, billing_day=billing_day).standing()}
         for of_a_handler in ("open_runs", "abandoned", "unrecorded", "unrecorded_amounts"):
             del known[of_a_handler]
-        record({**known, "why_skipped": views.skips(opened)}, as_json=as_json)
+        record({**known, "why_skipped": views.why_skipped(opened)}, as_json=as_json)
 
 
 @app.command()
@@ -117,7 +117,7 @@ def skips(
 ) -> None:
     """What went unbilled because nobody was named: per day, meter and reason."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger.skips import skips as unbilled
+        from langchain_stripe_meter.ledger.views import skips as unbilled
 
         rows(unbilled(opened, since), as_json=as_json, empty="Nothing was skipped.")
 
@@ -174,9 +174,9 @@ def assign(
 def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """Try held and rejected things again."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger import views
+        from langchain_stripe_meter.ledger import sealing
 
-        count = views.retry(opened)
+        count = sealing.retry(opened)
         said = f"{count} will be tried again. Run: stripe-meter deliver --once"
         say(said if count else "Nothing can be tried again.", {"retried": count}, as_json=as_json)
 

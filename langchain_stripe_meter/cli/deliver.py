@@ -96,10 +96,10 @@ def _ledger(url: str | None, *, once: bool, as_json: bool) -> closing[Ledger]:
 def _look_again(ledger: Ledger, *, as_json: bool) -> None:
     """What is held and may go on is pending from here on, so that nobody leaves before it was tried."""
     from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, NewerLedgerError
-    from langchain_stripe_meter.ledger import views
+    from langchain_stripe_meter.ledger import sealing
 
     try:
-        views.look_again(ledger)
+        sealing.look_again(ledger)
     except (ForeignLedgerError, NewerLedgerError):
         raise
     except LedgerError as error:

@@ -1,4 +1,6 @@
-"""From readings to meter events: one each, or one for all of a customer's on a meter in some seconds."""
+"""From readings to meter events: one each, or one for all of a customer's on a meter in some seconds. What was held or
+rejected begins again here, too.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +34,7 @@ from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
 from langchain_stripe_meter.ledger.schema import IS_PENDING, acts, events, notes, readings
+from langchain_stripe_meter.ledger.store import Ledger
 
 SEAL_AT_MOST = 1000
 REJECTED_LATER = "rejected later"
@@ -255,3 +258,47 @@ def withdraw_stale(connection: Connection, which: ColumnElement[bool], now: int)
         _remove(connection, ids, Move.TOO_OLD, TOO_OLD, None)
         logger.warning("stripe-meter: %d meter events are held: %s", len(ids), TOO_OLD)
     return len(ids)
+
+
+def look_again(ledger: Ledger) -> int:
+    """Put back on their way the held readings that are due for their next look, and those whose meter was wrong.
+
+    The latter are known by their reason, which is ours. What Stripe itself refused when it was sent, and whoever it did
+    not know, wait until they are due: asking for them at every call would be many requests. Returns how many.
+    """
+    due = readings.c.due <= ledger.now()
+    with ledger.write() as connection:
+        moved = 0
+        for known, wanted, move in (
+            (readings.c.reference, due, Move.TRY_AGAIN),
+            (readings.c.customer, or_(due, ~readings.c.reason.startswith("HTTP ")), Move.ASSIGN),
+        ):
+            again = update(readings).where(readings.c.state == ReadingState.HELD.value, known.is_not(None))
+            again = again.where(readings.c.value.is_not(None), readings.c.due.is_not(None), wanted)
+            state = next_reading_state(ReadingState.HELD, move).value
+            moved += connection.execute(again.values(state=state, due=None)).rowcount
+        return moved
+
+
+def retry(ledger: Ledger) -> int:
+    """Try everything again that waits for something outside: unknown customers, and rejected events.
+
+    A rejected event is known not to be billed, so it may go out again under its own identifier. What is too old for
+    Stripe is not tried, but held for a person to re-time it or write it off.
+    """
+    with ledger.write() as connection:
+        now, moved = ledger.now(), 0
+        held = update(readings).where(readings.c.state == ReadingState.HELD.value, readings.c.value.is_not(None))
+        named = held.where(readings.c.reference.is_not(None))
+        of_customers = held.where(readings.c.customer.is_not(None))
+        connection.execute(of_customers.where(readings.c.at < now - STALE_AFTER).values(reason=TOO_OLD, due=None))
+        young = of_customers.where(readings.c.at >= now - STALE_AFTER)
+        for again, move in ((named, Move.TRY_AGAIN), (young, Move.ASSIGN)):
+            state = next_reading_state(ReadingState.HELD, move).value
+            moved += connection.execute(again.values(state=state, due=None)).rowcount
+        rejected = events.c.state == EventState.REJECTED.value
+        while withdraw_stale(connection, rejected, now):
+            continue
+        pending_again = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
+        resend = update(events).where(rejected).values(state=pending_again, due=now, settled_at=None)
+        return moved + connection.execute(resend).rowcount

@@ -1,23 +1,19 @@
-"""What the ledger shows to a person: counts and ages, what is held and why, and the acts that settle it."""
+"""What the ledger shows to a person: counts and ages, what is held or was skipped and why, single readings, totals."""
 
 from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, null, or_, select, union, union_all, update
+from sqlalchemy import Connection, bindparam, func, null, select, union, union_all
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.states import (
-    STALE_AFTER,
-    EventState,
-    Move,
     ReadingState,
-    next_event_state,
-    next_reading_state,
 )
 from langchain_stripe_meter.core.values import EXACT, exact_sum
 from langchain_stripe_meter.errors import ConfigurationError
@@ -33,9 +29,11 @@ from langchain_stripe_meter.ledger.schema import (
     pruned,
     readings,
 )
-from langchain_stripe_meter.ledger.sealing import TOO_OLD, withdraw_stale
 from langchain_stripe_meter.ledger.store import Ledger
 
+DAY = 86_400
+PRUNED = "no longer known: the readings were pruned"
+"""Why something was skipped of which only the sum is left."""
 _SHOWN = ("paused", "clock")
 """The ledger's notes that a status shows."""
 WHAT_TO_RUN = (
@@ -141,6 +139,29 @@ class Row(NotebookTable):
     reason: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Readings of one day (``2026-01-31``, UTC) on one meter that were skipped for one reason.
+
+    ``value`` is what they come to, in the meter's unit; ``unknown`` of the ``readings`` have no known amount.
+    """
+
+    day: str
+    event_name: str
+    reason: str
+    readings: int
+    value: Decimal
+    unknown: int
+
+
+class SkipList(list[Skipped]):
+    """Skipped readings, oldest day first; a table in a notebook."""
+
+    def _repr_html_(self) -> str:
+        head = tuple(one.name for one in fields(Skipped))
+        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+
+
 def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A plain HTML table; every cell is escaped."""
 
@@ -222,11 +243,46 @@ def status(ledger: Ledger) -> Status:
     )
 
 
-def skips(ledger: Ledger) -> dict[str, int]:
+def why_skipped(ledger: Ledger) -> dict[str, int]:
     """Why runs were not billed, and how often."""
     query = select(readings.c.reason, func.count()).where(readings.c.state == "skipped").group_by(readings.c.reason)
     with ledger.read() as connection:
         return {str(reason): int(count) for reason, count in connection.execute(query)}
+
+
+def skips(ledger: Ledger, since: int = 0) -> SkipList:
+    """What was skipped since ``since`` (Unix seconds); days are UTC's. Reasons name fields, never people."""
+    sums: dict[tuple[int, str, str], list[tuple[int, str | None, int]]] = {}
+    for day, name, reason, value, count, amount_of in _rows(ledger, since):
+        sums.setdefault((day, name, reason or ""), []).append((count, value, amount_of))
+    return SkipList(_skipped(key, sums[key]) for key in sorted(sums))
+
+
+def _rows(ledger: Ledger, since: int) -> list[tuple[int, str, str | None, str | None, int, int]]:
+    """Day, meter, reason, amount, how many readings, and how many of them the amount counts for."""
+    day = readings.c.at - readings.c.at % DAY
+    columns = (day, readings.c.event_name, readings.c.reason, readings.c.value)
+    query = select(*columns, func.count()).where(readings.c.state == ReadingState.SKIPPED.value, readings.c.at >= since)
+    before = select(pruned).where(pruned.c.state == ReadingState.SKIPPED.value, pruned.c.day >= since)
+    with ledger.read() as connection:
+        kept = [(*row, row[-1]) for row in connection.execute(query.group_by(*columns))]
+        gone = [(row.day, row.event_name, PRUNED, row.amount, row.readings, 1) for row in connection.execute(before)]
+    return [*kept, *gone]
+
+
+def _skipped(key: tuple[int, str, str], parts: list[tuple[int, str | None, int]]) -> Skipped:
+    total = Decimal(0)
+    for _, value, times in parts:
+        if value is not None:
+            total = EXACT.add(total, EXACT.multiply(Decimal(value), Decimal(times)))
+    return Skipped(
+        day=datetime.fromtimestamp(key[0], UTC).date().isoformat(),
+        event_name=key[1],
+        reason=key[2],
+        readings=sum(count for count, _, _ in parts),
+        value=total,
+        unknown=sum(count for count, value, _ in parts if value is None),
+    )
 
 
 def leads_count(ledger: Ledger) -> int:
@@ -251,50 +307,6 @@ def _held(rows: list[Any]) -> Held:
     value = None if first.value is None else exact_sum(Decimal(row.value) for row in rows)
     ids = tuple(row.id for row in rows)
     return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "")
-
-
-def look_again(ledger: Ledger) -> int:
-    """Put back on their way the held readings that are due for their next look, and those whose meter was wrong.
-
-    The latter are known by their reason, which is ours. What Stripe itself refused when it was sent, and whoever it did
-    not know, wait until they are due: asking for them at every call would be many requests. Returns how many.
-    """
-    due = readings.c.due <= ledger.now()
-    with ledger.write() as connection:
-        moved = 0
-        for known, wanted, move in (
-            (readings.c.reference, due, Move.TRY_AGAIN),
-            (readings.c.customer, or_(due, ~readings.c.reason.startswith("HTTP ")), Move.ASSIGN),
-        ):
-            again = update(readings).where(readings.c.state == ReadingState.HELD.value, known.is_not(None))
-            again = again.where(readings.c.value.is_not(None), readings.c.due.is_not(None), wanted)
-            state = next_reading_state(ReadingState.HELD, move).value
-            moved += connection.execute(again.values(state=state, due=None)).rowcount
-        return moved
-
-
-def retry(ledger: Ledger) -> int:
-    """Try everything again that waits for something outside: unknown customers, and rejected events.
-
-    A rejected event is known not to be billed, so it may go out again under its own identifier. What is too old for
-    Stripe is not tried, but held for a person to re-time it or write it off.
-    """
-    with ledger.write() as connection:
-        now, moved = ledger.now(), 0
-        held = update(readings).where(readings.c.state == ReadingState.HELD.value, readings.c.value.is_not(None))
-        named = held.where(readings.c.reference.is_not(None))
-        of_customers = held.where(readings.c.customer.is_not(None))
-        connection.execute(of_customers.where(readings.c.at < now - STALE_AFTER).values(reason=TOO_OLD, due=None))
-        young = of_customers.where(readings.c.at >= now - STALE_AFTER)
-        for again, move in ((named, Move.TRY_AGAIN), (young, Move.ASSIGN)):
-            state = next_reading_state(ReadingState.HELD, move).value
-            moved += connection.execute(again.values(state=state, due=None)).rowcount
-        rejected = events.c.state == EventState.REJECTED.value
-        while withdraw_stale(connection, rejected, now):
-            continue
-        pending_again = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
-        resend = update(events).where(rejected).values(state=pending_again, due=now, settled_at=None)
-        return moved + connection.execute(resend).rowcount
 
 
 def _rows_query() -> Any:
@@ -362,11 +374,11 @@ def totals(ledger: Ledger, since: int = 0, account: str = "") -> dict[tuple[str,
 
 
 def _check_since(ledger: Ledger, since: int, account: str) -> None:
-    day = since - since % 86_400
+    day = since - since % DAY
     query = select(pruned.c.day).where(pruned.c.account == account, pruned.c.day == day).limit(1)
     with ledger.read() as connection:
         if day != since and connection.execute(query).first() is not None:
             raise ConfigurationError(
                 f"since={since} lies inside a day that was pruned, of which only the sum is left. "
-                f"Use that day's midnight, {day}, or the next, {day + 86_400} (UTC)."
+                f"Use that day's midnight, {day}, or the next, {day + DAY} (UTC)."
             )
