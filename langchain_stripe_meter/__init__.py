@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     )
     from langchain_stripe_meter.core.meters import Cost, Credits, Messages, Tokens
     from langchain_stripe_meter.errors import MeteringError
-    from langchain_stripe_meter.everywhere import stripe_meter
     from langchain_stripe_meter.gateway.meters import create_meter, list_meters
-    from langchain_stripe_meter.handler import StripeMeterCallbackHandler
+    from langchain_stripe_meter.handler import StripeMeterCallbackHandler, stripe_meter
     from langchain_stripe_meter.settings import MeteringSettings
 
 _HOMES = {
@@ -28,9 +27,8 @@ _HOMES = {
     "core.customers": ["first_of", "from_auth_user", "from_context", "from_lead", "from_metadata", "static"],
     "core.meters": ["Cost", "Credits", "Messages", "Tokens"],
     "errors": ["MeteringError"],
-    "everywhere": ["stripe_meter"],
     "gateway.meters": ["create_meter", "list_meters"],
-    "handler": ["StripeMeterCallbackHandler"],
+    "handler": ["StripeMeterCallbackHandler", "stripe_meter"],
     "settings": ["MeteringSettings"],
 }
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
+import logging
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,9 +17,11 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import LLMResult
 
-from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.customers import Facts, Skip
 from langchain_stripe_meter.core.runs import OpenRuns, Run
+from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.counting import Ending, call_of
+from langchain_stripe_meter.errors import UnidentifiedError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
     Observed,
@@ -30,6 +35,8 @@ from langchain_stripe_meter.observed import (
 )
 from langchain_stripe_meter.recording import Recorder
 from langchain_stripe_meter.reentry import is_inside, soon
+
+logger = logging.getLogger("langchain_stripe_meter")
 
 _Decide = Callable[..., Sequence[Ending]]
 
@@ -63,6 +70,39 @@ class _DualEvent:
         return aended
 
 
+class _Gate:
+    """The start of a model call, which may refuse it.
+
+    LangChain awaits coroutine functions in its asynchronous flow, and loses what they raise in its synchronous one. So
+    whoever can await is given a coroutine function where the ledger must be asked, and everybody else a plain one.
+    """
+
+    def __init__(self, start: Callable[..., None]) -> None:
+        self._start = start
+        self.__doc__ = start.__doc__
+
+    def __get__(self, handler: MeteringCallbacks | None, owner: type | None = None) -> Any:
+        if handler is None:
+            return self
+        start = self._start.__get__(handler)
+        if not handler._refuses:
+            return start
+        if handler._recorder.needs_lookup and sys._getframe(1).f_code.co_flags & inspect.CO_COROUTINE:
+
+            async def astarted(*args: Any, **kwargs: Any) -> None:
+                facts = handler.facts_at_start(kwargs.get("metadata"), kwargs.get("parent_run_id"))
+                await asyncio.to_thread(handler._check_payer, facts)
+                start(*args, **kwargs)
+
+            return astarted
+
+        def started(*args: Any, **kwargs: Any) -> None:
+            handler._check_payer(handler.facts_at_start(kwargs.get("metadata"), kwargs.get("parent_run_id")))
+            start(*args, **kwargs)
+
+        return started
+
+
 @dataclass(eq=False)
 class _Batch:
     """Prompts that a text completion model sends in one request. LangChain tells the usage of all with the first end,
@@ -88,11 +128,14 @@ class _Completion(Run):
 
 
 class MeteringCallbacks(BaseCallbackHandler):
-    """Follows runs and hands what ended to the recorder. Starts touch only memory; no event ever raises."""
+    """Follows runs and hands what ended to the recorder. Starts touch only memory; no event ever raises, but for a call
+    that is refused."""
 
     run_inline = True
     ignore_custom_event = True
     ignore_retry = True
+    _refuses = False
+    """Whether a model call that names nobody who pays is refused."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -108,6 +151,7 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     # -- starts: only memory is touched
 
+    @_Gate
     def on_chat_model_start(
         self,
         serialized: dict[str, Any],
@@ -121,6 +165,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         """A model call begins: remember who, when, which model, which parent."""
         self._start_call(run_id, parent_run_id, messages[0] if messages else None, metadata, kwargs)
 
+    @_Gate
     def on_llm_start(
         self,
         serialized: dict[str, Any],
@@ -252,6 +297,37 @@ class MeteringCallbacks(BaseCallbackHandler):
         with self._lock:
             self._runs.sweep(self._recorder.ledger.now())
             return self._take_lost()
+
+    # -- refusals, before a model is called
+
+    @property
+    def raise_error(self) -> bool:  # type: ignore[override]
+        """LangChain asks this while it handles what an event raised.
+
+        Only a refusal goes on into the chain, nothing else ever.
+        """
+        return isinstance(sys.exception(), UnidentifiedError)
+
+    def facts_at_start(self, metadata: Mapping[str, Any] | None, parent_run_id: UUID | None = None) -> Facts:
+        """Who could pay for a call that starts here and now, as it will be recorded; ``parent_run_id`` is as LangChain
+        tells it of the call, if it does."""
+        facts = facts_of(metadata, self._recorder.ledger.now())
+        if facts.auth_user is not None:
+            return facts
+        user = self._runs.user_around(parent_run_id, surrounding_run() if parent_run_id is None else None)
+        return facts if user is None else replace(facts, auth_user=user, on_server=True)
+
+    def _check_payer(self, facts: Facts) -> None:
+        try:
+            _, who = self._recorder.payer(facts)
+        except Exception as error:  # noqa: BLE001 - not to know is no reason to break the chain
+            logger.error("stripe-meter: who pays could not be looked up: %s", type(error).__name__)  # noqa: TRY400
+            return
+        if isinstance(who, Skip) and not isinstance(who, Untold):
+            raise UnidentifiedError(
+                f"Nobody pays for this run: {who.reason}. It was refused before the model was called, as "
+                "on_unidentified='raise' says."
+            )
 
 
 def _as_told(run: Run, observed: Observed) -> Observed:

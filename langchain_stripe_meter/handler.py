@@ -5,17 +5,21 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
+import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from langchain_stripe_meter.arguments import check_on_error, check_tenant, check_webhook_secret
+from langchain_core.tracers.context import register_configure_hook
+
 from langchain_stripe_meter.audit.chores import Ages, chores
+from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
-from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.events import check_account, check_on_error, check_tenant, check_webhook_secret
 from langchain_stripe_meter.core.meters import Call, Meter
 from langchain_stripe_meter.core.tenants import Tenant, TenantSource, lead_fields, lead_region
 from langchain_stripe_meter.delivery.courier import Courier, OnError
@@ -28,7 +32,6 @@ from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
 from langchain_stripe_meter.reentry import inside
-from langchain_stripe_meter.refusing import RefusingCallbacks
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -42,7 +45,7 @@ EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
 
-class StripeMeterCallbackHandler(RefusingCallbacks, Operations):
+class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     """Records what every LLM run consumed, durably before the run returns, and delivers it to Stripe meters once.
 
     Args:
@@ -344,3 +347,30 @@ def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
     courier = handler._courier if handler is not None else None
     if handler is not None and courier is not None and courier.is_running:
         handler.close(EXIT_SECONDS)
+
+
+# -- metering everywhere at once
+
+_everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, ContextVar[StripeMeterCallbackHandler | None]]
+_everywhere = weakref.WeakKeyDictionary()
+_everywhere_lock = threading.Lock()
+
+
+@contextmanager
+def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCallbackHandler]:
+    """Meter every run in the block, without touching its config.
+
+    It follows context variables: tasks and runnables inside the block are metered, a plain ``threading.Thread`` is
+    not. Blocks may nest; a run is billed once per meter.
+    """
+    with inside(), _everywhere_lock:
+        variable = _everywhere.get(handler)
+        if variable is None:
+            variable = ContextVar(f"stripe_meter_{id(handler)}", default=None)
+            register_configure_hook(variable, inheritable=True)
+            _everywhere[handler] = variable
+    token = variable.set(handler)
+    try:
+        yield handler
+    finally:
+        variable.reset(token)

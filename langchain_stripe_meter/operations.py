@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from langchain_stripe_meter.arguments import seconds
 from langchain_stripe_meter.core.customers import CustomerSource
-from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.events import check_account, seconds
 from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.core.tenants import lead_region
+from langchain_stripe_meter.counting import entry_of
 from langchain_stripe_meter.errors import ConfigurationError, StripeError, UnrecordedError
 from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import doubts, sealing, views
@@ -20,7 +20,6 @@ from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.ledger.views import SkipList, skips
 from langchain_stripe_meter.recording import Recorder
-from langchain_stripe_meter.unrecorded import entry_of
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification

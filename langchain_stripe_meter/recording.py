@@ -32,7 +32,7 @@ from langchain_stripe_meter.core.tenants import (
 )
 from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT
-from langchain_stripe_meter.counting import Ending, Use, estimated, is_known, readings_of
+from langchain_stripe_meter.counting import Ending, Use, amounts_of, estimated, is_known, lost_of, readings_of, said_of
 from langchain_stripe_meter.delivery.courier import Courier, OnError
 from langchain_stripe_meter.errors import (
     ConfigurationError,
@@ -47,7 +47,6 @@ from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.reentry import inside, soon, within
-from langchain_stripe_meter.unrecorded import amounts_of, lost_of, said_of
 
 logger = logging.getLogger("langchain_stripe_meter")
 

@@ -24,11 +24,11 @@ from providers import OpenAIServer, Reply
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.counting import entry_of, lost_of
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, Unrecorded, UnrecordedError
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
-from langchain_stripe_meter.unrecorded import entry_of, lost_of
 
 CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
 """What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""

@@ -26,12 +26,12 @@ from langchain_stripe_meter.agents.limits import Budget, SpendLimit
 from langchain_stripe_meter.core.customers import Facts, Reference, static
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import Tenant
+from langchain_stripe_meter.counting import entry_of, lost_of
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, SpendLimitError
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.sandbox import StripeSandbox
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
-from langchain_stripe_meter.unrecorded import entry_of, lost_of
 
 ANNA, BERT = "acct_anna", "acct_bert"
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}

@@ -17,9 +17,8 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
-from langchain_stripe_meter.arguments import is_async
 from langchain_stripe_meter.core.customers import Facts, Reference, Skip
-from langchain_stripe_meter.core.events import check_account
+from langchain_stripe_meter.core.events import check_account, is_async
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
