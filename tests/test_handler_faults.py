@@ -75,6 +75,7 @@ def in_a_missing_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def corrupt(path: Path) -> Iterator[Path]:
+    path.touch(mode=0o600)
     path.write_bytes(b"this is no database at all" * 100)
     yield path
     assert path.read_bytes() == b"this is no database at all" * 100
@@ -82,6 +83,7 @@ def corrupt(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def of_somebody_else(path: Path) -> Iterator[Path]:
+    path.touch(mode=0o600)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("CREATE TABLE theirs (id INTEGER)")
     yield path
