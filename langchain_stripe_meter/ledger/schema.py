@@ -11,6 +11,12 @@ metadata = MetaData()
 
 _BIG_ID = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers rows by itself only under INTEGER
 
+
+def _partial(name: str, *columns: str, where: str) -> Index:
+    """An index of the rows that are ``where``."""
+    return Index(name, *columns, sqlite_where=text(where), postgresql_where=text(where))
+
+
 readings = Table(
     "readings",
     metadata,
@@ -30,25 +36,10 @@ readings = Table(
     Column("event_id", BigInteger),  # the meter event that it is part of
     Column("account", String(255), nullable=False, server_default=text("''")),  # "acct_…"; "" is the key's own
     Column("session", String(64)),  # digest of the session of a skipped run, in case its lead shall pay later
-    Index(
-        "readings_open",
-        "id",
-        sqlite_where=text("state IN ('recorded', 'resolved')"),
-        postgresql_where=text("state IN ('recorded', 'resolved')"),
-    ),
-    Index("readings_held", "due", sqlite_where=text("state = 'held'"), postgresql_where=text("state = 'held'")),
-    Index(
-        "readings_sealed",
-        "event_id",
-        sqlite_where=text("event_id IS NOT NULL"),
-        postgresql_where=text("event_id IS NOT NULL"),
-    ),
-    Index(
-        "readings_unclaimed",
-        "session",
-        sqlite_where=text("session IS NOT NULL"),
-        postgresql_where=text("session IS NOT NULL"),
-    ),
+    _partial("readings_open", "id", where="state IN ('recorded', 'resolved')"),
+    _partial("readings_held", "due", where="state = 'held'"),
+    _partial("readings_sealed", "event_id", where="event_id IS NOT NULL"),
+    _partial("readings_unclaimed", "session", where="session IS NOT NULL"),
 )
 
 events = Table(
@@ -75,44 +66,15 @@ events = Table(
     Column("seen_value", Text),  # of a doubtful event: what Stripe's sum was when it was last looked at, and when
     Column("seen_at", BigInteger),
     Column("resent", Integer, nullable=False, server_default=text("0")),  # how often it got a new identifier
-    Index(  # from one customer and meter to the next, and of each what has been due for longest
-        "events_pending",
-        "account",
-        "customer",
-        "event_name",
-        "due",
-        "id",
-        sqlite_where=text("state = 'pending'"),
-        postgresql_where=text("state = 'pending'"),
+    _partial(  # from one customer and meter to the next, and of each what has been due for longest
+        "events_pending", "account", "customer", "event_name", "due", "id", where="state = 'pending'"
     ),
-    Index("events_due", "due", sqlite_where=text("state = 'pending'"), postgresql_where=text("state = 'pending'")),
-    Index(
-        "events_unknown",
-        "first_unknown_at",
-        sqlite_where=text("state = 'pending' AND first_unknown_at IS NOT NULL"),
-        postgresql_where=text("state = 'pending' AND first_unknown_at IS NOT NULL"),
-    ),
-    Index(
-        "events_sending",
-        "account",
-        "customer",
-        "event_name",
-        sqlite_where=text("state = 'sending'"),
-        postgresql_where=text("state = 'sending'"),
-    ),
-    Index(
-        "events_attention",
-        "state",
-        sqlite_where=text("state IN ('doubtful', 'rejected')"),
-        postgresql_where=text("state IN ('doubtful', 'rejected')"),
-    ),
-    Index(  # what an error report of Stripe's may be about
-        "events_delivered",
-        "account",
-        "event_name",
-        "settled_at",
-        sqlite_where=text("state = 'delivered'"),
-        postgresql_where=text("state = 'delivered'"),
+    _partial("events_due", "due", where="state = 'pending'"),
+    _partial("events_unknown", "first_unknown_at", where="state = 'pending' AND first_unknown_at IS NOT NULL"),
+    _partial("events_sending", "account", "customer", "event_name", where="state = 'sending'"),
+    _partial("events_attention", "state", where="state IN ('doubtful', 'rejected')"),
+    _partial(  # what an error report of Stripe's may be about
+        "events_delivered", "account", "event_name", "settled_at", where="state = 'delivered'"
     ),
     Index("events_minute", "customer", "at"),  # what Stripe's sum of a minute is held against
 )
