@@ -14,11 +14,13 @@ from langchain_stripe_meter import (
     StripeMeterCallbackHandler,
     StripeMeterEvent,
     Tokens,
+    create_meter,
     first_of,
     from_auth_user,
     from_context,
     from_lead,
     from_metadata,
+    list_meters,
     static,
     stripe_meter,
 )
@@ -63,13 +65,17 @@ def use(chain: Runnable[dict[str, str], str]) -> None:
     delivered: int = handler.flush(timeout=10).delivered
     paused: str | None = handler.status().paused
     for held in handler.held():
-        handler.assign(held, "cus_123")
+        handler.assign(held, "cus_123", account="acct_1")
     moved: int = handler.retry()
     handler.record_usage({"input_tokens": 812}, model="text-embedding-3-small", customer="cus_123", id="job-7")
     unbilled: list[Decimal] = [skipped.value for skipped in handler.skips()]
     gone: bool = handler.forget(email="ann@example.com").complete
     print(delivered, paused, moved, claimed, unbilled, gone)
 
+
+names: list[str] = [meter.event_name for meter in list_meters("sk_test_123") if meter.problem is None]
+made = create_meter("ai_tokens", price=Decimal("0.002"), currency="usd", interval="month")
+price: str | None = made.price.id if made.price else None
 
 out: dict[str, Any] = StripeMeterEvent().invoke({"event_name": "e", "customer_id": "cus_1", "value": 1})
 again: StripeMeterCallbackHandler = MeteringSettings.model_validate({}).handler()
