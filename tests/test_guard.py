@@ -18,7 +18,7 @@ from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAU
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import sealing, views
-from langchain_stripe_meter.ledger.resolving import HELD_RETRY, Unknown
+from langchain_stripe_meter.ledger.resolving import HELD_RETRY, RESOLVE_AT_MOST, Unknown
 from langchain_stripe_meter.ledger.store import LIVEMODE
 from langchain_stripe_meter.sandbox import drop_answer, hang, refuse
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
@@ -403,6 +403,20 @@ def test_a_retry_in_another_process_finds_a_customer_who_was_made_a_moment_ago(s
     sealing.retry(shop.ledger)
     shop.answered()
     assert shop.billed(customer) == 1
+
+
+def test_lookups_that_stripe_does_not_answer_for_one_account_rest_on_that_account_alone(shop: StillShop) -> None:
+    connect(shop)
+    customer = shop.sandbox.create_customer(email=ANN.value)
+    theirs = lambda request: request.headers.get("stripe-account") == THEIRS  # noqa: E731
+    shop.sandbox.fail(refuse(503), path=f"{CUSTOMERS}*", times=None, where=theirs)
+    for number in range(RESOLVE_AT_MOST + 1):
+        shop.record(f"theirs-{number}", account=THEIRS, reference=Reference("email", f"{number}@example.com"))
+    shop.answered()
+    shop.record("ours", reference=ANN)
+    shop.answered()
+    assert shop.billed(customer) == 1
+    assert of_account(shop) == LOOKUPS_AT_ONCE
 
 
 def test_those_of_a_closed_account_do_not_keep_others_from_being_looked_up(shop: StillShop) -> None:

@@ -230,7 +230,7 @@ class Courier:
                 self._guard.refused(asked.account, said.message)
                 self._found.append((asked, Answer([], said.message)))
                 return
-            self._lookups.failed(now)
+            self._lookups.failed(asked.account, now)
             self._report(answer)
 
     def _settle(self) -> int:

@@ -19,7 +19,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 LOOKUPS_AT_ONCE = 4
 """Customer searches in flight; Stripe allows 20 a second."""
 PAUSE_SECONDS = 5
-"""How long lookups rest after one that Stripe did not answer."""
+"""How long lookups on an account rest after one that Stripe did not answer."""
 CACHED_AT_MOST = 10_000
 FOUND_SECONDS = 300
 MISSING_SECONDS = 30
@@ -45,7 +45,7 @@ class Lookups:
         self._secret: bytes | None = None
         self._found: TTLCache[Unknown, str] = TTLCache(CACHED_AT_MOST, FOUND_SECONDS, ledger.now)
         self._missing: TTLCache[Unknown, Answer] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
-        self._rest_until = 0
+        self._rests: dict[str, int] = {}
         self.asking: set[Unknown] = set()
 
     def next(self, now: int, closed: Mapping[str, str]) -> tuple[int, list[Unknown]]:
@@ -54,12 +54,11 @@ class Lookups:
         ``closed`` are the accounts that are not to be asked, and why. Who was not found lately, or is on such an
         account, is asked for all the same where somebody wants it done again.
         """
-        if now < self._rest_until:
-            return 0, []
+        self._rests = {account: until for account, until in self._rests.items() if now < until <= now + PAUSE_SECONDS}
         if self._secret is None:  # in a transaction of its own
             self._secret = secret_of(self._ledger)
         with self._ledger.deliver_lane().transaction(shared=True) as connection:
-            waiting = resolving.unresolved(connection, now)
+            waiting = resolving.unresolved(connection, now, list(self._rests))
         known: dict[Unknown, Answer] = {}
         for one, again in waiting.items():
             if one in self._found:
@@ -118,9 +117,9 @@ class Lookups:
             self._missing[asked] = answer
         return _settle(connection, asked, answer, now)
 
-    def failed(self, now: int) -> None:
+    def failed(self, account: str, now: int) -> None:
         """Stripe did not answer: ask again later."""
-        self._rest_until = now + PAUSE_SECONDS
+        self._rests[account] = now + PAUSE_SECONDS
 
     def forget(self, customer: str) -> None:
         """Stripe no longer has this customer."""

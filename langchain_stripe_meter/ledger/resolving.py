@@ -66,19 +66,20 @@ def _by(column: Column[str], condition: ColumnElement[bool]) -> Select[Any]:
     return query.group_by(readings.c.account, column).order_by(func.min(readings.c.id))
 
 
+_NOT_AT_REST = readings.c.account.not_in(bindparam("resting", expanding=True))
 _NAMED, _NAMED_DUE = (
-    _by(readings.c.reference, condition).limit(RESOLVE_AT_MOST)
+    _by(readings.c.reference, and_(condition, _NOT_AT_REST)).limit(RESOLVE_AT_MOST)
     for condition in (RECORDED, and_(_due(_NOW), readings.c.reference.is_not(None)))
 )
 
 
-def unresolved(connection: Connection, now: int) -> dict[Unknown, bool]:
+def unresolved(connection: Connection, now: int, resting: Sequence[str] = ()) -> dict[Unknown, bool]:
     """Who must be looked up at Stripe now, oldest first, and whether somebody wants it done again at once: usage that
-    was held before and is on its way again."""
+    was held before and is on its way again. Accounts that are ``resting`` are left out."""
     found: dict[tuple[str, str | None], bool] = {}
-    for row in connection.execute(_NAMED):
+    for row in connection.execute(_NAMED, {"resting": resting}):
         found[row.account, row.reference] = row.tries > 0
-    for row in connection.execute(_NAMED_DUE, {"now": now}):
+    for row in connection.execute(_NAMED_DUE, {"now": now, "resting": resting}):
         found.setdefault((row.account, row.reference), False)
     asked = (((account, _reference(connection, told)), again) for (account, told), again in found.items())
     return {Unknown(account, reference): again for (account, reference), again in asked if reference is not None}
