@@ -228,7 +228,7 @@ class Operations:
 
 def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
     """As ``Operations.cancel``, for who has a ledger and a gateway."""
-    from langchain_stripe_meter.gateway.audit import cancel as ask
+    from langchain_stripe_meter.gateway.meters import cancel as ask
 
     event = decisions.ask_to_cancel(ledger, identifier)
     if event is None:

@@ -20,7 +20,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError, StripeError
-from langchain_stripe_meter.gateway.audit import cancel as ask_stripe
+from langchain_stripe_meter.gateway.meters import cancel as ask_stripe
 from langchain_stripe_meter.ledger import acts, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.operations import cancel

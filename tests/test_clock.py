@@ -11,7 +11,7 @@ from courier_shop import Shop
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.states import Move, Outcome
-from langchain_stripe_meter.delivery.clocks import Clocks
+from langchain_stripe_meter.delivery.guard import Clocks
 from langchain_stripe_meter.ledger import outbox, sealing, views
 from langchain_stripe_meter.ledger.store import Ledger
 

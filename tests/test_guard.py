@@ -13,8 +13,7 @@ from conftest import wait_until
 from courier_shop import StillShop
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.delivery.clocks import WRONG_SECONDS, Clocks
-from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAUSE_SECONDS
+from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAUSE_SECONDS, WRONG_SECONDS, Clocks
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import sealing, views

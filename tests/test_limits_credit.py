@@ -15,7 +15,7 @@ from langchain_stripe_meter.agents.budget import Spender
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit, StripeCredit
 from langchain_stripe_meter.core.customers import Facts, Reference
 from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError, StripeError
-from langchain_stripe_meter.gateway.credit import credit_of
+from langchain_stripe_meter.gateway.customers import credit_of
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 SUMMARY = "/v1/billing/credit_balance_summary"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from langchain_stripe_meter.delivery.pace import LONGEST_REST, QUIET_SECONDS, RESTING_AT_MOST, Pace
+from langchain_stripe_meter.delivery.guard import LONGEST_REST, QUIET_SECONDS, RESTING_AT_MOST, Pace
 from langchain_stripe_meter.ledger.outbox import Line
 
 NOW = 1_800_000_000

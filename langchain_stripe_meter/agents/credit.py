@@ -15,7 +15,7 @@ from langchain_stripe_meter.agents.budget import Spender, account_of, check_amou
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.gateway.credit import credit_of
+from langchain_stripe_meter.gateway.customers import credit_of
 from langchain_stripe_meter.gateway.meters import checked_currency
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.reentry import inside

@@ -11,8 +11,8 @@ from typing import NamedTuple, TypeVar
 
 from langchain_stripe_meter.core.totals import Comparison, compare
 from langchain_stripe_meter.errors import StripeError
-from langchain_stripe_meter.gateway.audit import billed_on, meters_named
 from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Ledger
 

@@ -23,8 +23,9 @@ from langchain_stripe_meter.errors import (
     logger,
     tell,
 )
-from langchain_stripe_meter.gateway.audit import TOLERANCE, Notice, meters_named, read_notice
 from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.meters import meters_named
+from langchain_stripe_meter.gateway.replies import TOLERANCE, Notice, read_notice
 from langchain_stripe_meter.ledger import reports
 from langchain_stripe_meter.ledger.store import Ledger
 

@@ -14,8 +14,8 @@ from decimal import Decimal
 
 from langchain_stripe_meter.core.totals import Minute, Sample, Verdict, disagreeing
 from langchain_stripe_meter.errors import OnError, StripeError, tell
-from langchain_stripe_meter.gateway.audit import billed_on, meters_named
 from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import reports
 from langchain_stripe_meter.ledger.acts import UNEXPLAINED
 from langchain_stripe_meter.ledger.reports import Window

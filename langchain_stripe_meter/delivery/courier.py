@@ -14,10 +14,8 @@ from queue import Empty, SimpleQueue
 from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
-from langchain_stripe_meter.delivery.clocks import Clocks
-from langchain_stripe_meter.delivery.guard import Guard, Listing
+from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, Pace
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
-from langchain_stripe_meter.delivery.pace import Pace
 from langchain_stripe_meter.errors import MeteringError, StripeError, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway

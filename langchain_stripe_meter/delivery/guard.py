@@ -1,5 +1,5 @@
-"""What is looked at before anything is sent: is it this ledger's account, may the key send at all, and is each account
-open to us, with meters that add up rightly?"""
+"""What is looked at before anything is sent: is it this ledger's account, may the key send at all, is each account open
+to us, with meters that add up rightly, how much does Stripe take at once, and is our clock right?"""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import Move, backoff
-from langchain_stripe_meter.delivery.pace import LONGEST_REST, QUIET_SECONDS, Pace
 from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import problem_with
 from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
+from langchain_stripe_meter.ledger.outbox import Line
 from langchain_stripe_meter.ledger.resolving import Waiting
 from langchain_stripe_meter.ledger.store import Ledger, pin
 
@@ -31,6 +31,16 @@ LISTING_DELAY = 30
 """The longest wait, in seconds, before an account is asked again that did not answer, unless Stripe wishes more."""
 RESTS_REMEMBERED = 1000
 """Accounts and meters that rest, or did until they were asked again."""
+QUIET_SECONDS = 2
+"""How long everything rests when Stripe did not take even one event at a time."""
+RESTING_AT_MOST = 100
+LONGEST_REST = 3600
+"""Nothing rests for longer, in seconds: of a longer wish this much is obeyed, and what still seems to rest for longer
+was told by a clock that has been set back since."""
+WRONG_SECONDS = 300
+"""How wrong our clock may be before it is told: by more, Stripe refuses what is dated ahead."""
+CLOCK = "clock"
+"""The ledger's note that says how wrong the clock of the machine that delivers is."""
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -236,3 +246,70 @@ class Guard:
 
 def _called(account: str) -> str:
     return f"the account {account}" if account else "our own account"
+
+
+class Pace:
+    """``most`` events at once; fewer, down to one, while Stripe refuses or does not answer. Times are Unix seconds."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._limit = most
+        self._resting: dict[Line, int] = {}
+        self.quiet_until = 0
+
+    def is_quiet(self, now: int) -> bool:
+        """Whether everything rests."""
+        return now < self.quiet_until <= now + LONGEST_REST
+
+    def slots(self, in_flight: int, now: int) -> int:
+        """How many events may start now."""
+        return 0 if self.is_quiet(now) else self._limit - in_flight
+
+    def at_rest(self, now: int) -> list[Line]:
+        """Of whom Stripe wants to hear nothing yet; the newest, if there are very many."""
+        self._resting = {line: until for line, until in self._resting.items() if now < until <= now + LONGEST_REST}
+        return list(self._resting)[-RESTING_AT_MOST:]
+
+    def faster(self) -> None:
+        """Stripe answered: one more at once."""
+        self._limit = min(self._limit + 1, self._most)
+        self.quiet_until = 0
+
+    def slower(self, line: Line, wish: int | None, now: int) -> None:
+        """Halve what is in flight; where Stripe says how long to wait (seconds), this customer and meter does."""
+        if wish:
+            self._resting[line] = now + min(wish, LONGEST_REST)
+        if self._limit == 1:
+            self.rest(QUIET_SECONDS, now)
+        self._limit = max(self._limit // 2, 1)
+
+    def rest(self, seconds: int, now: int) -> None:
+        """Nothing is sent for so long, nor before an earlier rest is over."""
+        until = now + min(seconds, LONGEST_REST)
+        self.quiet_until = max(self.quiet_until, until) if self.is_quiet(now) else until
+
+    def probe(self, after: int) -> None:
+        """Nothing is sent before ``after``, and then one event at a time."""
+        self._limit = 1
+        self.quiet_until = after
+
+
+class Clocks:
+    """Compares for one courier. ``tell`` is told once when our clock is found wrong."""
+
+    def __init__(self, ledger: Ledger, tell: Callable[[Exception], None]) -> None:
+        self._ledger = ledger
+        self._tell = tell
+        self._is_wrong: bool | None = None
+
+    def compare(self, date: int, asked_at: int, now: int) -> None:
+        """Stripe answered at ``date``, by its clock, what was sent at ``asked_at`` and settled at ``now``, by ours."""
+        ahead = date - now if date > now else min(date - asked_at, 0)
+        is_wrong = abs(ahead) > WRONG_SECONDS
+        if is_wrong is self._is_wrong:
+            return
+        self._is_wrong = is_wrong
+        said = f"This machine's clock is {abs(ahead)} seconds {'behind' if ahead > 0 else 'ahead of'} Stripe's"
+        self._ledger.set_note(CLOCK, said if is_wrong else None)
+        if is_wrong:
+            self._tell(StripeError(f"{said}; usage is billed for the wrong time. Set the clock."))

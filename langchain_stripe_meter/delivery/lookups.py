@@ -11,7 +11,7 @@ from sqlalchemy import Connection
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.gateway.creating import create_customer, find_recent
+from langchain_stripe_meter.gateway.customers import create_customer, find_recent
 from langchain_stripe_meter.ledger import resolving
 from langchain_stripe_meter.ledger.resolving import Unknown, digest, secret_of
 from langchain_stripe_meter.ledger.store import Ledger

@@ -1,4 +1,5 @@
-"""The meters of a Stripe account: listed, made, with a price, and checked, for they must bill what they are sent."""
+"""The meters of a Stripe account: listed, made, with a price, and checked, for they must bill what they are sent; what
+they have summed up; and taking back what they were sent."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.core.events import check_account, check_event_name
+from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo, as_stripe_error, meter_info, on_account
 
@@ -209,3 +211,47 @@ def _clash(info: MeterInfo | None, dimensions: Iterable[str]) -> str | None:
         f"the meter {info.event_name!r} takes the customer or the value from {taken[0]!r}, where a dimension goes; "
         "make one with other keys"
     )
+
+
+def meters_named(gateway: Gateway, account: str) -> dict[str, list[str]]:
+    """The ids of all meters of an account by event name: one that was archived keeps what it was sent."""
+    named: dict[str, list[str]] = {}
+    for meter in gateway.meters(account):
+        named.setdefault(meter.event_name, []).append(meter.id)
+    return named
+
+
+def billed_on(
+    gateway: Gateway, meters: list[str], customer: str, span: tuple[int, int], account: str
+) -> Decimal | None:
+    """What Stripe has summed up on all of these meters from the first to the second time of ``span``.
+
+    None where it cannot be asked of one of them.
+    Raises ``StripeError`` where it does not answer.
+    """
+    sums = [gateway.billed(meter, customer, *span, account) for meter in meters]
+    known = [one for one in sums if one is not None]
+    return sum(known, Decimal(0)) if len(known) == len(sums) else None
+
+
+def cancel(gateway: Gateway, event_name: str, identifier: str, account: str) -> Outcome:
+    """Cancel an event that Stripe received within the last 24 hours; never raises.
+
+    ``ACCEPTED`` also where it is cancelled already, ``REFUSED`` for a definite no.
+    """
+    wish: Any = {"event_name": event_name, "type": "cancel", "cancel": {"identifier": identifier}}
+    try:
+        with as_stripe_error("cancel the meter event"):
+            gateway.client.v1.billing.meter_event_adjustments.create(wish, on_account(account))
+    except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is told
+        outcome = gateway.outcome_of(error)
+        if outcome.move in (Move.REFUSED, Move.UNSEAL) and _is_cancelled(outcome.message):
+            return Outcome(Move.ACCEPTED, outcome.message)
+        return Outcome(Move.REFUSED, outcome.message) if outcome.move is Move.UNSEAL else outcome
+    return Outcome(Move.ACCEPTED)
+
+
+def _is_cancelled(said: str) -> bool:
+    """Stripe has no code for it, only words, in either spelling."""
+    said = said.lower()
+    return "already" in said and ("cancelled" in said or "canceled" in said)

@@ -1,7 +1,8 @@
-"""Making the customer that Stripe does not have yet, once, however many ask for it."""
+"""Making the customer that Stripe does not have yet, once, however many ask for it; and what credits one has."""
 
 from __future__ import annotations
 
+from decimal import Decimal
 from typing import Any
 
 from langchain_stripe_meter.core.customers import Reference
@@ -38,3 +39,19 @@ def create_customer(gateway: Gateway, reference: Reference, account: str, idempo
             return str(made.id)
         now = customers.retrieve(made.id, None, on_account(account))
     return None if getattr(now, "deleted", False) else str(made.id)
+
+
+def credit_of(gateway: Gateway, customer: str, currency: str, account: str = "") -> Decimal:
+    """What the customer's credits for metered prices still pay for, in the currency's minor unit; 0 without credits.
+    Below 0 where more was taken than there was. ``currency`` is in lower case, as Stripe writes them.
+
+    Stripe takes usage off them when it finalises the invoice of a period, not before. Raises ``StripeError``.
+    """
+    wanted: Any = {
+        "customer": customer,
+        "filter": {"type": "applicability_scope", "applicability_scope": {"price_type": "metered"}},
+    }
+    with as_stripe_error("read the customer's credit balance"):
+        summary = gateway.client.v1.billing.credit_balance_summary.retrieve(wanted, on_account(account))
+    amounts = [balance.available_balance.monetary for balance in summary.balances]
+    return sum((Decimal(one.value) for one in amounts if one is not None and one.currency == currency), Decimal(0))
