@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import hypothesis
@@ -35,6 +36,9 @@ hypothesis.settings.register_profile(
     "suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], print_blob=True, derandomize=False
 )
 hypothesis.settings.load_profile("suite")
+
+MOST_PROCESSES = 4
+"""That run the suite together. Each has a PostgreSQL server of its own."""
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -171,19 +175,17 @@ def pytest_configure() -> None:
         tempfile.tempdir = None  # it is asked again
 
 
-def pytest_collection_finish(session: pytest.Session) -> None:
-    import players
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """The whole suite is run by several processes; what somebody picks from it by one, as without xdist."""
+    options = config.option
+    is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not (options.keyword or options.markexpr)
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(count, MOST_PROCESSES) if is_whole and count > 1 else 0
 
+
+def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what has been imported stays, and need not be looked through again and again
-    if not session.config.option.collectonly and any(item.name == players.TEST for item in session.items):
-        players.begin()
-
-
-def pytest_unconfigure() -> None:
-    import players
-
-    players.stop()
 
 
 # -- the table of faults: see faults.py
@@ -193,28 +195,50 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-faults", action="store_true", help="write the table of faults into the README")
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What looks at the table runs when the table is full, and what plays beside the other tests shortly before."""
-    import players
-
-    items.sort(key=lambda item: (item.path.name == "test_faults_table.py", item.name == players.TEST))
-
-
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     import faults
 
+    path = faults.TESTS.parent / report.nodeid.split("::")[0]
+    faults.ran.add(path)
     if report.outcome != "passed":
-        faults.not_passed.add(report.nodeid)
+        faults.not_passed.add(path)
 
 
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, exitstatus: pytest.ExitCode, config: pytest.Config
-) -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Another process has run its share of the suite."""
+    import faults
+
+    faults.take_in(getattr(node, "workeroutput", {}).get("faults", ()))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """The README's table is what the suite tried, which is known when all of it has been tried."""
+    import faults
+
+    config = session.config
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["faults"] = faults.told()
+    elif config.getoption("--write-faults") and not session.exitstatus:
+        faults.write(faults.table())
+    elif faults.differences(faults.rows, faults.readme_lines(), whole=is_whole(config)) and not session.exitstatus:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether all that tallies was run and passed."""
+    import faults
+
+    options = config.option
+    is_chosen = options.keyword or options.markexpr or any("::" in argument for argument in config.args)
+    return not is_chosen and faults.was_whole()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     import faults
 
     if faults.rows:
         terminalreporter.section("faults that were tried, and what they cost")
         terminalreporter.write_line(faults.table())
-    if config.getoption("--write-faults", default=False) and not exitstatus:
-        faults.write(faults.table())
+    for line in faults.differences(faults.rows, faults.readme_lines(), whole=is_whole(config)):
+        terminalreporter.write_line(f"The README's table is not that (run: python tests/faults.py): {line}", red=True)

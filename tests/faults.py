@@ -10,9 +10,10 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 from conftest import assert_invariant
 
@@ -57,9 +58,26 @@ def roughly(count: int) -> int:
 
 
 rows: dict[str, Row] = {}
-"""What this session has tried so far."""
-not_passed: set[str] = set()
-"""The tests of this session that were skipped or failed."""
+"""What this session has tried so far, in this process."""
+ran: set[Path] = set()
+"""The files of this session's tests."""
+not_passed: set[Path] = set()
+"""Those of which a test was skipped or failed."""
+
+
+def told() -> list[dict[str, Any]]:
+    """``rows`` for another process."""
+    return [
+        {name: value if name == "varies" else str(value) for name, value in asdict(row).items()}
+        for row in rows.values()
+    ]
+
+
+def take_in(others: Iterable[dict[str, Any]]) -> None:
+    """Add the rows that another process ``told``."""
+    for row in others:
+        amounts = {name: Decimal(row[name]) for name in ("lost", "billed_twice", "needed_a_person")}
+        tally(row["fault"], tried=int(row["tried"]), varies=row["varies"], **amounts)
 
 
 def tally(
@@ -160,10 +178,33 @@ def readme_lines() -> dict[str, str]:
     return {line.split(" | ")[0].removeprefix("| "): line for line in lines[2:]}
 
 
-def files() -> list[Path]:
+def files() -> set[Path]:
     """The test files that tally."""
     mine = TESTS / "test_faults_table.py"
-    return sorted(path for path in TESTS.glob("test_*.py") if path != mine and "from faults import" in path.read_text())
+    return {path for path in TESTS.glob("test_*.py") if path != mine and "from faults import" in path.read_text()}
+
+
+def was_whole() -> bool:
+    """Whether every file that tallies was run, and passed."""
+    return files() <= ran - not_passed
+
+
+def differences(tried: dict[str, Row], lines: dict[str, str], *, whole: bool) -> list[str]:
+    """How the README's table (its ``lines``) is not what was ``tried``; less is asked where the run was not whole."""
+    wrong = [f"{fault!r} is not in the table" for fault in tried.keys() - lines.keys()]
+    if whole:
+        wrong += [f"{fault!r} was not tried" for fault in lines.keys() - tried.keys()]
+    for fault in tried.keys() & lines.keys():
+        row, told = tried[fault], _tried_in(lines[fault])
+        if not row.varies and (row.tried > told or (whole and row.line() != lines[fault])):
+            wrong.append(f"{row.line()!r} is {lines[fault]!r} in the table")
+        if row.varies and whole and 2 * row.tried < told:
+            wrong.append(f"{fault!r} was tried {row.tried} times only")
+    return sorted(wrong)
+
+
+def _tried_in(line: str) -> int:
+    return int(line.split(" | ")[1].removeprefix("≈ "))
 
 
 def write(text: str) -> None:
@@ -174,5 +215,5 @@ def write(text: str) -> None:
 
 
 if __name__ == "__main__":
-    arguments = ["-q", "-p", "no:cacheprovider", "--write-faults", *map(str, files())]
+    arguments = ["-q", "-p", "no:cacheprovider", "--write-faults", *map(str, sorted(files()))]
     sys.exit(subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=TESTS.parent, check=False).returncode)

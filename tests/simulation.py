@@ -163,11 +163,6 @@ class Tally:
     rejected: int = 0
     amount_for_a_person: Decimal = Decimal(0)
 
-    @classmethod
-    def of(cls, told: dict[str, Any]) -> Tally:
-        """As another process told it in JSON."""
-        return cls(**{**told, "amount_for_a_person": Decimal(told["amount_for_a_person"])})
-
     def __iadd__(self, other: Tally) -> Tally:
         for one in fields(self):
             setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
