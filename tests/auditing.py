@@ -58,7 +58,7 @@ class Books:
         """Record usage and send it."""
         if keys:
             self.record(*keys, **facts)
-        while views.status(self.ledger).pending - views.status(self.ledger).ahead:
+        while (now := views.status(self.ledger)).pending - now.ahead:
             if not self.courier.turn() and not self.courier.in_flight:
                 self.sandbox.advance(seconds=1)
 

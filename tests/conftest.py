@@ -25,6 +25,7 @@ from sqlalchemy import create_engine, select
 from sqlalchemy.engine import make_url
 
 from langchain_stripe_meter import estimate
+from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.opening import migrate
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.ledger.store import Ledger
@@ -135,6 +136,12 @@ def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
         assert time.monotonic() < deadline, f"this did not come true within {seconds} s: {holds}"
         never.wait(pause)
         pause = min(2 * pause, 0.1)
+
+
+def is_pending(ledger: Ledger) -> bool:
+    """Whether something is on its way; quicker than to ask for its status."""
+    with ledger.read() as connection:
+        return views.pending(connection) > 0
 
 
 def assert_invariant(ledger: Ledger, sandbox: StripeSandbox, *, settled: bool = False) -> None:

@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from conftest import wait_until
+from conftest import is_pending, wait_until
 
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
@@ -55,8 +55,8 @@ class Shop:
     def drive(self, courier: Courier | None = None, *, seconds: int = 3600) -> None:
         """Let the courier work until nothing is pending, moving the clock on while it waits, at most ``seconds``."""
         courier = courier or self.courier
-        until, step = self.sandbox.now() + seconds, max(1, seconds // 600)
-        while self.is_pending and self.sandbox.now() < until:
+        until, step = self.sandbox.now() + seconds, max(1, seconds // 200)
+        while is_pending(self.ledger) and self.sandbox.now() < until:
             if not courier.turn() and not courier.in_flight:
                 self.sandbox.advance(seconds=step)
 
@@ -65,11 +65,6 @@ class Shop:
         courier = courier or self.courier
         courier.gateway.load_meters()
         courier.turn()
-
-    @property
-    def is_pending(self) -> bool:
-        with self.ledger.read() as connection:
-            return views.pending(connection) > 0
 
     @property
     def status(self) -> views.Status:

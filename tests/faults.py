@@ -15,7 +15,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from conftest import assert_invariant
+from conftest import assert_invariant, is_pending
 
 from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
@@ -138,7 +138,7 @@ def deliver(ledger: Ledger, sandbox: StripeSandbox, *, url: str | None = None, c
     """Deliver all that is pending, moving the sandbox's clock on while a courier waits; the invariant holds at every
     turn. The ledger goes by that clock."""
     courier = Courier(ledger, Gateway(sandbox.api_key, api_base=url or sandbox.url), concurrency=concurrency)
-    while views.status(ledger).pending:
+    while is_pending(ledger):
         if not courier.turn() and not courier.in_flight:
             sandbox.advance(seconds=5)
         assert_invariant(ledger, sandbox)

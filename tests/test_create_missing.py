@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_invariant
+from conftest import assert_invariant, is_pending
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
@@ -65,7 +65,7 @@ class Desk:
     def drive(self, courier: Courier, seconds: int = 7200) -> None:
         """Let it work, moving the clock on while it waits, until nothing is pending."""
         until = self.sandbox.now() + seconds
-        while views.status(self.ledger).pending and self.sandbox.now() < until:
+        while is_pending(self.ledger) and self.sandbox.now() < until:
             if not courier.turn() and not courier.in_flight:
                 self.sandbox.advance(seconds=12)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conftest import is_pending, wait_until
 from faults import settled, tally
 from sqlalchemy import event, update
 from typer.testing import CliRunner
@@ -67,7 +67,7 @@ class Shop:
         """One courier's life; unless it ``ends``, it is killed."""
         gateway = Gateway(self.sandbox.api_key, api_base=self.sandbox.url)
         courier = Courier(self.ledger, gateway, on_error=self.errors.append, roll_up=roll_up)
-        until = until or (lambda: not views.status(self.ledger).pending)
+        until = until or (lambda: not is_pending(self.ledger))
         wait_until(lambda: (courier.turn(), until())[1])
         if ends:
             courier.close(5)
@@ -178,7 +178,7 @@ def killed(shop: Shop) -> Iterator[Callable[[], None]]:
     """A courier that sends what is there when it is told to, and never ends by itself."""
     gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
     courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
-    yield lambda: wait_until(lambda: (courier.turn(), not views.status(shop.ledger).pending)[1])
+    yield lambda: wait_until(lambda: (courier.turn(), not is_pending(shop.ledger))[1])
     gateway.close()
 
 

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
-from conftest import assert_invariant
+from conftest import assert_invariant, is_pending
 from faults import settled
 
 from langchain_stripe_meter.core.states import ReadingState
@@ -85,7 +85,7 @@ def work(courier: Courier, sandbox: StripeSandbox, *, seconds: int, step: int = 
     until = sandbox.now() + seconds
     while sandbox.now() < until:
         if not courier.turn() and not courier.in_flight:
-            if not views.status(courier.ledger).pending:
+            if not is_pending(courier.ledger):
                 return
             sandbox.advance(seconds=step)
         assert_invariant(courier.ledger, sandbox)

@@ -281,7 +281,13 @@ def test_a_reading_without_amount_and_customer_needs_both(ledger: Ledger) -> Non
 
 
 def test_more_held_readings_can_be_assigned_than_a_statement_takes_values(ledger: Ledger) -> None:
-    ledger.record([named(f"run-{number}") for number in range(70_000)])
+    ledger.record([named("run")])
+    columns = "event_name, reference, value, at, estimated, state"
+    with ledger.deliver_lane().transaction() as connection:
+        connection.exec_driver_sql(
+            f"INSERT INTO readings (key, {columns}) WITH RECURSIVE runs(number) AS (SELECT 1 UNION ALL "
+            f"SELECT number + 1 FROM runs WHERE number < 69999) SELECT 'run-' || number, {columns} FROM readings, runs"
+        )
     do(ledger, resolving.hold, UNKNOWN_ANN, "unknown", NOW)
     (held,) = views.held(ledger)
     assert acts.assign(ledger, held.ids, "cus_1") == 70_000
