@@ -314,7 +314,7 @@ def _finish(
 
 def reap(connection: Connection, now: int) -> int:
     """Events that somebody began to send and never settled: their outcome is unknown."""
-    query = select(events).where(events.c.state == EventState.SENDING.value)
+    query = select(events).where(IS_SENDING)
     dead = [row for row in connection.execute(query).mappings() if _is_dead(row["lease"], row["lease_until"], now)]
     if dead and connection.dialect.name == "postgresql":  # another courier may be at it: leave those to that one
         mine = select(events.c.id).where(events.c.id.in_([row["id"] for row in dead]))
