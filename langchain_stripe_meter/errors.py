@@ -139,8 +139,8 @@ def place_of(error: BaseException) -> str:
 class AgeAlarm(MeteringError):  # noqa: N818 - it is no error that something raised, but what ``on_error`` is told
     """Usage grows old, or its billing period closes, before Stripe has it.
 
-    ``threshold`` is ``"7 days"``, ``"21 days"``, ``"30 days"``, ``"closing"`` or ``"closed"``; ``counts`` maps meters
-    to how many readings and events there are.
+    ``threshold`` is ``"7 days"``, ``"21 days"``, ``"30 days"``, ``"34 days"``, ``"closing"`` or
+    ``"closed"``; ``counts`` maps meters to how many readings and events there are.
     """
 
     def __init__(self, message: str, threshold: str = "", counts: Mapping[str, int] | None = None) -> None:
@@ -153,11 +153,16 @@ OnError = Callable[[MeteringError], None]
 
 
 def tell(on_error: OnError | None, error: MeteringError) -> None:
-    """Log ``error`` and hand it on; a callback that fails is logged and stops nothing."""
+    """Log ``error`` and hand it on."""
     logger.warning("stripe-meter: %s", error)
+    hand_on(on_error, error)
+
+
+def hand_on(on_error: OnError | None, error: MeteringError) -> None:
+    """Call ``on_error``, if there is one; where that fails, it is logged and stops nothing."""
     if on_error is None:
         return
     try:
         on_error(error)
-    except Exception as own:  # noqa: BLE001 - the caller's callback must not stop the audit
+    except Exception as own:  # noqa: BLE001 - it is the application's own
         logger.warning("stripe-meter: on_error itself failed: %s", type(own).__name__)

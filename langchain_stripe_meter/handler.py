@@ -22,10 +22,10 @@ from langchain_stripe_meter.core.customers import CustomerSource, as_source, fir
 from langchain_stripe_meter.core.events import check_account, check_on_error, check_tenant, check_webhook_secret
 from langchain_stripe_meter.core.meters import Call, Meter
 from langchain_stripe_meter.core.tenants import Tenant, TenantSource, lead_fields, lead_region
-from langchain_stripe_meter.delivery.courier import Courier, OnError
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError, OnError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import DEFAULT_LEDGER, views
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
@@ -36,7 +36,6 @@ from langchain_stripe_meter.reentry import inside
 if TYPE_CHECKING:
     from stripe import StripeClient
 
-DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 MAX_ROLL_UP = 3600
 """Seconds; invoices are finalised an hour after their period, so usage must not wait longer."""
 START_SECONDS = 10

@@ -12,7 +12,7 @@ from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.core.tenants import lead_region
 from langchain_stripe_meter.counting import entry_of
-from langchain_stripe_meter.errors import ConfigurationError, StripeError, UnrecordedError
+from langchain_stripe_meter.errors import ConfigurationError, OnError, StripeError, UnrecordedError
 from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import doubts, sealing, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
@@ -24,7 +24,7 @@ from langchain_stripe_meter.recording import Recorder
 if TYPE_CHECKING:
     from langchain_stripe_meter.audit.verify import Verification
     from langchain_stripe_meter.audit.webhooks import Webhooks
-    from langchain_stripe_meter.delivery.courier import Courier, OnError
+    from langchain_stripe_meter.delivery.courier import Courier
     from langchain_stripe_meter.gateway.client import Gateway
     from langchain_stripe_meter.ledger.keeping import Pruned
 

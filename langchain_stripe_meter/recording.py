@@ -33,12 +33,14 @@ from langchain_stripe_meter.core.tenants import (
 from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.counting import Ending, Use, amounts_of, estimated, is_known, lost_of, readings_of, said_of
-from langchain_stripe_meter.delivery.courier import Courier, OnError
+from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import (
     ConfigurationError,
     LedgerError,
     MeteringError,
+    OnError,
     UnrecordedError,
+    hand_on,
     place_of,
 )
 from langchain_stripe_meter.forks import renew_after_fork
@@ -216,12 +218,7 @@ class Recorder:
             raise type(error)(f"{error} This handler left {readings} unrecorded{amounts}.") from error
 
     def _tell(self, error: MeteringError) -> None:
-        if self.on_error is None:
-            return
-        try:
-            self.on_error(error)
-        except Exception as own:  # noqa: BLE001 - nor over its owner's callback
-            logger.error("stripe-meter: on_error itself failed: %s", type(own).__name__)  # noqa: TRY400
+        hand_on(self.on_error, error)
 
     def _entries(self, endings: Sequence[Ending]) -> list[Entry]:
         entries: list[Entry] = []

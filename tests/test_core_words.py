@@ -36,7 +36,6 @@ from langchain_stripe_meter.core.events import (
 from langchain_stripe_meter.core.meters import Call, Cost, Credits, Meter, Tokens
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.core.tokens import Secrets, sign
-from langchain_stripe_meter.core.tokens import check_account as check_own_account
 from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, MeteringError, UsageError
 
@@ -254,8 +253,6 @@ def test_a_report_that_contradicts_itself_is_quoted(read: Callable[[], object], 
          "expires_at=-1 is neither Unix seconds (an int) nor a datetime."),
         (lambda: sign("cus_1", SECRETS, expires_at=datetime(2027, 1, 1)),  # noqa: DTZ001 - it has no time zone
          "expires_at=datetime.datetime(2027, 1, 1, 0, 0) has no time zone; use datetime(..., tzinfo=timezone.utc)."),
-        (lambda: check_own_account("1"), ("account='1' is not the id of a Stripe account such as "
-         "'acct_1032D82eZvKYlo2C'.")),
     ],
 )  # fmt: skip
 def test_what_signs_no_token_is_named_with_its_remedy(make: Callable[[], object], words: str) -> None:

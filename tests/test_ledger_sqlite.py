@@ -25,7 +25,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
 from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
-from langchain_stripe_meter.ledger.opening import prepare_file
+from langchain_stripe_meter.ledger.opening import tighten
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
 NOW = 1_800_000_000
@@ -106,7 +106,7 @@ def test_a_file_of_somebody_else_that_others_may_read_is_refused() -> None:
         path.touch()
         path.chmod(0o666)
         with pytest.raises(LedgerError, match=r"0666.*somebody else"), as_somebody_else():
-            prepare_file(path)
+            tighten(path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o666
 
 
@@ -194,7 +194,9 @@ def test_a_database_of_something_else_is_refused_and_left_byte_for_byte(path: Pa
     connection.execute("CREATE TABLE recipes (name TEXT)")
     connection.commit()
     connection.close()
+    path.chmod(0o644)
     refused(path, ForeignLedgerError, "recipes")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o644
 
 
 def test_a_newer_ledger_is_refused_by_the_name_of_its_schema(ledger: Ledger, path: Path) -> None:

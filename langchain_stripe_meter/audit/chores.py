@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from decimal import Decimal
 
 from langchain_stripe_meter.audit.windows import Windows
 from langchain_stripe_meter.core.doubts import MINUTE, Facts, Look, decide, is_ready
 from langchain_stripe_meter.core.periods import Late, Span, check_billing_day, sentence, spans, untold
 from langchain_stripe_meter.errors import AgeAlarm, OnError, StripeError, tell
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
+from langchain_stripe_meter.gateway.meters import billed_on
 from langchain_stripe_meter.ledger import doubts, keeping
 from langchain_stripe_meter.ledger.doubts import Place
 from langchain_stripe_meter.ledger.store import Ledger
@@ -81,13 +81,9 @@ class Doubts:
             return Look(None, f"Stripe has no meter with the event name {place.event_name!r}.")
         if any(meter.formula != "sum" or meter.window for meter in named):
             return Look(None, f"not every meter with the event name {place.event_name!r} adds up what it is sent.")
-        total = Decimal(0)
-        for meter in named:
-            billed = self._gateway.billed(meter.id, place.customer, place.minute, place.minute + MINUTE, place.account)
-            if billed is None:
-                return Look(None, f"Stripe has no sums of the customer {place.customer}.")
-            total += billed
-        return Look(total)
+        minute = (place.minute, place.minute + MINUTE)
+        billed = billed_on(self._gateway, [meter.id for meter in named], place.customer, minute, place.account)
+        return Look(billed, "" if billed is not None else f"Stripe has no sums of the customer {place.customer}.")
 
     def _settle(self, facts: Facts, look: Look, now: int) -> str | None:
         """Store what was seen and decided; the reason for which a person is needed, if it is a new one."""

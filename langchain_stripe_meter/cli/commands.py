@@ -27,7 +27,8 @@ from langchain_stripe_meter.cli.show import (
     rows,
     say,
 )
-from langchain_stripe_meter.cli.world import DEFAULT_LEDGER, open_gateway, open_ledger, until_stopped
+from langchain_stripe_meter.cli.world import open_gateway, open_ledger, until_stopped
+from langchain_stripe_meter.ledger import DEFAULT_LEDGER
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.sandbox import StripeSandbox

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from langchain_stripe_meter.cli.show import JsonOption, LedgerOption, clear_errors, console, fail, print_json, rows, say
-from langchain_stripe_meter.cli.world import DEFAULT_LEDGER, open_gateway, open_ledger
+from langchain_stripe_meter.cli.world import open_gateway, open_ledger
+from langchain_stripe_meter.ledger import DEFAULT_LEDGER
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.gateway.client import MeterInfo

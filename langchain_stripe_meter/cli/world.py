@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.ledger import DEFAULT_LEDGER
 
 if TYPE_CHECKING:
     from langchain_stripe_meter.gateway.client import Gateway
     from langchain_stripe_meter.ledger.store import Ledger
-
-DEFAULT_LEDGER = "sqlite:///stripe_meter.db"
 
 
 @contextmanager

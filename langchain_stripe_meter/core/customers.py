@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 from langchain_stripe_meter.core import tokens
-from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.events import check_account, check_customer_id
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
@@ -244,7 +244,7 @@ class FromSignedToken:
 
     def __post_init__(self) -> None:
         _key(self.key)
-        tokens.check_account(self.account)
+        check_account(self.account or "")
 
     def identify(self, facts: Facts) -> Reference | Skip:
         reason = f"there is no signed token under {self.key!r}"

@@ -16,7 +16,7 @@ from cachetools import LRUCache
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, Pace
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
-from langchain_stripe_meter.errors import MeteringError, StripeError, place_of
+from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, place_of, tell
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
@@ -38,7 +38,6 @@ CHORES_SECONDS = 60
 LAST_SECONDS = 1.0
 """How much longer than its deadline ``close`` waits for the ledger to be told what was still in flight."""
 
-OnError = Callable[[MeteringError], None]
 Chore = Callable[[int], None]
 """Something that is done every minute while there is a courier, given the time; it may raise. One of the ``chores`` may
 ask Stripe, and rests while nothing may be sent; one of the ``watches`` looks at the ledger only, and never rests."""
@@ -73,7 +72,7 @@ class Courier:
         self._chores = chores
         self._watches = watches
         self._create_missing = create_missing
-        self._on_error = on_error or (lambda _error: None)
+        self._on_error = on_error
         self.after_fork()
         renew_after_fork(self)
 
@@ -329,11 +328,7 @@ class Courier:
         if not isinstance(error, MeteringError):
             logger.warning("stripe-meter: the courier failed: %s at %s", type(error).__name__, place_of(error))
             return
-        logger.warning("stripe-meter: %s", error)
-        try:
-            self._on_error(error)
-        except Exception as own:  # noqa: BLE001 - the caller's callback must not stop delivery
-            logger.warning("stripe-meter: on_error itself failed: %s", type(own).__name__)
+        tell(self._on_error, error)
 
     @property
     def is_running(self) -> bool:

@@ -18,6 +18,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -32,6 +33,7 @@ from langchain_stripe_meter.ledger.opening import (
     bring_up_to_date,
     make_engine,
     parse_url,
+    tighten,
     without_password,
 )
 from langchain_stripe_meter.reentry import inside
@@ -270,6 +272,8 @@ class Database:
                 bring_up_to_date(lane, automatic=self.automatic)
                 if self.on_open is not None:
                     self.on_open(lane)
+                if self.is_sqlite:  # it is a ledger, and ours
+                    tighten(Path(self._path))
             except BaseException:
                 lane.drop()
                 engine.dispose()

@@ -67,8 +67,6 @@ def without_password(url: str) -> str:
 def prepare_file(path: Path) -> None:
     """Create the file as 0600 before SQLite does; refuse a symbolic link, which could point anywhere.
 
-    A file that is for others too is made 0600, and refused where that is not ours to do.
-
     A file that exists is not opened here: closing it again would drop the locks that SQLite holds on it for another
     ledger in this process (POSIX), and a third process could then throw its write-ahead log away.
     """
@@ -84,11 +82,13 @@ def prepare_file(path: Path) -> None:
             f"The ledger {path} cannot be opened for writing: {error.strerror}. "
             "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
         ) from error
-    if os.name == "posix":
-        _tighten(path)
 
 
-def _tighten(path: Path) -> None:
+def tighten(path: Path) -> None:
+    """Make a ledger that is for others too 0600, with SQLite's own files beside it; refuse where that is not ours to
+    do."""
+    if os.name != "posix":
+        return
     loose = 0
     for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
         with suppress(FileNotFoundError):  # SQLite's own come and go
