@@ -13,7 +13,14 @@ from conftest import wait_until
 from courier_shop import StillShop
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.delivery.guard import ACCOUNT, LISTINGS_AT_ONCE, PAUSE_SECONDS, WRONG_SECONDS, Clocks
+from langchain_stripe_meter.delivery.guard import (
+    ACCOUNT,
+    LISTING_DELAY,
+    LISTINGS_AT_ONCE,
+    PAUSE_SECONDS,
+    WRONG_SECONDS,
+    Clocks,
+)
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import sealing, views
@@ -327,6 +334,20 @@ def test_an_account_whose_meters_stripe_does_not_list_for_now_waits_alone_and_is
     later(shop, PAUSE_SECONDS)
     shop.answered()
     assert shop.states()["theirs"] == "delivered"
+
+
+def test_an_account_that_did_not_answer_and_is_then_closed_is_told_to_be_held(shop: StillShop) -> None:
+    connect(shop)
+    theirs = lambda request: request.headers.get("stripe-account") == THEIRS  # noqa: E731
+    shop.sandbox.fail(refuse(503), path=METERS, where=theirs)
+    shop.record("theirs", account=THEIRS)
+    shop.answered()
+    close_account(shop)
+    later(shop, LISTING_DELAY)
+    shop.answered()
+    waits, held = [str(error) for error in shop.errors]
+    assert waits.startswith(f"Usage on the account {THEIRS} waits: ")
+    assert held.startswith(f"Usage on the account {THEIRS} is held: HTTP 403")
 
 
 def test_an_account_that_is_slow_to_list_its_meters_delays_no_other(shop: StillShop) -> None:

@@ -5,7 +5,6 @@ The ledger is the queue: the thread owns nothing but a wake-up flag and the requ
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from cachetools import LRUCache
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, Pace
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
-from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, place_of, tell
+from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, logger, place_of, tell
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
@@ -24,8 +23,6 @@ from langchain_stripe_meter.ledger.outbox import Claimed, Line
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.reentry import Bell, inside
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 IDLE_SECONDS = 5.0
 """How often a courier with nothing to do looks whether another process has recorded something."""

@@ -3,14 +3,13 @@ to us, with meters that add up rightly, how much does Stripe take at once, and i
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import Move, backoff
-from langchain_stripe_meter.errors import ForeignLedgerError, StripeError
+from langchain_stripe_meter.errors import ForeignLedgerError, StripeError, logger
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import problem_with
 from langchain_stripe_meter.ledger import resolving, sealing
@@ -41,8 +40,6 @@ WRONG_SECONDS = 300
 """How wrong our clock may be before it is told: by more, Stripe refuses what is dated ahead."""
 CLOCK = "clock"
 """The ledger's note that says how wrong the clock of the machine that delivers is."""
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 class Listing(NamedTuple):
@@ -176,9 +173,9 @@ class Guard:
                 _, due = resolving.hold_usage(connection, (account, None), why, now, rest and rest.until)
                 sealing.withdraw(connection, account, why, due)
             del self._refused[account]
-            is_news = (account, None) not in self._rests
+            before = self._rests.get((account, None))
             self._rests[account, None] = _Rest(due, why)
-            if is_news:
+            if before is None or before.why is None:
                 said = f"Usage on {_called(account)} is held: {why.rstrip('.')}. See: stripe-meter held"
                 self._tell(StripeError(said))
 
