@@ -236,7 +236,8 @@ def test_what_interrupts_a_group_commit_is_written_after_it() -> None:
     assert written == [1, 2]
 
 
-def test_a_group_commit_that_is_closed_while_somebody_wakes_its_helper_leaves_nobody_waiting() -> None:
+@pytest.mark.parametrize("closes", ["another thread", "a signal's handler"])
+def test_a_group_commit_that_is_closed_while_somebody_wakes_its_helper_leaves_nobody_waiting(closes: str) -> None:
     written: list[str] = []
     group = GroupCommit(written.extend)
 
@@ -249,10 +250,13 @@ def test_a_group_commit_that_is_closed_while_somebody_wakes_its_helper_leaves_no
     assert helper is not None
 
     def is_alive() -> bool:
-        """Right after it was asked, another thread closes the group, if it can."""
-        closing = threading.Thread(target=group.close)
-        closing.start()
-        closing.join(0.2)
+        """Right after it was asked, the group is closed, as far as that can be."""
+        if closes == "another thread":
+            closing = threading.Thread(target=group.close)
+            closing.start()
+            closing.join(0.2)
+        else:
+            group.close()
         return True
 
     helper.is_alive = is_alive  # type: ignore[method-assign]

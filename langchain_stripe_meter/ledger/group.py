@@ -54,7 +54,7 @@ class GroupCommit(Generic[T]):
         self._jobs: deque[_Job[T]] = deque()
         self._leader = threading.Lock()
         self._telling = threading.Lock()
-        self._ringing = threading.Lock()
+        self._ringing = threading.RLock()  # a signal's handler may close it amid a ring
         self._helper: threading.Thread | None = None
         self._bell: SimpleQueue[bool] = SimpleQueue()
         self._rung = False
@@ -119,14 +119,14 @@ class GroupCommit(Generic[T]):
         with self._ringing:
             if self._rung:
                 return True
-            self._rung = True
+            self._rung, bell = True, self._bell
             try:
                 if self._helper is None or not self._helper.is_alive():
                     self._helper = threading.Thread(
-                        target=self._serve, args=(self._bell,), name="stripe-meter-ledger", daemon=True
+                        target=self._serve, args=(bell,), name="stripe-meter-ledger", daemon=True
                     )
                     self._helper.start()
-                self._bell.put(True)
+                bell.put(True)
             except BaseException as error:  # also Ctrl-C: who comes next must not rely on this ring
                 self._rung = False
                 if not isinstance(error, RuntimeError):
@@ -135,7 +135,9 @@ class GroupCommit(Generic[T]):
             return True
 
     def _serve(self, bell: SimpleQueue[bool]) -> None:
-        while bell.get():
+        goes_on = True
+        while goes_on:
+            goes_on = bell.get()
             self._rung = False  # before looking, so that a job that comes meanwhile rings again
             within(self._drain)
 
@@ -144,7 +146,7 @@ class GroupCommit(Generic[T]):
         with inside(), self._ringing:
             if self._helper is not None:
                 self._helper = None
-                self._rung = False  # what was rung, the helper still hears
+                self._rung = False  # whoever has rung is still heard: the helper looks once more before it ends
                 self._bell.put(False)
                 self._bell = SimpleQueue()
 
