@@ -197,9 +197,18 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     return Settlement(next_event_state(EventState.SENDING, move), attempts, now + delay, first_unknown)
 
 
+def safe_window(now: int) -> tuple[int, int]:
+    """Between which times, both excluded, an outcome must have become unknown for Stripe still to know the identifier.
+
+    A clock that ran backwards errs to the safe side.
+    """
+    return now - SAFE_WINDOW, now + CLOCK_MARGIN
+
+
 def out_of_window(first_unknown_at: int, now: int) -> bool:
-    """Whether Stripe may have forgotten the identifier. A clock that ran backwards errs to the safe side."""
-    return not -CLOCK_MARGIN < now - first_unknown_at < SAFE_WINDOW
+    """Whether Stripe may have forgotten the identifier."""
+    since, until = safe_window(now)
+    return not since < first_unknown_at < until
 
 
 def backoff(attempts: int, identifier: str) -> int:

@@ -33,8 +33,6 @@ from sqlalchemy import (
 
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
-    CLOCK_MARGIN,
-    SAFE_WINDOW,
     STALE_AFTER,
     Attempt,
     EventState,
@@ -43,6 +41,7 @@ from langchain_stripe_meter.core.states import (
     ReadingState,
     next_event_state,
     out_of_window,
+    safe_window,
     settle,
 )
 from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
@@ -234,8 +233,8 @@ def _doubt_forgotten(connection: Connection, now: int) -> None:
     Our clock may have run back since an outcome became unknown: by the time that it has caught up, an old doubt would
     look young.
     """
-    forgotten = connection.execute(_FORGOTTEN, {"old": now - SAFE_WINDOW, "ahead": now + CLOCK_MARGIN})
-    for row in forgotten.mappings().all():
+    since, until = safe_window(now)
+    for row in connection.execute(_FORGOTTEN, {"old": since, "ahead": until}).mappings().all():
         _set_aside(connection, row, next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW), row["error"], now)
 
 
