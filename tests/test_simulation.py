@@ -41,20 +41,23 @@ def test_the_same_holds_over_http() -> None:
 def find_a_failure(match: str) -> None:
     """At least one of a few seeds must notice what is wrong."""
     with pytest.raises(AssertionError, match=match):
-        play(range(60))
+        play(range(100))
 
 
+@pytest.mark.timeout(300)
 def test_it_notices_an_identifier_that_is_repeated_after_stripe_forgot_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(states, "SAFE_WINDOW", 40 * 3600)
     find_a_failure("billed twice")
 
 
+@pytest.mark.timeout(300)
 def test_it_notices_a_decision_after_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doubts, "_saw_the_same", lambda *_: True)
     monkeypatch.setattr(doubts, "_could_have_been_swapped", lambda *_, **__: False)  # it leaves less to the looks
     find_a_failure("billed twice|lost")
 
 
+@pytest.mark.timeout(300)
 def test_it_notices_a_killed_courier_that_is_taken_for_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(outbox, "Outcome", lambda _move, why: Outcome(Move.REFUSED_FOR_NOW, why))
     find_a_failure("billed twice|lost|not known as delivered")
