@@ -17,7 +17,7 @@ from metering import Shop
 
 from langchain_stripe_meter import Tokens, first_of, from_lead, from_metadata
 from langchain_stripe_meter.agents import capture_lead_tool
-from langchain_stripe_meter.cli.scripted import ScriptedModel, says
+from langchain_stripe_meter.cli.demo import ScriptedModel, says
 from langchain_stripe_meter.errors import ConfigurationError
 
 

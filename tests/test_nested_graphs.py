@@ -25,7 +25,7 @@ from langchain_stripe_meter.agents.limits import (
     SpendLimitError,
     SpendLimitMiddleware,
 )
-from langchain_stripe_meter.cli.scripted import ScriptedModel, says
+from langchain_stripe_meter.cli.demo import ScriptedModel, says
 from langchain_stripe_meter.errors import UnidentifiedError
 from langchain_stripe_meter.ledger import views
 

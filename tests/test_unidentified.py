@@ -20,7 +20,7 @@ from pydantic import Field
 from sqlalchemy import insert
 
 from langchain_stripe_meter import Messages, Tokens, first_of, from_lead, from_metadata, static, stripe_meter
-from langchain_stripe_meter.cli.scripted import ScriptedModel, says
+from langchain_stripe_meter.cli.demo import ScriptedModel, says
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, UnidentifiedError
 from langchain_stripe_meter.ledger.schema import pruned

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from langchain_stripe_meter.cli.world import new_gateway
+from langchain_stripe_meter.cli.shared import new_gateway
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import MeterInfo
 from langchain_stripe_meter.gateway.meters import problem_with

@@ -1,15 +1,20 @@
-"""How the commands answer: tables for people, ``--json`` for programs, one sentence for what went wrong."""
+"""What the commands share: how they open what they need, and how they answer: tables for people, ``--json`` for
+programs, one sentence for what went wrong."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from decimal import Decimal
-from typing import Annotated, Any, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -17,6 +22,12 @@ from rich.table import Table
 from rich.text import Text
 
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
+from langchain_stripe_meter.ledger import DEFAULT_LEDGER
+
+if TYPE_CHECKING:
+    from langchain_stripe_meter.gateway.client import Gateway
+    from langchain_stripe_meter.ledger.store import Ledger
+
 
 LedgerOption = Annotated[
     str | None, typer.Option("--ledger", envvar="STRIPE_METER_LEDGER", help="The ledger's database address.")
@@ -156,3 +167,59 @@ def from_ranges(texts: Sequence[str]) -> list[int]:
 def print_json(value: Any) -> None:
     """JSON on standard output; amounts as text, so that no reader rounds them."""
     sys.stdout.write(json.dumps(value, default=str, indent=2) + "\n")
+
+
+@contextmanager
+def open_ledger(url: str | None) -> Iterator[Ledger]:
+    """The ledger. It must exist already: a mistyped path must not create an empty one."""
+    ledger = new_ledger(url)
+    missing = missing_file(ledger)
+    if missing is not None:
+        raise ConfigurationError(
+            f"There is no ledger at {missing}. Give its address with --ledger or $STRIPE_METER_LEDGER."
+        )
+    with closing(ledger):
+        yield ledger
+
+
+def new_ledger(url: str | None) -> Ledger:
+    """The ledger, whether it exists or not; it is opened, and made, when it is first used."""
+    from langchain_stripe_meter.ledger.store import Ledger
+
+    return Ledger(url or DEFAULT_LEDGER)
+
+
+def missing_file(ledger: Ledger) -> Path | None:
+    """The absolute path of the ledger's file where there is none yet."""
+    if not ledger.database.is_sqlite:
+        return None
+    path = Path(str(ledger.database.url.database)).absolute()
+    return None if path.exists() else path
+
+
+@contextmanager
+def open_gateway() -> Iterator[Gateway]:
+    """Stripe, by ``$STRIPE_API_KEY``."""
+    with closing(new_gateway()) as gateway:
+        yield gateway
+
+
+def new_gateway() -> Gateway:
+    """Stripe, for the caller to close. The gateway's own advice about a missing key is for Python."""
+    from langchain_stripe_meter.gateway.client import Gateway
+
+    if not os.environ.get("STRIPE_API_KEY"):
+        raise ConfigurationError("There is no Stripe API key. Set $STRIPE_API_KEY to yours.")
+    return Gateway()
+
+
+@contextmanager
+def until_stopped() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, inside the block."""
+    stopping = threading.Event()
+    before = {number: signal.signal(number, lambda *_: stopping.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
