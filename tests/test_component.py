@@ -132,7 +132,7 @@ def test_no_key_a_malformed_key_and_a_wrong_key_are_told_apart(
     monkeypatch.delenv("STRIPE_API_KEY")
     missing = error_of(StripeMeterEvent().invoke(INPUT))
     assert missing["type"] == "configuration"
-    assert "STRIPE_API_KEY" in missing["message"]
+    assert missing["message"] == "There is no Stripe API key: set $STRIPE_API_KEY, or pass it as stripe."
 
 
 def test_an_unknown_meter_is_stripes_no(sandbox: StripeSandbox) -> None:

@@ -59,6 +59,18 @@ class TestKeys:
         assert isinstance(error, stripe.PermissionError)
         assert "'meters:read' permission" in words(error)
 
+    def test_cancelling_has_a_permission_of_its_own(self, sandbox: StripeSandbox, ann: str) -> None:
+        sandbox.allow("rk_test_send", {"meter_events:write"})
+        sandbox.allow("rk_test_cancel", {"meter_event_adjustments:write"})
+        identifier = send(client_of(sandbox, "rk_test_send"), ann).identifier
+        params: Any = {"event_name": "ai_tokens", "type": "cancel", "cancel": {"identifier": identifier}}
+        sender, canceller = (
+            client_of(sandbox, key).v1.billing.meter_event_adjustments for key in ("rk_test_send", "rk_test_cancel")
+        )
+        assert "'meter_event_adjustments:write' permission" in words(refusal(sender.create, params))
+        canceller.create(params)
+        assert sandbox.billed("ai_tokens", ann) == 0
+
     def test_writing_includes_reading(self, sandbox: StripeSandbox) -> None:
         sandbox.allow("rk_test_w", {"customers:write"})
         assert client_of(sandbox, "rk_test_w").v1.customers.list().data == []

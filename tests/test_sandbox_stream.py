@@ -21,7 +21,7 @@ V2_EVENTS = "/v2/billing/meter_events"
 
 @pytest.fixture
 def sandbox() -> Iterator[StripeSandbox]:
-    with StripeSandbox() as sandbox:
+    with StripeSandbox(api_key="sk_live_sandbox") as sandbox:
         sandbox.create_meter("ai_tokens")
         yield sandbox
 
@@ -187,6 +187,12 @@ class TestTheStream:
         assert (unknown.type, unknown.meter) == ("v1.billing.meter.no_meter_found", None)
         assert sandbox.billed("ai_tokens") == {ann: 1}
 
+    def test_is_there_in_live_mode_only(self) -> None:
+        with StripeSandbox() as sandbox:
+            error = refusal(client_of(sandbox).v2.billing.meter_event_session.create)
+        assert error.http_status == 400
+        assert "live mode" in words(error)
+
     @freeze_time("2027-01-15T08:00:00Z")
     def test_needs_a_token_that_is_less_than_15_minutes_old(
         self, sandbox: StripeSandbox, client: stripe.StripeClient, ann: str
@@ -202,7 +208,7 @@ class TestTheStream:
         assert sandbox.billed("ai_tokens", ann) == 1
 
     def test_of_a_connected_account_bills_there(self, sandbox: StripeSandbox) -> None:
-        connected = sandbox.connect("acct_x")
+        connected = sandbox.connect("acct_x", livemode=True)
         connected.create_meter("ai_tokens")
         bob = connected.create_customer()
         stream(client_of(sandbox, stripe_account="acct_x"), event(bob))
@@ -231,7 +237,7 @@ class TestAnErrorReport:
     def test_of_a_connected_account_is_fetched_in_its_context(
         self, sandbox: StripeSandbox, client: stripe.StripeClient
     ) -> None:
-        connected = sandbox.connect("acct_x")
+        connected = sandbox.connect("acct_x", livemode=True)
         connected.create_meter("ai_tokens")
         stream(client_of(sandbox, stripe_account="acct_x"), event("cus_x"))
         raw, signature = sandbox.thin_event(connected.rejections[0])

@@ -304,7 +304,7 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
     """
     key: Any = os.environ.get("STRIPE_API_KEY") if given is None else given
     if not key:
-        raise ConfigurationError(f"No Stripe API key. Set $STRIPE_API_KEY or pass stripe=...{otherwise}.")
+        raise ConfigurationError(f"There is no Stripe API key: set $STRIPE_API_KEY, or pass it as stripe{otherwise}.")
     if isinstance(key, str) and not _KEY.match(key):
         kind = "a publishable key (pk_…)" if key.startswith("pk_") else "no secret or restricted key"
         raise ConfigurationError(f"The Stripe API key is {kind}. It must look like 'sk_test_…' or 'rk_live_…'.")

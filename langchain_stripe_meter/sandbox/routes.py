@@ -16,9 +16,19 @@ from langchain_stripe_meter.sandbox.rules import summaries
 from langchain_stripe_meter.sandbox.wire import EXPAND, INTEGER, LISTING, Field, Json, StripeRefusalError, rfc3339
 
 SESSION_SECONDS = 15 * 60
+LIVE = ("sk_live_", "rk_live_")
 PERMISSIONS = frozenset(
     f"{what}:{how}"
-    for what in ("meter_events", "meters", "customers", "account", "events", "credits", "prices")
+    for what in (
+        "meter_events",
+        "meter_event_adjustments",
+        "meters",
+        "customers",
+        "account",
+        "events",
+        "credits",
+        "prices",
+    )
     for how in ("read", "write")
 )
 EVENT_V2 = {
@@ -75,7 +85,7 @@ class Key:
     @property
     def livemode(self) -> bool:
         """Whether it works on live data."""
-        return self.text.startswith(("sk_live_", "rk_live_"))
+        return self.text.startswith(LIVE)
 
     @property
     def shown(self) -> str:
@@ -246,6 +256,8 @@ def create_adjustment(visit: Visit) -> Json:
 
 
 def create_session(visit: Visit) -> Json:
+    if not visit.account.livemode:
+        raise StripeRefusalError("The meter event stream is available in live mode only.")
     return {
         "id": visit.account.make_id("mes"),
         "object": "v2.billing.meter_event_session",
@@ -368,7 +380,9 @@ def get_thin_event(visit: Visit) -> Json:
 
 ROUTES = [
     Route("POST", "/v1/billing/meter_events", "meter_events:write", create_event, EVENT, serial=True),
-    Route("POST", "/v1/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT),
+    Route(
+        "POST", "/v1/billing/meter_event_adjustments", "meter_event_adjustments:write", create_adjustment, ADJUSTMENT
+    ),
     Route("GET", "/v1/billing/meters", "meters:read", list_meters, METERS),
     Route("POST", "/v1/billing/meters", "meters:write", create_meter, None),
     Route("GET", "/v1/billing/meters/{id}", "meters:read", lambda v: v.account.meters.get(v.name).to_stripe(), EXPAND),
@@ -390,7 +404,9 @@ ROUTES = [
     Route("POST", "/v1/prices/{id}", "prices:write", lambda v: v.account.prices.change(v.name, v.params), None),
     Route("GET", "/v1/account", "account:read", get_account, EXPAND),
     Route("POST", "/v2/billing/meter_events", "meter_events:write", create_event, EVENT_V2, serial=True),
-    Route("POST", "/v2/billing/meter_event_adjustments", "meter_events:write", create_adjustment, ADJUSTMENT_V2),
+    Route(
+        "POST", "/v2/billing/meter_event_adjustments", "meter_event_adjustments:write", create_adjustment, ADJUSTMENT_V2
+    ),
     Route("POST", "/v2/billing/meter_event_session", "meter_events:write", create_session, {}),
     Route("POST", "/v2/billing/meter_event_stream", None, create_stream, BATCH),
     Route("GET", "/v2/core/events/{id}", "events:read", get_thin_event, None),

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, Self, overload
 
 from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.sandbox.routes import LIVE
 from langchain_stripe_meter.sandbox.server import Desk, SandboxServer
 
 if TYPE_CHECKING:
@@ -166,7 +167,8 @@ class StripeSandbox(AccountHandle):
         search_lag: int = 0,
         summary_lag: int = 0,
     ) -> None:
-        """``port`` 0 takes any free one; lags in seconds."""
+        """``port`` 0 takes any free one; lags in seconds. With an ``api_key`` that begins with ``sk_live_``, what the
+        sandbox itself makes is live data: the stream of API v2 is there in live mode only."""
         self.api_key = api_key
         self.customer_check = customer_check
         self.search_lag = search_lag
@@ -178,7 +180,7 @@ class StripeSandbox(AccountHandle):
         self._port = port
         self._server: SandboxServer | None = None
         self._desk = Desk(self, self.now)
-        super().__init__(self._desk.account(account_id, livemode=False), self._desk.lock, self.now)
+        super().__init__(self._desk.account(account_id, livemode=api_key.startswith(LIVE)), self._desk.lock, self.now)
         self.allow(api_key)
 
     def __repr__(self) -> str:
