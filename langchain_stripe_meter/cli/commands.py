@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from langchain_stripe_meter.cli.init import init
 from langchain_stripe_meter.cli.keeping import export, leads_app, ledger_app, meters_app, prune
 from langchain_stripe_meter.cli.settling import doubtful_app, settling_app
 from langchain_stripe_meter.cli.shared import (
@@ -72,6 +73,9 @@ def demo(
         print_json(played.plain())
     if not played.agrees:
         raise typer.Exit(1)
+
+
+app.command()(init)
 
 
 @app.command()
