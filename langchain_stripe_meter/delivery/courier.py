@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
-from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, Pace
+from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, NotStartedError, Pace
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups
 from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, logger, place_of, tell
 from langchain_stripe_meter.forks import renew_after_fork
@@ -225,7 +225,8 @@ class Courier:
                 self._found.append((asked, Answer([], said.message)))
                 return
             self._lookups.failed(asked.account, now)
-            self._report(answer)
+            if not isinstance(answer, NotStartedError):
+                self._report(answer)
 
     def _settle(self) -> int:
         """Store what the answers came to. They are kept until the ledger has them: it may be busy, or full."""
@@ -363,4 +364,4 @@ class Courier:
 
 def _not_done(job: Job) -> Result:
     why = "no thread could be started for the request"
-    return (job, Outcome(Move.REFUSED_FOR_NOW, why)) if isinstance(job, Claimed) else (job, StripeError(why))
+    return (job, Outcome(Move.REFUSED_FOR_NOW, why)) if isinstance(job, Claimed) else (job, NotStartedError(why))

@@ -56,6 +56,10 @@ class _Rest(NamedTuple):
     tries: int = 0
 
 
+class NotStartedError(StripeError):
+    """No thread could be started for a request: usually, the interpreter is shutting down. Nobody need be told."""
+
+
 class Guard:
     """Checks for one courier. ``tell`` is told what waits; ``listing`` are the accounts that have not answered yet."""
 
@@ -150,7 +154,7 @@ class Guard:
             tries = before.tries + 1 if before else 1
             delay = max(min(backoff(tries, account), LISTING_DELAY), min(outcome.retry_after or 0, LONGEST_REST))
             self._rests[account, None] = _Rest(now + delay, None, tries)
-            if before is None:
+            if before is None and not isinstance(error, NotStartedError):
                 self._tell(StripeError(f"Usage on {_called(account)} waits: {error}"))
 
     def opened(self, account: str) -> None:
