@@ -24,7 +24,7 @@ from faults import tally
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
-from langchain_stripe_meter.ledger import outbox, resolving, sealing, views
+from langchain_stripe_meter.ledger import opening, outbox, resolving, sealing, views
 from langchain_stripe_meter.ledger.opening import tighten
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
@@ -300,6 +300,30 @@ def test_processes_that_start_together_on_a_new_file_all_record(path: Path) -> N
         starter.communicate()
         assert starter.returncode == 0
     assert count(path) == 6
+
+
+def test_a_ledger_that_another_process_makes_between_two_looks_is_no_foreign_one(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "made.db"
+    with closing(open_ledger(made)) as other:
+        record(other, "run-1")
+    ask = opening._version
+    asked = []
+
+    def ask_then_be_overtaken(connection: Any) -> str | None:
+        version = ask(connection)
+        if not asked:
+            with closing(sqlite3.connect(made)) as source, closing(sqlite3.connect(path)) as target:
+                target.executescript("\n".join(source.iterdump()))
+        asked.append(version)
+        return version
+
+    monkeypatch.setattr(opening, "_version", ask_then_be_overtaken)
+    with closing(open_ledger(path)) as ledger:
+        record(ledger, "run-2")
+    assert asked[0] is None
+    assert count(path) == 2
 
 
 def test_threads_that_open_different_new_ledgers_at_once_each_get_their_own(tmp_path: Path) -> None:

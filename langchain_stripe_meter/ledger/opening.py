@@ -183,8 +183,7 @@ def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
 
     With ``automatic`` False (PostgreSQL), an older ledger is refused too: an operator runs the migration.
     """
-    version = _version(lane.connection)
-    _refuse_unknown(lane.connection, version)
+    version = _known_version(lane.connection)
     if lane.connection.dialect.name == "sqlite":
         _write_ahead(lane.connection)
     if version == HEAD:
@@ -194,8 +193,7 @@ def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
             "The ledger's tables are missing or older than this package. Run: stripe-meter ledger upgrade"
         )
     with lane.transaction() as connection:
-        version = _version(connection)  # another process may have been faster
-        _refuse_unknown(connection, version)
+        version = _known_version(connection)  # another process may have been faster
         if version is None:
             make(connection)
         elif version != HEAD:
@@ -220,18 +218,24 @@ def _version(connection: Connection) -> str | None:
     return connection.execute(text(f"SELECT version_num FROM {VERSION_TABLE}")).scalar()  # noqa: S608 - a constant
 
 
-def _refuse_unknown(connection: Connection, version: str | None) -> None:
+def _known_version(connection: Connection) -> str | None:
+    """The schema's version, None for an empty database; a newer or foreign one is refused.
+
+    The tables are looked at first: a process that makes the ledger meanwhile makes them and the version at once.
+    """
+    tables = inspect(connection).get_table_names()
+    version = _version(connection)
     if version is not None and version > HEAD:
         raise NewerLedgerError(
             f"The ledger has schema {version}; this version of langchain_stripe_meter knows {HEAD}. "
             "Upgrade the package."
         )
-    tables = inspect(connection).get_table_names()
     if version is None and connection.dialect.name == "sqlite" and tables:
         raise ForeignLedgerError(
             f"The database holds tables of something else ({', '.join(sorted(tables)[:3])}). "
             "Give the ledger its own file."
         )
+    return version
 
 
 def make(connection: Connection) -> None:
