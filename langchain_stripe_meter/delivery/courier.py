@@ -225,8 +225,7 @@ class Courier:
                 self._found.append((asked, Answer([], said.message)))
                 return
             self._lookups.failed(asked.account, now)
-            if not isinstance(answer, NotStartedError):
-                self._report(answer)
+            self._report(answer)
 
     def _settle(self) -> int:
         """Store what the answers came to. They are kept until the ledger has them: it may be busy, or full."""

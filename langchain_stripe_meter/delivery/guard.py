@@ -57,7 +57,7 @@ class _Rest(NamedTuple):
 
 
 class NotStartedError(StripeError):
-    """No thread could be started for a request: usually, the interpreter is shutting down. Nobody need be told."""
+    """No thread could be started for a request: usually, the interpreter is shutting down."""
 
 
 class Guard:
