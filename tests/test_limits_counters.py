@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from books import ANN, CUS_1, Books, Clock, entry, seconds
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, insert, select, text
 
@@ -94,6 +94,7 @@ def test_every_second_is_in_one_period(per: object, at: int, step: int) -> None:
     assert Period(per).bounds(end)[0] == end  # type: ignore[arg-type]
 
 
+@example([("a", 4_924_800, Decimal("1E-9")), ("a", 5_011_200, Decimal(0)), ("a", 5_097_600, Decimal(0))])
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 10**7), st.decimals(-(10**6), 10**6, places=9))))
 def test_sums_are_exact_and_moving_them_loses_nothing(used: list[tuple[str, int, Decimal]]) -> None:
     ever, day = Period("ever"), Period("day")

@@ -83,7 +83,7 @@ class Spent:
                 if at < start:
                     continue
                 its_start = start if end is None or at < end else period.bounds(at)[0]
-                of_payer = _bucket(by_start, its_start).setdefault(name, {})
+                of_payer = _bucket(by_start, its_start, present=start).setdefault(name, {})
                 of_payer[what] = EXACT.add(of_payer.get(what, _NOTHING), amount)
 
     def move(self, old: str, new: str) -> None:
@@ -100,10 +100,12 @@ class Spent:
         return exact_sum(by_name.get(name, {}).get(what, _NOTHING) for name in names)
 
 
-def _bucket(by_start: dict[int, dict[str, dict[What, Decimal]]], start: int) -> dict[str, dict[What, Decimal]]:
+def _bucket(
+    by_start: dict[int, dict[str, dict[What, Decimal]]], start: int, *, present: int
+) -> dict[str, dict[What, Decimal]]:
     if start not in by_start:
         by_start[start] = {}
-        for old in sorted(by_start.keys() - {start})[:-1]:
+        for old in sorted(known for known in by_start if known < present)[:-1]:
             del by_start[old]
     return by_start[start]
 
