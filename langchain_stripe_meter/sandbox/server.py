@@ -19,7 +19,8 @@ from typing import Any
 from langchain_stripe_meter.sandbox import wire
 from langchain_stripe_meter.sandbox.account import Account, Settings, Stamp
 from langchain_stripe_meter.sandbox.faults import Fault, Plan
-from langchain_stripe_meter.sandbox.routes import Key, Keyring, Route, Visit, find, owner
+from langchain_stripe_meter.sandbox.keys import Key, Keyring
+from langchain_stripe_meter.sandbox.routes import Route, Visit, find, owner
 from langchain_stripe_meter.sandbox.wire import Json, RecordedRequest, Reply, StripeRefusalError
 
 _log = logging.getLogger(__name__)

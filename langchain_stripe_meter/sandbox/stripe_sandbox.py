@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, Self, overload
 
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.sandbox.routes import LIVE
+from langchain_stripe_meter.sandbox.keys import LIVE
 from langchain_stripe_meter.sandbox.server import Desk, SandboxServer
 
 if TYPE_CHECKING:
