@@ -190,6 +190,14 @@ def test_a_no_that_stripe_says_to_try_again_is_not_final() -> None:
     assert classify(error).move is Move.UNKNOWN
 
 
+@pytest.mark.parametrize(("code", "move"), [("rate_limit", Move.REFUSED_FOR_NOW), ("lock_timeout", Move.UNKNOWN)])
+def test_a_code_that_speaks_of_now_is_not_final_whatever_its_status(
+    sandbox: StripeSandbox, gateway: Gateway, code: str, move: Move
+) -> None:
+    sandbox.fail(refuse(400, code=code), path="/v1/billing/meter_events")
+    assert gateway.send(event(sandbox), 0).move is move
+
+
 @pytest.mark.parametrize("said", ["²", "9" * 5000, "-1", "soon", ""])
 def test_a_retry_after_that_is_no_number_of_seconds_says_nothing(said: str) -> None:
     outcome = classify(stripe.RateLimitError("Slow down", http_status=429, headers={"Retry-After": said}))

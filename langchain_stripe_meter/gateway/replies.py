@@ -58,12 +58,12 @@ def _move(error: stripe.StripeError, account: str) -> Move:
         return Move.DUPLICATE
     if status in (401, 403) and error.error is not None:
         return Move.NO_ACCESS if status == 403 and account else Move.UNAUTHORISED
-    if status == 429 or _is_ahead(error):
+    if status == 429 or isinstance(error, stripe.RateLimitError) or _is_ahead(error):
         return Move.REFUSED_FOR_NOW
     if _is_gone(error):
         return Move.UNSEAL
     final = 400 <= status < 500 and status not in _NOT_FINAL and not isinstance(error, stripe.IdempotencyError)
-    final = final and _header(error.headers, "stripe-should-retry") != "true"
+    final = final and _header(error.headers, "stripe-should-retry") != "true" and code_of(error) != "lock_timeout"
     return Move.REFUSED if final and error.error is not None else Move.UNKNOWN
 
 
