@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer, hang
+from langchain_stripe_meter.sandbox import StripeSandbox, delay, drop_answer, hang
 
 WORKER = """
 import sys, time
@@ -308,3 +310,49 @@ def test_couriers_in_several_processes_share_a_ledger_and_nothing_goes_twice(
     settled(url, sandbox, 400, fault="several processes deliver from one ledger", tried=couriers)
     sent = [request for request in sandbox.requests if request.path == "/v1/billing/meter_events"]
     assert [request.status for request in sent] == [200] * 400  # never two calls for one customer and meter at once
+
+
+def test_eight_couriers_that_are_killed_or_stopped_at_random_bill_everything_once(
+    start: Callable[..., Any], sandbox: StripeSandbox, postgres_url: str
+) -> None:
+    """Whoever is killed is replaced; whoever is stopped goes on a moment later, and sends what it still believes in."""
+    ledger = Ledger(postgres_url)
+    for number in range(40):
+        sandbox.create_customer(id=f"cus_many{number}")
+    ledger.record(
+        [
+            Entry(f"run-{number}", "ai_tokens", 1, ledger.now(), ReadingState.RESOLVED, f"cus_many{number % 40}")
+            for number in range(800)
+        ]
+    )
+    ledger.close()
+    sandbox.fail(delay(0.02), times=None)
+    chance, killed, stopped = random.Random(1), 0, 0
+    workers = [started(start, postgres_url) for _ in range(8)]
+    for goal in range(50, 700, 50):
+        wait_until(lambda goal=goal: len(sandbox.events) >= goal)
+        hit = chance.randrange(8)
+        if chance.random() < 0.5:
+            kill(workers[hit])
+            killed, workers[hit] = killed + 1, started(start, postgres_url)
+        else:
+            workers[hit].send_signal(signal.SIGSTOP)
+            time.sleep(chance.uniform(0, 0.3))
+            workers[hit].send_signal(signal.SIGCONT)
+            stopped += 1
+    assert killed
+    assert stopped
+    for worker in workers:
+        worker.communicate(timeout=100)
+        assert worker.returncode == 0
+    fault = "eight couriers, killed with kill -9 or stopped and resumed at random"
+    settled(postgres_url, sandbox, 800, fault=fault, tried=killed + stopped)
+
+
+def started(start: Callable[..., Any], url: str) -> subprocess.Popen[str]:
+    """A courier that was told to begin."""
+    worker: subprocess.Popen[str] = start("deliver", url)
+    assert worker.stdin is not None
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    return worker
