@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import asyncio
 import gc
+import random
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -295,6 +297,105 @@ def test_a_bell_rings_until_it_is_cleared() -> None:
     assert bell.is_set()
     bell.clear()
     assert not bell.is_set()
+
+
+# -- what a signal's handler raises, wherever it strikes
+
+
+class Interrupt(BaseException):
+    """As Ctrl-C, or a task's time limit."""
+
+
+class Interrupter:
+    """Interrupts work at random. It keeps the last traceback, as a notebook does, and so whatever that refers to."""
+
+    def __init__(self) -> None:
+        self._armed = False
+        self.kept: Interrupt | None = None
+
+    def __enter__(self) -> Interrupter:
+        self._before = signal.signal(signal.SIGALRM, self._strike)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, self._before)
+
+    def _strike(self, *_: object) -> None:
+        if self._armed:
+            self._armed = False
+            raise Interrupt
+
+    def __call__(self, work: Callable[[], object], seconds: float) -> None:
+        """Repeat ``work`` until it is interrupted, within so many seconds."""
+        try:
+            self._armed = True
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, seconds))
+            while True:
+                work()
+        except Interrupt as error:
+            self.kept = error
+
+
+@pytest.fixture
+def interrupt() -> Iterator[Interrupter]:
+    with Interrupter() as interrupter:
+        yield interrupter
+
+
+by_alarm = pytest.mark.timeout(120, method="thread")
+"""These tests need the alarm that would else watch over them."""
+
+
+@by_alarm
+def test_an_interrupt_leaves_no_group_commit_that_nobody_may_write_through(interrupt: Interrupter) -> None:
+    written: list[int] = []
+    group = GroupCommit(written.extend)
+    for _ in range(3000):
+        interrupt(lambda: group.submit([1]), 3e-4)
+        assert not group._leader.locked()
+    written.clear()
+    assert done(lambda: group.submit([2]))
+    assert written == [2]
+
+
+@by_alarm
+@pytest.mark.parametrize("waits", ["a thread", "a coroutine"])
+def test_an_interrupt_of_whoever_writes_for_others_or_waits_keeps_nobody_waiting(
+    interrupt: Interrupter, waits: str
+) -> None:
+    written: set[int] = set()
+    group = GroupCommit(written.update)
+    theirs, over = range(-1, -1_000_000, -1), threading.Event()
+    acknowledged: list[int] = []
+
+    def record() -> None:
+        for number in theirs:
+            group.submit([number])
+            acknowledged.append(number)
+            if over.is_set():
+                break
+
+    async def arecord() -> None:
+        for number in theirs:
+            await group.asubmit([number])
+            acknowledged.append(number)
+            if over.is_set():
+                break
+
+    work = record if waits == "a thread" else lambda: asyncio.run(arecord())
+    threads = [threading.Thread(target=work, daemon=True) for _ in "12"]
+    for thread in threads:
+        thread.start()
+    for number in range(1500):
+        interrupt(lambda number=number: group.submit([number]), 3e-3)  # type: ignore[misc]
+    over.set()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert written.issuperset(acknowledged)
+    assert not group._jobs
+    group.close()
 
 
 # -- every lock of ours is taken inside

@@ -64,20 +64,22 @@ class GroupCommit(Generic[T]):
         within(self._submit, items)
 
     def _submit(self, items: Sequence[T]) -> None:
-        if not self._jobs and self._leader.acquire(blocking=False):  # nobody else is here: nothing to group
-            try:
+        if not self._jobs and not self._leader.locked():  # nobody else is here: nothing to group
+            with self._leader:  # unlike an acquire(), this can not be interrupted after the lock is taken
                 self._write(items)
-            finally:
-                self._leader.release()
             return
         job = _Job(items)
-        self._jobs.append(job)
-        while not job.done:
-            written: Sequence[_Job[T]] = ()
-            with self._leader:
-                if not job.done:
-                    written = self._write_batch()
-            self._tell(written)
+        try:
+            self._jobs.append(job)
+            while not job.done:
+                written: Sequence[_Job[T]] = ()
+                with self._leader:
+                    if not job.done:
+                        written = self._write_batch()
+                self._tell(written)
+        except BaseException:  # Ctrl-C reached whoever was waiting or writing: nobody's items must go with it
+            self._wake_helper()
+            raise
         if job.error is not None:
             raise job.error
 
@@ -86,8 +88,13 @@ class GroupCommit(Generic[T]):
         that fails, ``on_failure`` is called instead of raising, on whichever thread finds out."""
         waiter = asyncio.get_running_loop().create_future()
         job = _Job(items, waiter, on_failure)
-        self._jobs.append(job)
-        within(self._wake_helper)
+        try:
+            self._jobs.append(job)
+            within(self._wake_helper)
+        except BaseException:  # as in _submit()
+            job.left = True
+            within(self._wake_helper)
+            raise
         try:
             await waiter
         except (asyncio.CancelledError, GeneratorExit):  # the latter where the loop ended without cancelling its tasks
@@ -162,17 +169,17 @@ class GroupCommit(Generic[T]):
             self._take(jobs)
             if jobs:
                 self._write_all(jobs)
-        except BaseException:  # Ctrl-C reached whoever was writing: the others' items must not go with it
+            self._report(jobs)
+        except BaseException:  # they are written, and told, again
             self._jobs.extendleft(reversed(jobs))
-            self._wake_helper()
             raise
-        self._report(jobs)
         return jobs
 
     def _take(self, jobs: list[_Job[T]]) -> None:
         size = 0
         while self._jobs and size < self._most:
-            jobs.append(self._jobs.popleft())
+            jobs.append(self._jobs[0])  # first, so that no interrupt finds it nowhere
+            self._jobs.popleft()
             size += len(jobs[-1].items)
 
     def _write_all(self, jobs: list[_Job[T]]) -> None:
