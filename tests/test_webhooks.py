@@ -127,6 +127,43 @@ def test_a_report_that_overtakes_the_events_own_answer_waits_for_it(books: Books
     assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
 
 
+def test_a_report_of_what_was_sent_again_while_stripe_still_knew_it_is_about_all_its_sends(books: Books) -> None:
+    """The answer was lost, and Stripe was away for a while: what it then answered as a duplicate is what it names."""
+    books.sandbox.fail(drop_answer())
+    books.record("run-1")
+    while not books.sandbox.events or books.courier.in_flight:
+        books.courier.turn()
+    (rejection,) = books.sandbox.reject("run-1")
+    with books.sandbox.outage():
+        books.sandbox.advance(hours=1)
+        books.courier.turn()
+    books.deliver()
+    (result,) = books.take(rejection)
+    assert (result.rejected, books.states()) == (("run-1",), {"run-1": "rejected"})
+    sealing.retry(books.ledger)
+    books.deliver()
+    assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
+
+
+def test_what_was_sent_again_while_stripe_still_knew_it_is_looked_for_where_a_report_does_not_name_it(
+    books: Books,
+) -> None:
+    books.sandbox.error_samples = 0
+    books.sandbox.fail(drop_answer())
+    books.record("run-1")
+    while not books.sandbox.events or books.courier.in_flight:
+        books.courier.turn()
+    (rejection,) = books.sandbox.reject("run-1")
+    with books.sandbox.outage():
+        books.sandbox.advance(hours=1)
+        books.courier.turn()
+    books.deliver()
+    books.sandbox.advance(hours=2)
+    books.take(rejection)
+    books.do_chores()
+    assert books.states() == {"run-1": "rejected"}
+
+
 def test_a_report_from_before_the_event_was_sent_again_is_told_and_changes_nothing(small: Books) -> None:
     """Sent again under its own identifier after a day in doubt: what is billed now is not what the report is about."""
     small.sandbox.fail(drop_answer())
@@ -141,6 +178,7 @@ def test_a_report_from_before_the_event_was_sent_again_is_told_and_changes_nothi
     (result,) = small.take(rejection)
     assert (result.rejected, small.states(), small.billed()) == ((), {"run-1": "delivered"}, 1)
     assert "sent again later: run-1" in str(small.errors[-1])
+    assert "bill it with correct()" in str(small.errors[-1])
 
 
 def test_a_report_of_a_connected_accounts_event_rejects_there_only(small: Books) -> None:

@@ -184,7 +184,8 @@ def tell_late(on_error: OnError | None, identifiers: Sequence[str]) -> None:
     if identifiers:
         tell(on_error, StripeError(
             f"Stripe reported errors of {len(identifiers)} meter events that were sent again later: "
-            f"{_some(identifiers)}. Nothing was changed; verify() shows whether they are billed."
+            f"{_some(identifiers)}. Nothing was changed. Where verify() shows that Stripe lacks one, bill it with "
+            "correct()."
         ))  # fmt: skip
 
 

@@ -31,6 +31,8 @@ from langchain_stripe_meter.ledger.store import insert_or_ignore
 
 _WINDOW = "window:"
 _ON_THE_WAY = (EventState.PENDING.value, EventState.SENDING.value, EventState.DOUBTFUL.value)
+_first_sent = func.coalesce(events.c.first_unknown_at, events.c.sent_at)
+"""What Stripe was sent again while it surely knew the identifier is what it was sent first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
             waiting[sample.identifier] = sample.code
         elif row is None or row.state != EventState.DELIVERED.value:
             unknown += 1
-        elif row.sent_at is not None and row.sent_at > end + SKEW_SECONDS:
+        elif row.first_sent is not None and row.first_sent > end + SKEW_SECONDS:
             late.append(sample.identifier)
         elif (fresh := reject_later(connection, row, sample.code, now)) is not None:
             rejected[sample.identifier] = fresh
@@ -104,8 +106,8 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
 
 
 def _named(connection: Connection, identifier: str, account: str) -> Any:
-    query = select(events).where(events.c.identifier == identifier, events.c.account == account)
-    return connection.execute(query).first()
+    query = select(events, _first_sent.label("first_sent"))
+    return connection.execute(query.where(events.c.identifier == identifier, events.c.account == account)).first()
 
 
 def event_names(connection: Connection, samples: Iterable[Sample], account: str) -> set[str]:
@@ -160,7 +162,7 @@ def _inside(one: Window) -> ColumnElement[bool]:
         events.c.account == one.account,
         events.c.event_name.in_(one.event_names),
         events.c.state == EventState.DELIVERED.value,
-        events.c.sent_at <= one.end + SKEW_SECONDS,
+        _first_sent <= one.end + SKEW_SECONDS,
         events.c.settled_at >= one.start - SKEW_SECONDS,
     )
 
