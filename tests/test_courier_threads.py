@@ -178,6 +178,27 @@ def test_what_waited_for_a_thread_until_its_claim_ran_out_is_not_sent(shop: Stil
     assert shop.sent() == []
 
 
+def test_a_claim_that_runs_out_while_the_meters_are_asked_for_is_not_used(shop: StillShop) -> None:
+    shop.record("run", value=100)
+    shop.send()
+    shop.answered()
+    shop.record("late", value=100)
+    with shop.ledger.deliver_lane().transaction() as connection:
+        sealing.seal(connection, shop.now)
+        (claimed,) = outbox.claim(connection, 1, shop.now)
+    shop.courier.gateway.forget_meters()
+    answer, arrived = shop.hang("/v1/billing/meters")
+    answered: list[object] = []
+    asking = threading.Thread(target=lambda: answered.append(shop.courier._ask_stripe(claimed)[1]))
+    asking.start()
+    wait_until(lambda: arrived)
+    shop.pass_(outbox.LEASE_SECONDS)
+    answer.set()
+    asking.join(10)
+    assert answered == [Outcome(Move.REFUSED_FOR_NOW, "its claim had run out before it was sent")]
+    assert [request.params["identifier"] for request in shop.sent()] == ["run"]
+
+
 def test_what_a_close_found_unanswered_is_repeated_under_its_identifier_and_a_late_answer_changes_nothing(
     shop: StillShop,
 ) -> None:

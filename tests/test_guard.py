@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from courier_shop import StillShop
+from courier_shop import EVENTS, StillShop, of
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.delivery.guard import (
@@ -26,7 +26,7 @@ from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import sealing, views
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, RESOLVE_AT_MOST, Unknown
 from langchain_stripe_meter.ledger.store import LIVEMODE
-from langchain_stripe_meter.sandbox import drop_answer, hang, refuse
+from langchain_stripe_meter.sandbox import drop_answer, hang, rate_limited, refuse
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
 
 ANN = Reference("email", "ann@example.com")
@@ -134,6 +134,50 @@ def test_a_meter_that_is_gone_is_looked_at_anew_and_sent_nothing_more(shop: Stil
         shop.answered()
     assert len(shop.sent()) == 2
     assert shop.states() == {"first": "delivered", "second": "held"}
+
+
+@pytest.mark.parametrize("make", [{"event_time_window": "hour"}, {"formula": "last"}], ids=["windowed", "last"])
+def test_what_is_sealed_is_not_sent_to_a_meter_that_has_come_since_and_would_bill_it_wrongly(
+    shop: StillShop, make: dict[str, Any]
+) -> None:
+    shop.sandbox.fail(rate_limited(), path=EVENTS, where=of("cus_1"))
+    shop.sandbox.fail(refuse(503), path=EVENTS, where=of("cus_2"))
+    shop.courier.gateway.load_meters()
+    shop.record("refused", value=10)
+    shop.record("unknown", value=10, customer="cus_2")
+    shop.answered()
+    assert len(shop.sent()) == 2
+    shop.sandbox.deactivate_meter("ai_tokens")
+    shop.sandbox.create_meter("ai_tokens", **make)
+    shop.courier.gateway.forget_meters()
+    shop.pass_(60)
+    shop.answered()
+    assert (len(shop.sent()), shop.billed()) == (2, 0)
+    assert shop.states() == {"refused": "held", "unknown": "doubtful"}
+    (held,) = views.held(shop.ledger)
+    assert shop.courier.gateway.meter("ai_tokens").problem == held.reason
+    assert sorted(str(error) for error in shop.errors) == [
+        f"Meter event unknown is doubtful: {held.reason}",
+        f"Usage of cus_1 on ai_tokens is held: {held.reason}. See: stripe-meter held",
+    ]
+    asked = shop.asked(METERS)
+    shop.pass_(HELD_RETRY[0])
+    shop.answered()
+    assert shop.asked(METERS) == asked + 1
+    assert shop.status.held == 1
+
+
+def test_what_is_recorded_after_its_meters_were_checked_is_not_sent_to_a_wrong_one(shop: StillShop) -> None:
+    shop.sandbox.create_meter("windowed", event_time_window="hour")
+    shop.courier.gateway.load_meters()
+    shop.record("checked")
+    (ready, _) = shop.courier._guard.check_meters(shop.now)
+    shop.record("unchecked", event_name="windowed")
+    with shop.ledger.deliver_lane().transaction() as connection:
+        assert sealing.seal(connection, shop.now, None, ready) == 2
+    shop.answered()
+    assert shop.states() == {"checked": "delivered", "unchecked": "held"}
+    assert len(shop.sent()) == 1
 
 
 # -- accounts that are closed to us, or do not answer

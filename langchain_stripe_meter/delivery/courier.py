@@ -263,11 +263,14 @@ class Courier:
 
     def _ask_stripe(self, job: Job) -> Result:
         if isinstance(job, Claimed):
-            if self.ledger.now() - job.attempt.sent_at >= outbox.LEASE_SECONDS:
-                # This process was stopped meanwhile. Another may have sent it long ago, and Stripe may have forgotten.
-                return job, Outcome(Move.REFUSED_FOR_NOW, "its claim had run out before it was sent")
+            attempt = job.attempt
             try:
-                return job, self.gateway.send(job.event, f"{job.attempt.attempts}-{job.attempt.sent_at}")
+                return job, self.gateway.send(
+                    job.event,
+                    f"{attempt.attempts}-{attempt.sent_at}",
+                    # Were this process stopped meanwhile, another may have sent it long ago, and Stripe have forgotten.
+                    lambda: self.ledger.now() - attempt.sent_at >= outbox.LEASE_SECONDS,
+                )
             except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
                 return job, Outcome(Move.UNKNOWN, type(error).__name__)
         try:
@@ -293,20 +296,15 @@ class Courier:
         else:
             self._pace.slower(claimed.line, outcome.retry_after, now)
         if outcome.move is Move.UNSEAL:
-            self._forget(claimed, outcome.message)
+            self._lookups.forget(claimed.event.customer)
         if outcome.date is not None:
             self._clocks.compare(outcome.date, claimed.attempt.sent_at, now)
         if state in (EventState.REJECTED, EventState.DOUBTFUL):
             self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
-
-    def _forget(self, claimed: Claimed, message: str) -> None:
-        """A customer or a meter is gone: what was known of it is asked anew."""
-        self._lookups.forget(claimed.event.customer)
-        self.gateway.forget_meters(claimed.event.account)
-        if claimed.line not in self._gone:  # it is tried again every hour
+        if state is EventState.WITHDRAWN and claimed.line not in self._gone:  # it is tried again every hour
             self._gone[claimed.line] = True
             what = f"Usage of {claimed.event.customer} on {claimed.event.event_name}"
-            self._report(StripeError(f"{what} is held: {message.rstrip('.')}. See: stripe-meter held"))
+            self._report(StripeError(f"{what} is held: {outcome.message.rstrip('.')}. See: stripe-meter held"))
 
     def _look_up(self, now: int) -> int:
         """Settle whom readings name by e-mail, name or phone, as far as it is known; ask Stripe for the others."""

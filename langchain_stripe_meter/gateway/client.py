@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from decimal import Decimal
@@ -139,22 +139,34 @@ class Gateway:
         addresses: Any = {"api": base, "meter_events": base} if base else None
         return stripe.StripeClient(self._given, max_network_retries=0, base_addresses=addresses, http_client=http)
 
-    def send(self, event: MeterEvent, attempt: str) -> Outcome:
+    def send(self, event: MeterEvent, attempt: str, is_late: Callable[[], bool] = lambda: False) -> Outcome:
         """Send one meter event (v1) and say what came of it; never raises.
 
         ``attempt`` names this attempt in the idempotency key, which must be new each time: Stripe would replay a stored
-        500 under the old one for a day. The identifier stays, and is what protects from billing twice.
+        500 under the old one for a day. The identifier stays, and is what protects from billing twice. ``is_late`` is
+        asked last, when nothing else can take time any more: whether it must not be sent now.
         """
+
+        def objection(info: MeterInfo | None) -> Outcome | None:
+            if info is not None and info.problem:
+                return Outcome(Move.UNSEAL, info.problem)
+            return Outcome(Move.REFUSED_FOR_NOW, "its claim had run out before it was sent") if is_late() else None
+
         options = {"idempotency_key": f"{event.identifier}.{attempt}", "max_network_retries": 0}
-        return self._try(event, options)[0]
+        return self._try(event, options, objection)[0]
 
     def send_once(self, event: MeterEvent) -> tuple[Outcome, dict[str, Any]]:
         """Send one meter event outside any ledger: what came of it, and Stripe's own object where it was accepted."""
-        return self._try(event, {"max_network_retries": 0})
+        return self._try(event, {"max_network_retries": 0}, lambda info: None)
 
-    def _try(self, event: MeterEvent, options: Any) -> tuple[Outcome, dict[str, Any]]:
+    def _try(
+        self, event: MeterEvent, options: Any, objection: Callable[[MeterInfo | None], Outcome | None]
+    ) -> tuple[Outcome, dict[str, Any]]:
         try:
-            made = self._create(event, options)
+            info = self.meter(event.event_name, event.account)
+            if (unsent := objection(info)) is not None:
+                return unsent, {}
+            made = self._create(event, info, options)
             answer = made.to_dict()
             if answer.get("identifier") != event.identifier:
                 return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event"), {}
@@ -163,7 +175,10 @@ class Gateway:
             outcome = self.outcome_of(error, event.account)
             return replace(outcome, move=_UNSENT.get(outcome.move, outcome.move)), {}
         except Exception as error:  # noqa: BLE001 - every failure has a meaning, and it is stored
-            return self.outcome_of(error, event.account), {}
+            outcome = self.outcome_of(error, event.account)
+            if outcome.move is Move.UNSEAL:  # perhaps for its meter
+                self.forget_meters(event.account)
+            return outcome, {}
 
     @staticmethod
     def outcome_of(error: Exception, account: str = "") -> Outcome:
@@ -176,20 +191,17 @@ class Gateway:
         cause = error.__cause__
         return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error, account)
 
-    def _create(self, event: MeterEvent, options: Any) -> Any:
-        options = {**options, **on_account(event.account)}
+    def _create(self, event: MeterEvent, info: MeterInfo | None, options: Any) -> Any:
+        keys = (info.customer_key, info.value_key) if info else ("stripe_customer_id", "value")
         params: Any = {
             "event_name": event.event_name,
             "identifier": event.identifier,
             "timestamp": event.timestamp,
-            "payload": event.payload(*self._payload_keys(event)),
+            "payload": event.payload(*keys),
         }
+        on = on_account(event.account)
         with _quietly():
-            return self.client.v1.billing.meter_events.create(params, options)
-
-    def _payload_keys(self, event: MeterEvent) -> tuple[str, str]:
-        info = self.meter(event.event_name, event.account)
-        return (info.customer_key, info.value_key) if info else ("stripe_customer_id", "value")
+            return self.client.v1.billing.meter_events.create(params, options | on)
 
     def meter(self, event_name: str, account: str = "") -> MeterInfo | None:
         """The meter with this event name; None where there is none, or where the key may not read meters.
