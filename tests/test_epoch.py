@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sqlite3
-import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from decimal import Decimal
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import is_pending, wait_until
+from conftest import wait_until
 from faults import settled, tally
-from sqlalchemy import event, update
+from restored_shop import Shop, killed
+from sqlalchemy import update
 from typer.testing import CliRunner
 
 from langchain_stripe_meter.audit.chores import Doubts
@@ -27,76 +22,19 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.errors import LedgerError, MeteringError
+from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, epoch, sealing, views
 from langchain_stripe_meter.ledger.doubts import settle_doubt
-from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, backup, compare, sidecar_path
+from langchain_stripe_meter.ledger.epoch import Epoch, backup
 from langchain_stripe_meter.ledger.forget import forget
 from langchain_stripe_meter.ledger.keeping import prune
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
+from langchain_stripe_meter.sandbox import rate_limited, refuse, server_error
 
 HOUR = 3600
-
-
-class Shop:
-    """A sandbox, a ledger by its clock, and one courier after the other, each as in a new process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.sandbox = StripeSandbox().start()
-        self.sandbox.create_meter("m")
-        self.sandbox.create_customer(id="cus_1")
-        self.path = folder / "ledger.db"
-        self.copy = folder / "copy.db"
-        self.sidecar = folder / "ledger.db.epoch"
-        self.ledger = self.open()
-        self.errors: list[MeteringError] = []
-
-    def open(self) -> Ledger:
-        return Ledger(f"sqlite:///{self.path}", clock=self.sandbox.now)
-
-    def record(self, *keys: str, value: int = 1, at: int | None = None) -> None:
-        known: dict[str, Any] = {"state": ReadingState.RESOLVED, "customer": "cus_1"}
-        at = self.ledger.now() if at is None else at
-        self.ledger.record([Entry(key, "m", Decimal(value), at, **known) for key in keys])
-
-    def deliver(self, roll_up: int | None = None, until: Callable[[], Any] | None = None, *, ends: bool = True) -> None:
-        """One courier's life; unless it ``ends``, it is killed."""
-        gateway = Gateway(self.sandbox.api_key, api_base=self.sandbox.url)
-        courier = Courier(self.ledger, gateway, on_error=self.errors.append, roll_up=roll_up)
-        until = until or (lambda: not is_pending(self.ledger))
-        wait_until(lambda: (courier.turn(), until())[1])
-        if ends:
-            courier.close(5)
-        gateway.close()
-
-    def restore(self, *, sidecar: bool = True) -> None:
-        """As the README says it."""
-        self.ledger.close()
-        for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm"):
-            (self.path.parent / name).unlink(missing_ok=True)
-        shutil.copy(self.copy, self.path)
-        if not sidecar:
-            self.sidecar.unlink()
-
-    def raw_copy(self) -> None:
-        """A copy by somebody who does not know of ``ledger backup``."""
-        self.ledger.close()
-        shutil.copy(self.path, self.copy)
-
-    def states(self) -> dict[str, str]:
-        return {row.identifier: row.state for row in views.tail(self.ledger, 1000)}
-
-    @property
-    def told(self) -> list[str]:
-        return [str(error) for error in self.errors if isinstance(error, LedgerError)]
-
-    def billed(self) -> list[str]:
-        """The identifiers of everything that Stripe has, once for each time."""
-        return sorted(event.identifier for event in self.sandbox.events)
 
 
 @pytest.fixture
@@ -173,15 +111,6 @@ def test_what_a_restore_put_in_doubt_is_compared_and_ends_delivered_once(shop: S
     settled(shop.ledger, shop.sandbox, fault="the ledger is restored from a backup")
 
 
-@contextmanager
-def killed(shop: Shop) -> Iterator[Callable[[], None]]:
-    """A courier that sends what is there when it is told to, and never ends by itself."""
-    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
-    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
-    yield lambda: wait_until(lambda: (courier.turn(), not is_pending(shop.ledger))[1])
-    gateway.close()
-
-
 @pytest.mark.parametrize("hours", [1, 22, 23, 25, 48])
 def test_a_copy_from_the_minute_in_which_its_courier_was_killed_bills_nothing_twice(shop: Shop, hours: int) -> None:
     with killed(shop) as send:
@@ -229,17 +158,6 @@ def test_after_a_courier_that_ended_nothing_is_compared_however_late(shop: Shop)
     shop.sandbox.advance(hours=48)
     shop.deliver()
     assert (shop.billed(), shop.told) == (["first", "second"], [])
-
-
-def test_sending_marks_an_epoch_once(shop: Shop) -> None:
-    with killed(shop) as send:
-        shop.record("first")
-        send()
-        marked = shop.sidecar.read_bytes()
-        assert json.loads(marked)["sent"]
-        shop.record("second")
-        send()
-        assert shop.sidecar.read_bytes() == marked
 
 
 def test_a_backup_that_was_taken_and_restored_with_nothing_sent_between_is_delivered(shop: Shop) -> None:
@@ -475,276 +393,6 @@ def seen(path: Path) -> list[Any]:
         return [connection.execute(f"SELECT * FROM {table} ORDER BY 1").fetchall() for table in tables]
 
 
-# -- the two places
-
-
-@pytest.mark.parametrize(
-    ("ours", "theirs", "found"),
-    [
-        ("", None, None),
-        ("", Sidecar("", "a", 1), None),  # killed in the very first change
-        ("a", Sidecar("", "a", 1), None),  # killed before it was confirmed
-        ("a", Sidecar("a", "b", 1), None),  # killed before the database changed
-        ("b", Sidecar("a", "b", 1), None),
-        ("a", Sidecar("a", "", 1), None),
-        ("a", Sidecar("b", "", 1), "restored from a backup"),
-        ("a", Sidecar("b", "c", 1), "restored from a backup"),
-        ("a", Sidecar("?", "c", 1), "restored from a backup"),
-        ("a", None, "without its .epoch file"),
-        ("", Sidecar("a", "", 1), "an earlier one was here"),
-        ("", Sidecar("a", "b", 1), "an earlier one was here"),
-    ],
-)
-def test_what_the_two_places_may_say(ours: str, theirs: Sidecar | None, found: str | None) -> None:
-    said = compare(ours, theirs)
-    assert said is None if found is None else found in str(said)
-
-
-DYING = """
-import os, signal, sys
-from langchain_stripe_meter.ledger.epoch import Epoch
-from langchain_stripe_meter.ledger.store import Ledger
-
-left = 0
-def die(event, *_):
-    global left
-    if left and event in ("open", "os.rename", "os.remove"):
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-sys.addaudithook(die)
-
-def child(at):
-    global left
-    ledger, said = Ledger(sys.argv[1]), []
-    watched = Epoch(ledger, said.append)
-    connection = ledger.deliver_lane().connection
-    connection.connection.driver_connection.set_trace_callback(lambda _statement: die("open"))
-    left = at
-    watched.begin()
-    left = 0
-    return 3 if said else 0
-
-for line in sys.stdin:
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            code = child(int(line))
-        finally:
-            os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-"""Each line of its input is a step at which a child of it dies: a statement, or an act on the file (0: at none)."""
-ALARM = 3
-
-
-@pytest.fixture
-def dying(tmp_path: Path) -> Iterator[Callable[[int], int]]:
-    """Begin an epoch in a process of its own that is killed at a step; its exit code."""
-    command = [sys.executable, "-W", "error", "-c", DYING, f"sqlite:///{tmp_path}/ledger.db"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-
-        def begin(die_at: int) -> int:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write(f"{die_at}\n")
-            process.stdin.flush()
-            code = int(process.stdout.readline())
-            assert code in (0, ALARM, -signal.SIGKILL)
-            return code
-
-        yield begin
-        assert process.stdin is not None
-        process.stdin.close()
-
-
-def test_killed_anywhere_while_the_epoch_changes_raises_no_alarm(dying: Callable[[int], int]) -> None:
-    at = 1
-    while dying(at):
-        assert dying(0) == 0
-        at += 1
-    assert at > 10
-
-
-def test_killed_anywhere_in_the_very_first_change_raises_no_alarm(dying: Callable[[int], int], shop: Shop) -> None:
-    at, code = 0, -signal.SIGKILL
-    while code:
-        at += 1
-        shop.ledger.close()
-        for file in shop.path.parent.iterdir():
-            file.unlink()
-        code = dying(at)
-        assert dying(0) == 0
-    assert at > 10
-
-
-def test_killed_anywhere_while_a_restore_is_noticed_does_not_forget_it(shop: Shop, dying: Callable[[int], int]) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.record("second")
-    backup(shop.ledger, shop.copy)
-    shop.deliver()
-    shop.sandbox.advance(hours=30)
-    genuine, at, code = shop.sidecar.read_bytes(), 0, -signal.SIGKILL
-    while code < 0:
-        at += 1
-        shop.restore()
-        shop.sidecar.write_bytes(genuine)
-        code = dying(at)
-        assert dying(0) in (0, ALARM)
-        assert "restored from a backup" in str(views.status(shop.ledger).restored)
-        shop.deliver(until=lambda: shop.states()["second"] == "doubtful")
-        assert shop.billed() == ["first", "second"]
-    assert code == ALARM
-    assert at > 10
-
-
-def test_the_file_is_its_owners_alone_and_says_nothing_of_anybody(shop: Shop) -> None:
-    shop.record("first")
-    shop.deliver()
-    assert stat.S_IMODE(shop.sidecar.stat().st_mode) == 0o600
-    found = json.loads(shop.sidecar.read_text())
-    assert set(found) == {"epoch", "next", "at", "sent"}
-    assert found["epoch"] == shop.ledger.note("epoch")
-
-
-@pytest.mark.parametrize("when", ["always", "later"])
-def test_where_the_file_cannot_be_written_usage_is_recorded_and_sent_and_it_is_told_once(shop: Shop, when: str) -> None:
-    if when == "later":
-        shop.record("early")
-        shop.deliver()
-    (shop.path.parent / "ledger.db.epoch.new").mkdir()  # root may write anywhere, but not over a folder
-    for number in range(3):
-        shop.record(f"run-{number}")
-        shop.sandbox.advance(seconds=100)
-    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
-    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
-    wait_until(lambda: (courier.turn(), set(shop.states().values()) == {"delivered"})[1])
-    shop.record("late")
-    shop.sandbox.advance(seconds=100)
-    wait_until(lambda: (courier.turn(), set(shop.states().values()) == {"delivered"})[1])
-    courier.close(5)
-    gateway.close()
-    (told,) = shop.told
-    assert "would not be noticed" in told
-    (shop.path.parent / "ledger.db.epoch.new").rmdir()
-    shop.record("writable-again")
-    shop.deliver()
-    assert len(shop.told) == 1
-    assert shop.sidecar.exists()
-
-
-def test_a_restore_is_dealt_with_even_where_the_file_cannot_be_written(shop: Shop) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.record("second")
-    backup(shop.ledger, shop.copy)
-    shop.deliver()
-    shop.sandbox.advance(hours=30)
-    shop.restore()
-    (shop.path.parent / "ledger.db.epoch.new").mkdir()
-    shop.deliver()
-    assert shop.states()["second"] == "doubtful"
-    assert shop.billed() == ["first", "second"]
-
-
-def test_a_file_of_rubbish_counts_as_another_ledgers(shop: Shop) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.sidecar.write_text("{")
-    shop.record("second")
-    shop.deliver()
-    assert "restored" in shop.told[0]
-    assert shop.billed() == ["first", "second"]
-
-
-# -- several at once
-
-
-def test_couriers_of_many_processes_raise_no_alarm(shop: Shop) -> None:
-    code = (
-        "import sys\n"
-        "from langchain_stripe_meter.ledger.epoch import Epoch\n"
-        "from langchain_stripe_meter.ledger.store import Ledger\n"
-        "said = []\n"
-        "ledger = Ledger(sys.argv[1])\n"
-        "print(flush=True); sys.stdin.readline()\n"
-        "for _ in range(40):\n"
-        "    Epoch(ledger, said.append).begin()\n"
-        "print(said or '')"
-    )
-    url = f"sqlite:///{shop.path}"
-    pipe = subprocess.PIPE
-    workers = [
-        subprocess.Popen([sys.executable, "-c", code, url], stdin=pipe, stdout=pipe, text=True) for _ in range(4)
-    ]
-    for worker in workers:
-        assert worker.stdout is not None
-        worker.stdout.readline()
-    for worker in workers:
-        assert worker.stdin is not None
-        worker.stdin.write("\n")
-        worker.stdin.flush()
-    said = [worker.communicate(timeout=100)[0] for worker in workers]
-    assert said == ["\n"] * 4
-
-
-def test_forked_children_raise_no_alarm_and_begin_epochs_of_their_own(shop: Shop) -> None:
-    shop.record("first")
-    shop.deliver()
-    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
-    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
-    courier.turn()
-    before = shop.ledger.note("epoch")
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            shop.record("of-the-child")
-            while "of-the-child" not in shop.states() or shop.states()["of-the-child"] != "delivered":
-                courier.turn()
-            courier.close(5)
-            code = 7 if shop.errors else 0
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    assert shop.ledger.note("epoch") != before
-    shop.record("second")
-    wait_until(lambda: (courier.turn(), set(shop.states().values()) == {"delivered"})[1])
-    courier.close(5)
-    gateway.close()
-    assert shop.told == []
-    assert shop.billed() == ["first", "of-the-child", "second"]
-
-
-def test_the_epoch_changes_while_sending_goes_on_and_rests_otherwise(shop: Shop) -> None:
-    seen: list[str] = []
-    watched = Epoch(shop.ledger)
-    for second in range(0, 600, 5):
-        watched.keep(shop.ledger.now() + second)
-        if second < 300:
-            watched.sends()
-        seen.append(str(shop.ledger.note("epoch")))
-    assert 5 <= len(set(seen[:61])) <= 7
-    assert len(set(seen[73:])) == 1
-
-
-def test_that_something_may_have_been_sent_is_noted_before_its_claim_is_stored(shop: Shop) -> None:
-    """Else a ledger that is busy in between would leave a claim that nobody sends."""
-    noted: list[bool] = []
-
-    def when_stored(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
-        if statement == "COMMIT" and not noted and "sending" in shop.states().values():
-            known = Sidecar.read(shop.sidecar)
-            noted.append(known is not None and known.sent)
-
-    event.listen(shop.ledger.database.engine, "after_cursor_execute", when_stored)
-    shop.record("run")
-    shop.deliver()
-    assert noted == [True]
-
-
 # -- PostgreSQL, and what an operator says
 
 
@@ -780,7 +428,3 @@ def test_what_was_rejected_before_a_restore_is_compared_when_a_person_retries_it
     sealing.retry(shop.ledger)
     shop.deliver()
     assert shop.states()["second"] == "doubtful"
-
-
-def test_the_sidecar_is_beside_the_database(shop: Shop) -> None:
-    assert sidecar_path(shop.ledger) == shop.sidecar
