@@ -58,6 +58,17 @@ def test_a_customer_may_use_what_the_credits_pay_for(sandbox: StripeSandbox, met
         budget.check("cus_1")
 
 
+def test_what_the_credits_paid_for_is_told_in_plain_digits(
+    sandbox: StripeSandbox, meter: StripeMeterCallbackHandler
+) -> None:
+    sandbox.set_credit("cus_1", 6)
+    credit = StripeCredit(meter, unit_price=Decimal("0.1"))  # 6 / 0.1 is 6E+1 in decimal arithmetic
+    credit.refresh("cus_1")
+    use(meter, 70, "job-1")
+    with pytest.raises(SpendLimitError, match=r"limit of 60 ai_tokens is used up \(70 were used\)"):
+        Budget(meter, SpendLimit("ai_tokens", credit)).check("cus_1")
+
+
 def test_a_check_never_waits_for_stripe_which_is_asked_once_meanwhile(
     sandbox: StripeSandbox, meter: StripeMeterCallbackHandler
 ) -> None:

@@ -18,7 +18,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langchain_stripe_meter.core.customers import Facts, Reference, Skip
-from langchain_stripe_meter.core.events import check_account, is_async
+from langchain_stripe_meter.core.events import check_account, is_async, number_text
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
@@ -308,7 +308,8 @@ def _allowance(limit: SpendLimit, spender: Spender, used: Decimal, now: int) -> 
 
 def _used_up(one: Allowance) -> SpendLimitError:
     until = "" if one.resets_at is None else f"; it begins anew at {one.resets_at:%Y-%m-%d %H:%M:%S} UTC"
-    said = f"The limit of {one.limit} {one.event_name} is used up ({one.used} were used){until}."
+    limit, used = number_text(one.limit or 0), number_text(one.used)
+    said = f"The limit of {limit} {one.event_name} is used up ({used} were used){until}."
     return SpendLimitError(said, one.event_name, one.limit, one.used, one.resets_at)
 
 
