@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,20 @@ def test_leads_of_one_session_on_two_accounts_are_two_leads(platform: Platform) 
         assert handler.flush().held == 0
     assert platform.anna.billed("ai_tokens") == {"cus_eve": 15}
     assert platform.bert.billed("ai_tokens") == {"cus_max": 15}
+
+
+def test_with_tenants_a_lead_is_of_a_session_on_an_account_that_must_be_said(platform: Platform) -> None:
+    with platform.handler(customer=from_lead(by="email"), tenant=of_metadata) as handler:
+        leads = handler.leads
+        asks = (partial(leads.capture, email="eve@example.com"), leads.find, leads.forget)
+        for ask in asks:
+            with pytest.raises(ConfigurationError, match=r"tenant=.*session.*account="):
+                ask("s-1")
+            with pytest.raises(InvalidValueError, match="no connected account"):
+                ask("s-1", account="anna")
+        asks[0]("s-1", account="")  # a run of the platform itself
+        assert leads.find("s-1", "") == {"email": "eve@example.com"}
+        assert leads.forget("s-1", "")
 
 
 def test_of_a_lead_only_what_the_tenants_own_source_reads_pays(platform: Platform) -> None:

@@ -18,8 +18,9 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
 from langchain_stripe_meter.core.customers import Facts, Reference, Skip
-from langchain_stripe_meter.core.events import check_account, is_async, number_text
+from langchain_stripe_meter.core.events import is_async, number_text
 from langchain_stripe_meter.core.periods import Per, Period
+from langchain_stripe_meter.core.tenants import account_of
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
@@ -248,7 +249,7 @@ class Budget:
     def _spender(self, customer: Customer, account: str | None) -> Spender | None:
         if isinstance(customer, str | Reference):
             reference = Reference("id", customer) if isinstance(customer, str) else customer
-            return Spender(reference, Facts(), account_of(self._meter, account))
+            return Spender(reference, Facts(), customers_account(self._meter, account))
         if customer is not None and not isinstance(customer, Facts):
             raise ConfigurationError(
                 f"A customer is a 'cus_…' id, a Reference, or the Facts of a run; not {type(customer).__name__}."
@@ -266,16 +267,9 @@ def check_meter(meter: object, what: str) -> None:
         raise ConfigurationError(f"{what} takes a StripeMeterCallbackHandler first, not {type(meter).__name__}.")
 
 
-def account_of(meter: StripeMeterCallbackHandler, account: str | None) -> str:
+def customers_account(meter: StripeMeterCallbackHandler, account: str | None) -> str:
     """On which connected account somebody named by id or ``Reference`` pays."""
-    if account is not None:
-        return check_account(account)
-    if meter._has_tenants:
-        raise ConfigurationError(
-            "The handler has tenant=, and the same id is somebody else on each account: say whose customer this is "
-            "with account='acct_…' (account='' for the key's own)."
-        )
-    return meter._stripe_account
+    return account_of(account, meter._stripe_account, has_tenants=meter._has_tenants, what="customer")
 
 
 def check_budget(budget: object, what: str) -> None:

@@ -11,7 +11,7 @@ from queue import SimpleQueue
 
 from cachetools import LRUCache
 
-from langchain_stripe_meter.agents.budget import Spender, account_of, check_amount, check_meter
+from langchain_stripe_meter.agents.budget import Spender, check_amount, check_meter, customers_account
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -86,7 +86,7 @@ class StripeCredit:
 
         ``account`` is as for ``Budget.allowances``.
         """
-        return self._ask((account_of(self._meter, account), Reference("id", customer)))
+        return self._ask((customers_account(self._meter, account), Reference("id", customer)))
 
     def _ask_later(self, key: _Key) -> None:
         self._questions.put(key)

@@ -14,6 +14,7 @@ from langchain_stripe_meter.core.customers import By, CustomerSource, Facts, Fro
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.core.values import valueclass
+from langchain_stripe_meter.errors import ConfigurationError
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,21 @@ class Untold(Skip):
 
 TenantSource = Callable[[Facts], Tenant | None]
 """From the trusted facts of a run to its tenant; None skips the run, for nobody is billed on a guess."""
+
+
+def account_of(account: str | None, own: str, *, has_tenants: bool, what: str) -> str:
+    """The account where one is given, else the handler's ``own``; with ``tenant=`` there is no such default.
+
+    ``what`` is what belongs to an account: a ``customer`` or a ``session``.
+    """
+    if account is not None:
+        return check_account(account)
+    if has_tenants:
+        raise ConfigurationError(
+            f"The handler has tenant=, and the same {what} is somebody else's on each account: say whose {what} this "
+            "is with account='acct_…' (account='' for the key's own)."
+        )
+    return own
 
 
 # -- leads: whether a source wants them, which fields, of whose session

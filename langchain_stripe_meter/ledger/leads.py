@@ -13,7 +13,7 @@ from sqlalchemy import delete as sql_delete
 
 from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
-from langchain_stripe_meter.core.tenants import session_digest
+from langchain_stripe_meter.core.tenants import account_of, session_digest
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger.schema import leads, readings
 from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
@@ -34,9 +34,9 @@ class Leads:
     """What the application learned about the person behind a session: durable, shared by all processes.
 
     ``by`` are the fields that say who pays, in the order in which they are tried, or None where each tenant has its
-    own; ``account`` is the connected account
-    where none is given; ``region`` is where phone numbers without a leading ``+`` are dialled; ``claimed`` is called
-    when skipped readings shall be billed after all.
+    own, and every call must say its account; ``account`` is the connected account where none is given; ``region`` is
+    where phone numbers without a leading ``+`` are dialled; ``claimed`` is called when skipped readings shall be billed
+    after all.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Leads:
             phone: A phone number; without a leading ``+`` it needs ``region``.
             region: Where ``phone`` is dialled, such as ``"DE"``.
             account: The connected account (``acct_…``) that the session belongs to; by default the handler's
-                ``stripe_account``. With ``tenant=``, say whose session it is.
+                ``stripe_account``; with ``tenant=`` it must be said (``""`` for the key's own).
             bill_from: ``"now"`` leaves the runs before this skipped. ``"first_message"`` bills those of this session
                 that were skipped for want of a lead, once, if this lead has what ``customer=`` reads of it; not with
                 ``tenant=``.
@@ -87,10 +87,10 @@ class Leads:
             How many readings that had been skipped will be billed after all.
 
         Raises:
-            ConfigurationError: A field cannot be used. The message does not repeat it.
+            ConfigurationError: A field cannot be used (the message does not repeat it), or ``account`` is missing.
             LedgerError: The lead could not be stored.
         """
-        account = self._account if account is None else account
+        account = self._on(account)
         session, fields = _session(session), _fields(region or self._region, email=email, name=name, phone=phone)
         self.check_bill_from(bill_from)
         return self._capture(account, session, fields, bill_from, replaces=True) or 0
@@ -136,7 +136,7 @@ class Leads:
         """The lead of ``session``, or None. Who asks keeps it from being pruned for its age, which counts from then."""
         if not _is_session(session):
             return None
-        mine, now = _of(self._account if account is None else account, session), self._ledger.now()
+        mine, now = _of(self._on(account), session), self._ledger.now()
         with self._ledger.look() as connection:
             row = connection.execute(select(leads).where(mine)).mappings().first()
         if row is None:
@@ -144,6 +144,9 @@ class Leads:
         if row["captured_at"] < now - NOTED_EVERY:
             self._note_use(mine, now)
         return _fields_of(row)
+
+    def _on(self, account: str | None) -> str:
+        return account_of(account, self._account, has_tenants=self._by is None, what="session")
 
     def _note_use(self, mine: ColumnElement[bool], now: int) -> None:
         try:
@@ -159,7 +162,7 @@ class Leads:
         """
         if not _is_session(session):
             return False
-        mine = _of(self._account if account is None else account, session)
+        mine = _of(self._on(account), session)
         with self._ledger.write("record") as connection:
             return connection.execute(sql_delete(leads).where(mine)).rowcount > 0
 
