@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from langchain_stripe_meter.agents.servers import SECRET, from_signed_token, secrets_in
+from langchain_stripe_meter.agents.servers import SECRET, USUAL_KEY, from_signed_token, secrets_in
 from langchain_stripe_meter.core import customers, meters
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.tokens import MIN_SECRET
@@ -23,6 +23,18 @@ from langchain_stripe_meter.ledger.opening import without_password
 class _Strict(BaseModel):
     # What is wrong may be a key or name a person, so pydantic's own message must not quote it.
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="after")
+    def _builds(self) -> Self:
+        """Refuse at the door, and at its place, what the handler would refuse later."""
+        try:
+            self._try()
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    def _try(self) -> None:
+        """Build what needs no key and no secret: settings are also read where nothing is metered."""
 
 
 class MeterSettings(_Strict):
@@ -55,9 +67,12 @@ class MeterSettings(_Strict):
         built: meters.Meter = kind(**arguments)
         return built
 
+    def _try(self) -> None:
+        self.build()
+
 
 class CustomerSettings(_Strict):
-    """Who pays: ``source`` and what that source reads.
+    """Who pays: ``source`` and what that source reads; a plain ``"cus_…"`` is the ``static`` customer of this id.
 
     ``static`` takes exactly one of ``id``, ``email``, ``name``, ``phone``; ``metadata``, ``auth_user``, ``context`` and
     ``signed_token`` take ``key`` (by default ``stripe_customer_id``, for a token ``stripe_customer_token``); ``lead``
@@ -79,6 +94,14 @@ class CustomerSettings(_Strict):
     account: str | None = None
     sources: tuple[CustomerSettings, ...] = ()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_id(cls, given: Any) -> Any:
+        return {"source": "static", "id": given} if isinstance(given, str) and given.startswith("cus_") else given
+
+    def _try(self) -> None:
+        self.build(lambda variable: [variable.ljust(MIN_SECRET)])
+
     def build(self, secrets: Callable[[str], list[str]] = secrets_in) -> customers.CustomerSource:
         """The source itself; ``secrets`` gives those in an environment variable. ``ConfigurationError`` names a field
         that this source does not read."""
@@ -93,14 +116,16 @@ class CustomerSettings(_Strict):
         if self.source == "lead":
             return customers.from_lead(self.by, trust_client=self.trust_client, region=self.region)
         if self.source == "signed_token":
-            key = self.key or "stripe_customer_token"
-            return from_signed_token(key, secrets(self.secret_env), account=self.account)
-        key = self.key or "stripe_customer_id"
+            return from_signed_token(self._key, secrets(self.secret_env), account=self.account)
         if self.source == "auth_user":
-            return customers.from_auth_user(key)
+            return customers.from_auth_user(self._key)
         if self.source == "context":
-            return customers.from_context(key, trust_client=self.trust_client)
-        return customers.from_metadata(key, trust_client=self.trust_client)
+            return customers.from_context(self._key, trust_client=self.trust_client)
+        return customers.from_metadata(self._key, trust_client=self.trust_client)
+
+    @property
+    def _key(self) -> str:
+        return self.key or ("stripe_customer_token" if self.source == "signed_token" else USUAL_KEY)
 
     def _says(self, name: str) -> bool:
         return bool(getattr(self, name) != type(self).model_fields[name].default)
@@ -112,7 +137,7 @@ class CustomerSettings(_Strict):
         if self.source == "static":
             by = next(by for by in ("id", "email", "name", "phone") if getattr(self, by) is not None)
             return f"one fixed customer, known by {by}"
-        return f"the lead, by {self.by}" if self.source == "lead" else f"{self.source}, under {self.key or 'its key'}"
+        return f"the lead, by {self.by}" if self.source == "lead" else f"{self.source}, under {self._key}"
 
 
 _READ = {
@@ -155,35 +180,21 @@ class MeteringSettings(_Strict):
         Raises ``ConfigurationError``, which names the file, the field and what to do, but repeats no personal data.
         """
         path = Path(path)
+        kind = kind_of(path)
         try:
             text = path.read_text(encoding="utf-8")
-            data = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+            data = tomllib.loads(text) if kind == "TOML" else json.loads(text)
         except OSError as error:
             raise ConfigurationError(f"{path} cannot be read: {error.strerror}. Give another path.") from None
         except ValueError as error:  # TOML, JSON and UTF-8 alike
-            kind = "TOML" if path.suffix == ".toml" else "JSON"
             raise ConfigurationError(f"{path} is no {kind}: {error}.") from None
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            faults = error.errors(include_url=False, include_context=False)
-            told = "; ".join(_explain(fault) for fault in faults if not _is_noise(fault))
-            raise ConfigurationError(f"{path}: {told}.") from None
+            raise ConfigurationError(f"{path}: {in_one_line(error)}.") from None
 
-    @model_validator(mode="after")
-    def _builds(self) -> Self:
-        """Refuse at the door what the handler would refuse later, except for a secret that is missing here: settings
-        are also read where nothing is metered."""
-        try:
-            for meter in self.meters:
-                meter.build()
-            for source in (self.customer, self.on_unidentified):
-                if isinstance(source, CustomerSettings):
-                    source.build(lambda variable: [variable.ljust(MIN_SECRET)])
-            check_account(self.stripe_account or "")
-        except ConfigurationError as error:
-            raise ValueError(str(error)) from error
-        return self
+    def _try(self) -> None:
+        check_account(self.stripe_account or "")
 
     def handler(self, **options: Any) -> StripeMeterCallbackHandler:
         """The handler with these settings; ``options`` are more of its own arguments (``stripe=``, ``on_error=``)."""
@@ -213,7 +224,7 @@ class MeteringSettings(_Strict):
             "counted": "; ".join(f"{one.kind} on {one.event_name!r}" for one in self.meters),
             "who_pays": self.customer.in_words()
             if self.customer
-            else "the authenticated user, else the run's metadata",
+            else f"the authenticated user, else the run's metadata, under {USUAL_KEY}",
             "if_nobody_is_named": otherwise,
             "whom_stripe_does_not_know": unknown,
             "ledger": self.shown_ledger() or "$STRIPE_METER_LEDGER, else stripe_meter.db in the working directory",
@@ -232,27 +243,60 @@ class MeteringSettings(_Strict):
         return policy.build() if isinstance(policy, CustomerSettings) else policy
 
 
+def kind_of(path: Path) -> Literal["TOML", "JSON"]:
+    """What a file of settings is written in, by its name; ``ConfigurationError`` for any other."""
+    suffix = path.suffix.lower()
+    if suffix not in (".toml", ".json"):
+        raise ConfigurationError(f"{path}: settings are a .toml or a .json file. Give it such a name.")
+    return "TOML" if suffix == ".toml" else "JSON"
+
+
 _REMEDIES = {
     "extra_forbidden": "there is no such setting; correct its name or leave it out",
     "missing": "it is missing; add it",
     "too_short": "it needs at least one",
+    "tuple_type": "it takes a list",
+}
+_TABLES = {
+    "MeteringSettings": "they are a table of settings by name",
+    "MeterSettings": "it takes a table with a kind and an event_name",
+    "CustomerSettings": "it takes a table with a source, or a plain 'cus_…' id",
 }
 _PERSONAL = {"email", "name", "phone"}
 
 
-def _is_noise(error: Any) -> bool:
-    """Of a choice between a word and a table, pydantic tells what is wrong with either."""
-    is_table = isinstance(error["input"], dict)
-    is_word_fault = any(str(part).startswith("literal[") for part in error["loc"])
-    return (is_word_fault and is_table) or (error["type"] == "model_type" and not is_table and len(error["loc"]) > 1)
+def in_one_line(error: ValidationError) -> str:
+    """What is wrong with settings, without personal data."""
+    faults = error.errors(include_url=False)
+    told = [fault for fault in faults if not _is_noise(fault, faults)]
+    return "; ".join(_explain(fault) for fault in told or faults)
+
+
+def _is_noise(error: Any, faults: Sequence[Any]) -> bool:
+    """Of a choice between a word and a table, pydantic tells what is wrong with either; and that a list is too short,
+    where its items are wrong."""
+    where = error["loc"]
+    if error["type"] == "too_short":
+        return any(len(other["loc"]) > len(where) and other["loc"][: len(where)] == where for other in faults)
+    if isinstance(error["input"], dict):
+        return any(str(part).startswith("literal[") for part in where)
+    return error["type"] == "model_type" and any(map(_is_branch, where))
+
+
+def _is_branch(part: object) -> bool:
+    """Whether a part of a place is pydantic's name for one of the choices there."""
+    return str(part).startswith("literal[") or "CustomerSettings" in str(part)
 
 
 def _explain(error: Any) -> str:
     """One fault: which field, which value, and what to do about it."""
-    kinds = ("CustomerSettings", "literal[")
-    where = ".".join(str(part) for part in error["loc"] if not str(part).startswith(kinds))
-    message = _REMEDIES.get(error["type"], str(error["msg"]).removeprefix("Value error, "))
-    unknown = error["type"] == "extra_forbidden"  # nobody knows what it holds: it may be a key
-    shown = not unknown and isinstance(error["input"], str | int | float) and not _PERSONAL & set(error["loc"])
-    value = f" = {error['input']!r}" if shown else ""
+    where = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
+    kind = error["type"]
+    if kind == "model_type":
+        message = _TABLES[error["ctx"]["class_name"]]
+    else:
+        message = _REMEDIES.get(kind, str(error["msg"]).removeprefix("Value error, "))
+    # Nobody knows what the value of an unknown setting is, or what stands in a table's place: a key, or a person.
+    known = kind not in ("extra_forbidden", "model_type") and not _PERSONAL & set(error["loc"])
+    value = f" = {error['input']!r}" if known and isinstance(error["input"], str | int | float) else ""
     return f"{where or 'the settings'}{value}: {message}".rstrip(".")

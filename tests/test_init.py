@@ -38,6 +38,7 @@ CHOICES: list[tuple[list[str], Any, Any]] = [
         Tokens("ai_tokens"),
         static(id="cus_1"),
     ),
+    (["--count", "tokens", "--pays", "static", "--customer", "cus_1"], Tokens("ai_tokens"), static(id="cus_1")),
     (["--count", "messages", "--pays", "lead", "--by", "phone"], Messages("ai_tokens"), from_lead("phone")),
     (
         ["--count", "credits", "--pays", "metadata"],
@@ -52,16 +53,17 @@ CHOICES: list[tuple[list[str], Any, Any]] = [
 ]
 
 
+@pytest.mark.parametrize("file", ["stripe_meter.toml", "stripe_meter.json"])
 @pytest.mark.parametrize(("options", "meter", "customer"), CHOICES)
 def test_options_become_settings_that_say_the_same(
-    sandbox: StripeSandbox, options: list[str], meter: object, customer: object
+    sandbox: StripeSandbox, file: str, options: list[str], meter: object, customer: object
 ) -> None:
-    said = call("--meter", "ai_tokens", *options).stdout
-    settings = MeteringSettings.from_file("stripe_meter.toml")
+    said = call(file, "--meter", "ai_tokens", *options).stdout
+    settings = MeteringSettings.from_file(file)
     assert settings.meters[0].build() == meter
     assert settings.customer is not None
     assert settings.customer.build() == customer
-    assert "initinitinit" not in Path("stripe_meter.toml").read_text() + said
+    assert "initinitinit" not in Path(file).read_text() + said
 
 
 def test_what_it_prints_is_python_that_bills(sandbox: StripeSandbox) -> None:
@@ -81,7 +83,8 @@ def test_what_it_prints_is_python_that_bills(sandbox: StripeSandbox) -> None:
 
 def test_it_asks_for_what_is_not_given_and_again_for_what_is_none_of_the_choices(sandbox: StripeSandbox) -> None:
     said = call("other.toml", answers="ai_token\nai_tokens\nwords\nmessages\nlead\nemail\n").stdout
-    assert "ai_tokens" in said
+    assert "Who pays (lead, static, metadata, auth_user) [lead]: " in said
+    assert "Identified by (email, name, phone) [email]: " in said
     assert '"lead": {"email":' in said
     settings = MeteringSettings.from_file("other.toml")
     assert settings.in_words()["counted"] == "messages on 'ai_tokens'"
@@ -111,6 +114,18 @@ def test_json_asks_nothing_and_says_what_is_missing(sandbox: StripeSandbox) -> N
     assert json.loads(call(*WHOLE, "--json").stdout)["file"] == "stripe_meter.toml"
     assert "--pays" in json.loads(call("x.toml", *WHOLE[:4], "--json", code=2).stdout)["error"]
     assert not Path("x.toml").exists()
+
+
+@pytest.mark.parametrize("given", [0, 2, 4, 6])
+def test_where_nobody_answers_it_says_what_is_missing(sandbox: StripeSandbox, given: int) -> None:
+    said = call(*WHOLE[:given], code=2).stderr
+    assert f"{WHOLE[given]} is missing" in said
+    assert "Aborted" not in said
+
+
+def test_a_file_of_another_kind_is_refused_before_stripe_is_asked(sandbox: StripeSandbox) -> None:
+    assert "settings are a .toml or a .json file" in call("x.yaml", code=2).stderr
+    assert not sandbox.requests
 
 
 @pytest.mark.parametrize(

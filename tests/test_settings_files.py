@@ -110,6 +110,64 @@ def test_no_person_is_named_by_an_error(tmp_path: Path) -> None:
         MeteringSettings.from_file(write(tmp_path, "{", "bad.json"))
 
 
+METER = {"kind": "tokens", "event_name": "ai_tokens"}
+"""One that is right."""
+
+
+@pytest.mark.parametrize("field", ["customer", "on_unidentified"])
+def test_a_plain_id_pays_in_a_file_as_it_does_in_python(tmp_path: Path, field: str) -> None:
+    sources = {"source": "first_of", "sources": [{"source": "lead"}, "cus_1"]}
+    for given, meant in (("cus_1", static(id="cus_1")), (sources, first_of(from_lead(), "cus_1"))):
+        text = json.dumps({"meters": [METER], field: given})
+        read = getattr(MeteringSettings.from_file(write(tmp_path, text, "m.json")), field)
+        assert read.build() == meant
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"customer": {"source": "first_of", "sources": ["ann"]}}, "customer.sources.0: it takes a table"),
+        ({"customer": "ann@canary.com"}, "customer: it takes a table with a source, or a plain 'cus_…' id"),
+        ({"customer": "cus_1 2"}, "customer = 'cus_1 2': 'cus_1 2' is not a Stripe customer id"),
+        ({"on_unidentified": "explode"}, "on_unidentified = 'explode': Input should be 'skip' or 'raise'"),
+        ({"on_unidentified": 7}, "on_unidentified"),
+        ({"meters": ["tokens"]}, "meters.0: it takes a table with a kind and an event_name"),
+        ({"meters": METER}, "meters: it takes a list"),
+        ({"meters": []}, "meters: it needs at least one"),
+        ({"meters": [{**METER, "kind": "nope"}]}, "meters.0.kind = 'nope': Input should be"),
+        ({"meters": [METER, {**METER, "weights": {"inptu": 1}}]}, "meters.1: Tokens cannot weigh 'inptu'"),
+        ({"customer": {"source": "metadata", "email": "canary"}}, "customer: source = 'metadata' does not read"),
+    ],
+)
+def test_each_fault_is_told_once_at_its_place(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    file = write(tmp_path, json.dumps({"meters": [METER], **change}), "m.json")
+    with pytest.raises(ConfigurationError) as refused:
+        MeteringSettings.from_file(file)
+    assert str(refused.value).startswith(f"{file}: {says}")
+    assert f"; {next(iter(change))}" not in str(refused.value)
+    assert "canary" not in str(refused.value)
+
+
+def test_a_file_of_another_kind_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"m\.yaml: settings are a \.toml or a \.json file"):
+        MeteringSettings.from_file(tmp_path / "m.yaml")
+    assert MeteringSettings.from_file(write(tmp_path, TOML, "M.TOML")).concurrency == 4
+
+
+@pytest.mark.parametrize(
+    ("customer", "says"),
+    [
+        (None, "the authenticated user, else the run's metadata, under stripe_customer_id"),
+        ({"source": "metadata"}, "metadata, under stripe_customer_id"),
+        ({"source": "auth_user", "key": "cid"}, "auth_user, under cid"),
+        ({"source": "signed_token"}, "signed_token, under stripe_customer_token"),
+    ],
+)
+def test_who_pays_is_told_with_the_key_that_is_read(customer: dict[str, Any] | None, says: str) -> None:
+    settings = MeteringSettings.model_validate({"meters": [METER], "customer": customer})
+    assert settings.in_words()["who_pays"] == says
+
+
 def test_the_command_says_what_a_file_means(tmp_path: Path) -> None:
     def call(code: int, *arguments: str) -> Any:
         result = CliRunner().invoke(app, ["settings", *arguments], env={"COLUMNS": "200"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -39,6 +40,9 @@ def init(
 ) -> None:
     """Choose a meter, what is counted and who pays; ask for what is not given. The key stays in the environment."""
     with clear_errors(as_json=as_json):
+        from langchain_stripe_meter.settings import kind_of
+
+        write = _toml if kind_of(file) == "TOML" else _json
         if file.exists() and not force:
             raise ConfigurationError(f"{file} is there already. Give another name, or --force to write over it.")
         with open_gateway() as gateway:
@@ -51,7 +55,7 @@ def init(
         data: dict[str, Any] = {"meters": [_meter(event_name, kind)], "customer": payer}
         _check(data)
         try:
-            file.write_text(_toml(data), encoding="utf-8")
+            file.write_text(write(data), encoding="utf-8")
         except OSError as error:
             raise ConfigurationError(f"{file} cannot be written: {error.strerror}. Give another path.") from None
     python = _python(file, who, payer.get("by", ""))
@@ -59,7 +63,8 @@ def init(
 
 
 class _Questions:
-    """Asks until the answer is one of the choices; the first is recommended."""
+    """Asks until the answer is one of the choices; the first is recommended. Where nobody answers, it names the option
+    that was missing."""
 
     def __init__(self, *, may_ask: bool) -> None:
         self._may_ask = may_ask
@@ -69,7 +74,12 @@ class _Questions:
             raise ConfigurationError(f"{option} is missing; with --json nothing is asked.")
         told = f"{question} ({', '.join(choices)})" if choices else question
         while True:
-            answer = str(typer.prompt(told, default=choices[0] if choices else None)).strip()
+            try:  # a member of an enumeration would be shown with all the others
+                answer = str(typer.prompt(told, default=str(choices[0]) if choices else None)).strip()
+            except typer.Abort:
+                if sys.stdin.isatty():
+                    raise
+                raise ConfigurationError(f"{option} is missing, and there is no terminal to ask for it on.") from None
             if not choices or answer in choices:
                 return answer
             typer.echo(f"{answer!r} is none of them.")
@@ -101,6 +111,8 @@ def _customer(ask: _Questions, who: Pays, by: By | None, customer: str | None) -
         raise ConfigurationError(f"--customer goes with --pays static, not with --pays {who}.")
     if not allowed:
         return {"source": who.value}
+    if by is None and (customer or "").startswith("cus_"):
+        by = By.id
     field = by or ask("--by", "Identified by", allowed)
     if who is Pays.lead:
         return {"source": who.value, "by": str(field)}
@@ -110,12 +122,16 @@ def _customer(ask: _Questions, who: Pays, by: By | None, customer: str | None) -
 def _check(data: dict[str, Any]) -> None:
     from pydantic import ValidationError
 
-    from langchain_stripe_meter.settings import MeteringSettings
+    from langchain_stripe_meter.settings import MeteringSettings, in_one_line
 
     try:
         MeteringSettings.model_validate(data)
     except ValidationError as error:
-        raise ConfigurationError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+        raise ConfigurationError(f"{in_one_line(error)}.") from None
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, indent=2) + "\n"
 
 
 def _toml(data: dict[str, Any]) -> str:
