@@ -138,14 +138,19 @@ def test_each_status_has_its_meaning(sandbox: StripeSandbox, gateway: Gateway, s
 
 
 @pytest.mark.parametrize("account", ["", "acct_1Theirs"])
-@pytest.mark.parametrize("status", [400, 401, 403, 404])
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 451])
+@pytest.mark.parametrize(
+    "body",
+    [{"page": "Blocked"}, {"error": "invalid_request"}, {"error": {"code": "Blocked", "message": "x"}}, {"error": {}}],
+    ids=["page", "oauth", "gateway", "empty"],
+)
 def test_a_no_without_stripes_own_words_is_none_of_stripes(
-    sandbox: StripeSandbox, gateway: Gateway, status: int, account: str
+    sandbox: StripeSandbox, gateway: Gateway, status: int, account: str, body: dict[str, Any]
 ) -> None:
     """As from a proxy or a firewall on the way: whether Stripe got the request, it does not say."""
     sandbox.connect("acct_1Theirs").create_meter("ai_tokens")
     gateway.load_meters(account)
-    page = Fault(works=False, reply=Reply(status, {"page": "Blocked"}))
+    page = Fault(works=False, reply=Reply(status, body))
     sandbox.fail(page, path=None, times=None)
     assert gateway.send(event(sandbox, account=account), 0).move is Move.UNKNOWN
     for ask in (gateway.account_id, lambda: gateway.load_meters(account)):
@@ -190,7 +195,15 @@ def test_a_no_that_stripe_says_to_try_again_is_not_final() -> None:
     assert classify(error).move is Move.UNKNOWN
 
 
-@pytest.mark.parametrize(("code", "move"), [("rate_limit", Move.REFUSED_FOR_NOW), ("lock_timeout", Move.UNKNOWN)])
+@pytest.mark.parametrize(
+    ("code", "move"),
+    [
+        ("rate_limit", Move.REFUSED_FOR_NOW),
+        ("lock_timeout", Move.UNKNOWN),
+        ("idempotency_key_in_use", Move.UNKNOWN),
+        ("too_many_concurrent_requests", Move.UNKNOWN),
+    ],
+)
 def test_a_code_that_speaks_of_now_is_not_final_whatever_its_status(
     sandbox: StripeSandbox, gateway: Gateway, code: str, move: Move
 ) -> None:

@@ -228,15 +228,12 @@ class Gateway:
 
         Raises ``StripeError`` where Stripe does not answer, or has closed the account to us.
         """
-        import stripe
-
         from langchain_stripe_meter.gateway.replies import code_of
 
         try:
             found: dict[str, MeterInfo] | None = {meter.event_name: meter for meter in self.meters(account)}
         except StripeError as error:
-            said = error.__cause__
-            if not isinstance(said, stripe.PermissionError) or code_of(said) == "account_invalid":
+            if _said(error) != 403 or code_of(error.__cause__) == "account_invalid":
                 raise
             found = None
         with inside(), self._lock:
@@ -326,8 +323,10 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
 
 def _said(error: StripeError) -> int | None:
     """The status that Stripe gave with words of its own; None for what some box on the way said."""
+    from langchain_stripe_meter.gateway.replies import has_words
+
     said = error.__cause__
-    return getattr(said, "http_status", None) if getattr(said, "error", None) is not None else None
+    return getattr(said, "http_status", None) if has_words(said) else None
 
 
 def _date(answer: Any) -> int | None:

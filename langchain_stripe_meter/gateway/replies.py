@@ -45,6 +45,7 @@ def classify(error: Exception, account: str = "") -> Outcome:
 
 _NOT_FINAL = (408, 409, 423, 424, 425)
 """Statuses that speak of now: too slow, in conflict, locked, something Stripe depends on failed, too early."""
+_NOT_FINAL_CODES = ("lock_timeout", "idempotency_key_in_use", "too_many_concurrent_requests")
 
 
 def _move(error: stripe.StripeError, account: str) -> Move:
@@ -56,20 +57,25 @@ def _move(error: stripe.StripeError, account: str) -> Move:
     status = error.http_status or 0
     if is_duplicate(error):
         return Move.DUPLICATE
-    if status in (401, 403) and error.error is not None:
+    if status in (401, 403) and has_words(error):
         return Move.NO_ACCESS if status == 403 and account else Move.UNAUTHORISED
     if status == 429 or isinstance(error, stripe.RateLimitError) or _is_ahead(error):
         return Move.REFUSED_FOR_NOW
     if _is_gone(error):
         return Move.UNSEAL
     final = 400 <= status < 500 and status not in _NOT_FINAL and not isinstance(error, stripe.IdempotencyError)
-    final = final and _header(error.headers, "stripe-should-retry") != "true" and code_of(error) != "lock_timeout"
-    return Move.REFUSED if final and error.error is not None else Move.UNKNOWN
+    final = final and _header(error.headers, "stripe-should-retry") != "true" and code_of(error) not in _NOT_FINAL_CODES
+    return Move.REFUSED if final and has_words(error) else Move.UNKNOWN
 
 
-def code_of(error: stripe.StripeError) -> str | None:
+def has_words(error: BaseException | None) -> bool:
+    """Whether it is Stripe itself that says so: what v1 refuses always has a type, unlike the JSON of other boxes."""
+    return isinstance(getattr(getattr(error, "error", None), "type", None), str)
+
+
+def code_of(error: BaseException | None) -> str | None:
     """Stripe's code for what was wrong, where it has one."""
-    return error.code or getattr(error.error, "code", None)
+    return getattr(error, "code", None) or getattr(getattr(error, "error", None), "code", None)
 
 
 def is_duplicate(error: stripe.StripeError) -> bool:
