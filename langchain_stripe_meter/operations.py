@@ -241,7 +241,5 @@ def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
             f"Whether the meter event {event.identifier} is cancelled is unknown ({outcome.message}). Cancel it again: "
             "that is safe."
         )
-    else:
-        if outcome.move is Move.REFUSED:
-            decisions.settle_cancel(ledger, event, outcome.message)
+    elif outcome.move is not Move.REFUSED or not decisions.settle_cancel(ledger, event, outcome.message):
         raise StripeError(f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}")

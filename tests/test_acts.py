@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -24,7 +27,7 @@ from langchain_stripe_meter.gateway.meters import cancel as ask_stripe
 from langchain_stripe_meter.ledger import acts, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.operations import cancel
-from langchain_stripe_meter.sandbox import drop_answer, drop_request, refuse, server_error
+from langchain_stripe_meter.sandbox import drop_answer, drop_request, hang, refuse, server_error
 
 ADJUSTMENTS = "/v1/billing/meter_event_adjustments"
 DAY = 86_400
@@ -70,6 +73,61 @@ def test_cancelling_again_is_safe_also_when_nobody_knows_what_came_of_it(books: 
     take_back(books, "run-1")
     assert (books.states(), books.billed()) == ({"run-1": "written_off"}, 0)
     assert books.told() == ["cancel asked run-1", "cancelled run-1"]
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_what_stripe_rejects_while_it_is_being_cancelled_is_written_off(books: Books, refuses: bool) -> None:
+    """The report overtakes Stripe's answer to the wish; whatever that is, nothing is billed, now or by a retry."""
+    books.deliver("run-1")
+    asked, go = threading.Event(), threading.Event()
+    fault = replace(refuse(400, message="It is rejected."), until=go) if refuses else hang(go)
+    books.sandbox.fail(fault, path=ADJUSTMENTS, where=lambda _: asked.set() is None)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(take_back, books, "run-1")
+        assert asked.wait(60)
+        (result,) = books.take(*books.sandbox.reject("run-1"))
+        go.set()
+        done.result(60)
+    assert (result.status, result.rejected) == (200, ())
+    assert (books.states(), sealing.retry(books.ledger)) == ({"run-1": "written_off"}, 0)
+    assert books.told() == ["cancel asked run-1", "cancelled run-1"]
+    take_back(books, "run-1")
+    assert books.errors == []
+
+
+def test_what_stripe_rejects_after_a_cancelling_of_which_nobody_knows_what_came_is_written_off(books: Books) -> None:
+    books.deliver("run-1")
+    books.sandbox.fail(drop_answer(), path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match=r"unknown.*again"):
+        take_back(books, "run-1")
+    books.take(*books.sandbox.reject("run-1"))
+    assert (books.states(), sealing.retry(books.ledger)) == ({"run-1": "written_off"}, 0)
+    take_back(books, "run-1")
+
+
+def test_what_stripe_rejects_after_it_refused_to_cancel_it_may_be_sent_again(books: Books) -> None:
+    """Who was told of the refusal may have corrected the total instead, which counts on the event being billed."""
+    books.deliver("run-1")
+    for _ in range(2):
+        books.sandbox.fail(refuse(400, message="It is on an invoice that is final."), path=ADJUSTMENTS)
+        with pytest.raises(StripeError, match=r"run-1: .*invoice"):
+            take_back(books, "run-1")
+    assert books.told() == ["cancel asked run-1", "cancel refused run-1"] * 2
+    books.take(*books.sandbox.reject("run-1"))
+    assert (books.states(), sealing.retry(books.ledger)) == ({"run-1": "rejected"}, 1)
+    books.deliver()
+    assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
+
+
+def test_what_was_sent_again_while_stripe_answered_is_not_said_to_be_cancelled(books: Books) -> None:
+    books.deliver("run-1")
+    event = acts.ask_to_cancel(books.ledger, "run-1")
+    assert event is not None
+    acts.settle_cancel(books.ledger, event, "another's wish was refused")
+    books.take(*books.sandbox.reject("run-1"))
+    with pytest.raises(IllegalMoveError, match="run-1 was rejected while"):
+        acts.settle_cancel(books.ledger, event, None)
+    assert books.states() == {"run-1": "rejected"}
 
 
 def test_what_is_too_old_for_stripe_is_refused_by_name(books: Books) -> None:

@@ -5,12 +5,12 @@ Each function that changes something takes all that it is given, or refuses by n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, exists, func, select, update
+from sqlalchemy import Connection, func, select, update
 
 from langchain_stripe_meter.core.events import (
     check_account,
@@ -76,8 +76,11 @@ def every_act(ledger: Ledger, most: int = 1000) -> ActList:
 def reject_later(connection: Connection, row: Any, code: str, now: int) -> str | None:
     """Stripe refused a delivered event after it took it: rejected, and under an identifier that Stripe has not seen.
 
-    Returns the new identifier; None where the event has moved on meanwhile.
+    Returns the new identifier; None where the event has moved on meanwhile, or was being cancelled: it is, then.
     """
+    if _cancelling(connection, row.identifier) == CANCEL_ASKED:
+        _cancel(connection, row.id, row.identifier, f"Stripe rejected it: {code}"[:MAX_REASON], now)
+        return None
     state = next_event_state(EventState(row.state), Move.REJECTED_LATER)
     number, identifier = fresh_identifier(connection, row.identifier, row.resent)
     changed = connection.execute(
@@ -123,7 +126,8 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
     with ledger.write() as connection:
         now = ledger.now()
         row = _event_of(connection, identifier)
-        if row.state == EventState.WRITTEN_OFF.value and _has(connection, CANCELLED, row.identifier):
+        known = _cancelling(connection, row.identifier)
+        if known == CANCELLED:
             return None
         _named_move(next_event_state, EventState(row.state), Move.CANCEL, f"The meter event {row.identifier}")
         if now - row.settled_at > CANCEL_SECONDS:
@@ -131,27 +135,42 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
                 f"The meter event {row.identifier} was delivered more than 24 hours ago, and Stripe no longer cancels "
                 "it. Correct the customer's total instead: correct(...)."
             )
-        if not _has(connection, CANCEL_ASKED, row.identifier):
+        if known != CANCEL_ASKED:
             write_act(connection, CANCEL_ASKED, row.identifier, "", now)
         return Cancellable(row.id, row.identifier, row.event_name, row.account)
 
 
-def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> None:
-    """Write down what Stripe said to the wish to cancel: ``refused`` is its definite no."""
+def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> bool:
+    """Write down what Stripe said to the wish to cancel: ``refused`` is its definite no. Returns whether the event is
+    cancelled, which it also is if Stripe rejected it meanwhile."""
     with ledger.write() as connection:
         now = ledger.now()
+        if _cancelling(connection, event.identifier) == CANCELLED:
+            return True
         if refused is not None:
             write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], now)
-            return
-        state = next_event_state(EventState.DELIVERED, Move.CANCEL).value
-        mine = update(events).where(events.c.id == event.id, events.c.identifier == event.identifier)
-        if connection.execute(mine.where(events.c.state == EventState.DELIVERED.value).values(state=state)).rowcount:
-            write_act(connection, CANCELLED, event.identifier, "", now)
+            return False
+        if not _cancel(connection, event.id, event.identifier, "", now):
+            raise IllegalMoveError(
+                f"The meter event {event.identifier} was rejected while it was being cancelled. Write it off, so that "
+                "it is not sent again."
+            )
+        return True
 
 
-def _has(connection: Connection, act: str, subject: str) -> bool:
-    found = exists().where(acts.c.subject == subject, acts.c.act == act)
-    return bool(connection.execute(select(found)).scalar())
+def _cancel(connection: Connection, event_id: int, identifier: str, detail: str, now: int) -> bool:
+    delivered = (events.c.state == EventState.DELIVERED.value, events.c.identifier == identifier)
+    state = next_event_state(EventState.DELIVERED, Move.CANCEL).value
+    changed = connection.execute(update(events).where(events.c.id == event_id, *delivered).values(state=state)).rowcount
+    if changed:
+        write_act(connection, CANCELLED, identifier, detail, now)
+    return bool(changed)
+
+
+def _cancelling(connection: Connection, identifier: str) -> str | None:
+    """The last of what is written down of the wish to cancel it: CANCEL_ASKED, CANCELLED or REFUSED."""
+    wish = (acts.c.subject == identifier, acts.c.act.in_((CANCEL_ASKED, CANCELLED, REFUSED)))
+    return connection.execute(select(acts.c.act).where(*wish).order_by(acts.c.id.desc()).limit(1)).scalar()
 
 
 def _event_of(connection: Connection, identifier: str) -> Any:
@@ -364,7 +383,8 @@ def _write_off_event(connection: Connection, identifier: str, reason: str, now: 
 
 def _readings(connection: Connection, ids: Sequence[int]) -> list[Any]:
     """The readings with these ids; a refusal that names one that is not there."""
-    rows = [row for part in _parts(ids) for row in connection.execute(_by_id(part))]
+    by_id = (select(readings).where(readings.c.id.in_(part)).order_by(readings.c.id) for part in _parts(ids))
+    rows = [row for query in by_id for row in connection.execute(query)]
     missing = sorted(set(ids) - {row.id for row in rows})
     if missing:
         raise ConfigurationError(f"The ledger has no reading {missing[0]}. See: stripe-meter held")
@@ -374,7 +394,3 @@ def _readings(connection: Connection, ids: Sequence[int]) -> list[Any]:
 def _parts(ids: Sequence[int]) -> Iterator[Sequence[int]]:
     """As many at once as a statement takes values."""
     return (ids[start : start + _IDS_AT_ONCE] for start in range(0, len(ids), _IDS_AT_ONCE))
-
-
-def _by_id(ids: Iterable[int]) -> Any:
-    return select(readings).where(readings.c.id.in_(ids)).order_by(readings.c.id)
