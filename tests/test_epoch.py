@@ -324,6 +324,25 @@ def test_a_courier_that_runs_notices_a_file_that_is_replaced(shop: Shop) -> None
     tally("the ledger is deleted or replaced, and a courier finds out")
 
 
+@pytest.mark.parametrize("what", ["the backup", "nothing"])
+def test_a_courier_that_runs_notices_every_time_that_its_file_is_replaced(shop: Shop, what: str) -> None:
+    shop.record("first")
+    backup(shop.ledger, shop.copy)
+    gateway = Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url)
+    courier = Courier(shop.ledger, gateway, on_error=shop.errors.append)
+    for count in range(3):
+        wait_until(lambda: (courier.turn(), set(shop.states().values()) <= {"delivered", "doubtful"})[1])
+        assert len(shop.told) == count
+        assert bool(views.status(shop.ledger).restored) is (count > 0)
+        assert shop.billed() == ["first"]
+        shop.sandbox.advance(hours=30)
+        swap(shop)
+        if what == "nothing":
+            shop.path.unlink()
+    courier.close(5)
+    gateway.close()
+
+
 def test_nothing_is_claimed_of_a_file_that_came_after_the_epoch_was_compared(shop: Shop) -> None:
     shop.record("first")
     backup(shop.ledger, shop.copy)
@@ -340,6 +359,28 @@ def test_nothing_is_claimed_of_a_file_that_came_after_the_epoch_was_compared(sho
     assert "restored from a backup" in shop.told[0]
     with shop.ledger.deliver_lane().transaction():
         watch.sends()
+
+
+def test_a_file_that_is_replaced_while_the_replacement_before_is_told_is_looked_at_too(shop: Shop) -> None:
+    shop.record("first")
+    backup(shop.ledger, shop.copy)
+    shop.deliver()
+    told: list[Exception] = []
+
+    def tell(error: Exception) -> None:
+        told.append(error)
+        if len(told) == 1:
+            swap(shop)
+            shop.record("second")  # opens the file that is there now
+
+    watch = Epoch(shop.ledger, tell)
+    swap(shop)
+    watch.keep(shop.ledger.now())
+    with pytest.raises(LedgerError, match="replaced"), shop.ledger.deliver_lane().transaction():
+        watch.sends()
+    watch.keep(shop.ledger.now())
+    assert len(told) == 2
+    assert views.status(shop.ledger).restored
 
 
 def swap(shop: Shop) -> None:

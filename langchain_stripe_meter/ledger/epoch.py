@@ -91,12 +91,14 @@ class Sidecar(NamedTuple):
 
 
 class Epoch:
-    """Watches over one ledger for one courier. ``tell`` is told once of each thing that an operator must know."""
+    """Watches over one ledger for one courier. ``tell`` is told of what an operator must know: once each time that the
+    ledger came back or was replaced, and once that the file cannot be written."""
 
     def __init__(self, ledger: Ledger, tell: Tell | None = None) -> None:
         self._ledger = ledger
         self._tell = tell or (lambda _error: None)
-        self._told: set[str] = set()
+        self._misfit: str | None = None
+        self._has_told_unwritable = False
         self._opening = -1
         self._after = 0
         self._has_sent = False
@@ -108,7 +110,7 @@ class Epoch:
             return
         database.reopen_if_moved()
         self._ledger.deliver_lane()  # opens it, which counts
-        if database.openings != self._opening or (self._has_sent and now >= self._after):
+        if self._is_opening or (self._has_sent and now >= self._after):
             self.begin()
             self._after = now + EVERY_SECONDS
 
@@ -122,7 +124,7 @@ class Epoch:
         database = self._ledger.database
         if not database.is_sqlite:
             return
-        if database.openings != self._opening or not database.is_in_place:
+        if self._is_opening or not database.is_in_place:
             raise LedgerError("The ledger was closed or replaced just now. It is looked at before anything is sent.")
         try:
             if _is_unmarked(sidecar_path(self._ledger)):  # once an epoch, whoever sends first
@@ -149,6 +151,7 @@ class Epoch:
         """
         if not self._ledger.database.is_sqlite:
             return
+        opening = self._ledger.database.openings  # first: it may be replaced, and opened, while it is compared
         self._has_sent = False
         new = secrets.token_hex(16)
         try:
@@ -156,13 +159,17 @@ class Epoch:
             self._confirm(new)
         except OSError as error:
             self._tell_unwritable(error)
-        self._opening = self._ledger.database.openings
+        self._opening = opening
 
     def _tell_unwritable(self, error: OSError) -> None:
-        self._tell_once(
+        if self._has_told_unwritable:
+            return
+        self._has_told_unwritable = True
+        said = (
             f"{sidecar_path(self._ledger)} cannot be read or written ({error.strerror}), so it would not be "
             "noticed if the ledger were restored from a backup. Make it, and its folder, writable."
         )
+        self._tell(LedgerError(said))
 
     def _change(self, new: str) -> None:
         path, now = sidecar_path(self._ledger), self._ledger.now()
@@ -170,7 +177,8 @@ class Epoch:
         with self._ledger.deliver_lane().transaction() as connection:
             ours, theirs = _note(connection, EPOCH) or "", Sidecar.read(path)
             found = compare(ours, theirs)
-            if found is not None and found not in self._told:
+            is_known = found == self._misfit and not self._is_opening
+            if found is not None and not is_known:
                 put_in_doubt(connection, now, found, theirs.at if theirs is not None and not ours else None)
             last = ours if found is None else theirs.epoch if theirs is not None else "?"
             if found is None and theirs is not None and self._was_killed_long_ago(theirs, now):
@@ -185,8 +193,9 @@ class Epoch:
                 unwritable = error
             else:
                 set_note(connection, EPOCH, new, now)
-        if found is not None:
-            self._tell_once(found)
+        self._misfit = found if unwritable is not None else None  # what cannot be made to fit is found every minute
+        if found is not None and not is_known:
+            self._tell(LedgerError(found))
         if unwritable is not None:
             raise unwritable
 
@@ -195,15 +204,14 @@ class Epoch:
             if _note(connection, EPOCH) == new:  # else another process was faster, and the file is its
                 Sidecar(new, "", self._ledger.now()).write(sidecar_path(self._ledger))
 
+    @property
+    def _is_opening(self) -> bool:
+        """Whether it was opened since an epoch was begun: it may be another file."""
+        return self._opening != self._ledger.database.openings
+
     def _was_killed_long_ago(self, theirs: Sidecar, now: int) -> bool:
         """Whether a courier before this one sent something, never said that it ended, and Stripe forgets by now."""
-        is_opening = self._opening != self._ledger.database.openings
-        return is_opening and theirs.sent and now - theirs.at >= SAFE_WINDOW
-
-    def _tell_once(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            self._tell(LedgerError(what))
+        return self._is_opening and theirs.sent and now - theirs.at >= SAFE_WINDOW
 
 
 def _is_unmarked(path: Path) -> bool:
