@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.delivery.guard import PAUSE_SECONDS
+from langchain_stripe_meter.delivery.guard import ACCOUNT, PAUSE_SECONDS
 from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
@@ -260,6 +261,38 @@ def test_another_accounts_key_pauses_everything_and_burns_no_attempt(shop: Shop)
     assert shop.attempts() == [1, 1, 1]
     assert len(shop.told) == 1
     settled(shop.ledger, shop.sandbox, fault="a key of another account or mode")
+
+
+class _Raced(Ledger):
+    """Something happens once a look at whose ledger it is has found nobody."""
+
+    meanwhile: Callable[[], None]
+
+    def note(self, name: str) -> str | None:
+        found = super().note(name)
+        if name == ACCOUNT and found is None:
+            self.meanwhile()
+        return found
+
+
+def test_of_two_accounts_keys_that_meet_on_a_new_ledger_one_sends(shop: Shop, url: str) -> None:
+    plain, shop.ledger = shop.ledger, _Raced(url, clock=shop.sandbox.now)
+
+    def other() -> None:
+        shop.ledger = plain
+        shop.record("second")
+        shop.turns("sk_test_other", lambda: shop.told or not views.status(plain).pending)
+        shop.record("third")
+
+    with closing(shop.ledger) as raced:
+        raced.meanwhile = other
+        shop.record("first")
+        shop.turns(TEST, lambda: shop.told or not views.status(plain).pending)
+    if shop.ledger is raced:
+        other()
+    assert shop.ledger.note(ACCOUNT) == shop.sandbox.account_id
+    assert shop.other.events == []
+    assert len(shop.told) == 1
 
 
 def test_a_key_that_may_not_read_its_account_delivers_and_pins_none(shop: Shop) -> None:

@@ -16,7 +16,7 @@ from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
 from langchain_stripe_meter.ledger.outbox import Line
 from langchain_stripe_meter.ledger.resolving import Waiting
-from langchain_stripe_meter.ledger.store import Ledger, pin
+from langchain_stripe_meter.ledger.store import Ledger, first_note, pin
 
 ACCOUNT = "account"
 """The ledger's note of the Stripe account that its usage belongs to."""
@@ -234,15 +234,17 @@ class Guard:
         """Pin the ledger to the key's mode and account. A key that may not read its account does not pin that."""
         pin(self._ledger.deliver_lane(), self._ledger.now(), is_test=self._gateway.is_test)
         account = self._gateway.account_id()
-        pinned = self._ledger.note(ACCOUNT)
-        if account is not None and pinned is None:
-            self._ledger.set_note(ACCOUNT, account)
-        elif account is not None and pinned != account:
+        if account is not None and (pinned := self._pinned(account)) != account:
             raise ForeignLedgerError(
                 f"The ledger holds usage of the Stripe account {pinned}, but the key belongs to {account}; nothing is "
                 "sent. Use that account's key, or give this account a ledger of its own."
             )
         self._is_ours = True
+
+    def _pinned(self, account: str) -> str:
+        now = self._ledger.now()
+        with self._ledger.deliver_lane().transaction() as connection:
+            return first_note(connection, ACCOUNT, account, now)
 
 
 def _called(account: str) -> str:

@@ -31,7 +31,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.schema import OPEN_READINGS, notes, payers, readings
-from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, insert_or_ignore, write_act
+from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, first_note, write_act
 
 RESOLVE_AT_MOST = 100
 HELD_RETRY = (60, 300, 900, 3600)
@@ -211,10 +211,7 @@ def secret(connection: Connection, now: int) -> bytes:
     """The ledger's own secret, made when it is first needed; inside the caller's transaction."""
     query = select(notes.c.value).where(notes.c.name == SECRET)
     found = connection.execute(query).scalar()
-    if found is None:
-        insert_or_ignore(connection, notes, {"name": SECRET, "value": secrets.token_hex(32), "at": now})
-        found = connection.execute(query).scalar_one()  # another process may have been faster
-    return bytes.fromhex(found)
+    return bytes.fromhex(found or first_note(connection, SECRET, secrets.token_hex(32), now))
 
 
 def secret_of(ledger: Ledger) -> bytes:

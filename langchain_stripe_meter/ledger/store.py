@@ -214,6 +214,13 @@ def set_note(connection: Connection, name: str, value: str, now: int) -> None:
     connection.execute(insert.on_conflict_do_update(index_elements=["name"], set_=values))
 
 
+def first_note(connection: Connection, name: str, value: str, now: int) -> str:
+    """Remember a fact that never changes, in its caller's transaction: of two processes that are as fast, the primary
+    key lets one win. Returns the fact."""
+    insert_or_ignore(connection, notes, {"name": name, "value": value, "at": now})
+    return str(connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar_one())
+
+
 def write_act(connection: Connection, act: str, subject: str, detail: str, now: int) -> None:
     """Record what a person, a lead or a webhook decided, in the transaction that does it.
 
@@ -290,7 +297,7 @@ def pin(lane: Lane, now: int, *, is_test: bool) -> None:
         pinned = _pinned(lane.connection)
     if pinned is None:
         with lane.transaction() as connection:
-            pinned = _pinned(connection) or _set_mode(connection, ours, now)
+            pinned = first_note(connection, LIVEMODE, ours, now)
     _refuse_other(pinned, ours)
 
 
@@ -313,12 +320,6 @@ def _word(is_test: bool) -> str:
 
 def _pinned(connection: Connection) -> str | None:
     return connection.execute(select(notes.c.value).where(notes.c.name == LIVEMODE)).scalar()
-
-
-def _set_mode(connection: Connection, mode: str, now: int) -> str:
-    """Another process may be as fast on PostgreSQL; then the primary key lets one of them win."""
-    insert_or_ignore(connection, notes, {"name": LIVEMODE, "value": mode, "at": now})
-    return _pinned(connection) or mode
 
 
 def _refuse_other(pinned: str, ours: str) -> None:
