@@ -9,10 +9,10 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from langchain_core.tracers.context import register_configure_hook
 
@@ -350,8 +350,30 @@ def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
 
 # -- metering everywhere at once
 
-_everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, ContextVar[StripeMeterCallbackHandler | None]]
-_everywhere = weakref.WeakKeyDictionary()
+
+@dataclass(eq=False)
+class _Block:
+    """One ``with stripe_meter(...)`` block; without its ``handler`` once it was left."""
+
+    handler: StripeMeterCallbackHandler | None
+    around: _Block | None
+
+
+class _Blocks:
+    """Where LangChain looks for the handler of the blocks around a run, as in a context variable. A block in a
+    generator is left where that is ended, maybe in another context: so it is asked whether it still stands."""
+
+    def __init__(self) -> None:
+        self.innermost: ContextVar[_Block | None] = ContextVar("stripe_meter", default=None)
+
+    def get(self) -> StripeMeterCallbackHandler | None:
+        block = self.innermost.get()
+        while block is not None and block.handler is None:
+            block = block.around
+        return None if block is None else block.handler
+
+
+_everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, _Blocks] = weakref.WeakKeyDictionary()
 _everywhere_lock = threading.Lock()
 
 
@@ -363,13 +385,14 @@ def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCal
     not. Blocks may nest; a run is billed once per meter.
     """
     with inside(), _everywhere_lock:
-        variable = _everywhere.get(handler)
-        if variable is None:
-            variable = ContextVar(f"stripe_meter_{id(handler)}", default=None)
-            register_configure_hook(variable, inheritable=True)
-            _everywhere[handler] = variable
-    token = variable.set(handler)
+        if (blocks := _everywhere.get(handler)) is None:
+            blocks = _everywhere[handler] = _Blocks()
+            register_configure_hook(cast("ContextVar[Any]", blocks), inheritable=True)
+    block = _Block(handler, blocks.innermost.get())
+    token = blocks.innermost.set(block)
     try:
         yield handler
     finally:
-        variable.reset(token)
+        block.handler = None
+        with suppress(ValueError):  # entered in a context that is out of reach
+            blocks.innermost.reset(token)

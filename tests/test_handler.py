@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import gc
 import inspect
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from providers import OpenAIServer, Reply
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata, static, stripe_meter
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError, UsageError
-from langchain_stripe_meter.ledger.views import FlushReport, why_skipped
+from langchain_stripe_meter.ledger.views import FlushReport, tail, why_skipped
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 
@@ -154,6 +156,45 @@ def test_an_inner_block_does_not_end_the_outer_one(shop: Shop, server: OpenAISer
                 pass
             server.chat().invoke("Hi", paid_by("cus_1"))
         assert (shop.billed(), other.billed()) == (ONE_ANSWER, {})
+
+
+def test_a_block_in_a_generator_that_was_left_meters_nothing_further(shop: Shop, server: OpenAIServer) -> None:
+    """The loop ends such a generator in a task of its own, which cannot undo what was set in this one."""
+
+    async def chat() -> AsyncIterator[str]:
+        with stripe_meter(shop.handler):
+            async for piece in server.chat().astream("Hi", paid_by("cus_1")):
+                yield piece.text
+
+    async def serve() -> list[str]:
+        unhandled: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: unhandled.append(str(told)))
+        async for text in chat():
+            if text:
+                break  # its reader goes away
+        while not tail(shop.handler._ledger, 9):
+            gc.collect()
+            await asyncio.sleep(0.01)
+        await server.chat().ainvoke("Hi", paid_by("cus_2"))  # what comes next in the same task is somebody else's
+        return unhandled
+
+    assert asyncio.run(serve()) == []
+    assert shop.billed("cus_1")
+    assert shop.billed("cus_2") == {}
+
+
+def test_a_block_may_be_left_in_another_context_than_it_was_entered_in(shop: Shop, server: OpenAIServer) -> None:
+    """As FastAPI does with a dependency that yields."""
+
+    def dependency() -> Iterator[None]:
+        with stripe_meter(shop.handler):
+            yield
+
+    block, entered = dependency(), contextvars.copy_context()
+    entered.run(next, block)
+    contextvars.copy_context().run(list, block)
+    entered.run(server.chat().invoke, "Hi", paid_by("cus_1"))
+    assert shop.billed() == {}
 
 
 # DESIGN.md's samples
