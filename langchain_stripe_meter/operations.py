@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
@@ -76,14 +76,17 @@ class Operations:
 
     def assign(
         self,
-        held: views.Held | Sequence[int],
+        held: views.Readings,
         customer: str | None = None,
         value: object = None,
         *,
         account: str | None = None,
     ) -> int:
         """A person settles held readings: who pays, how much where no amount is known, and the connected ``account``
-        (``""`` for the key's own) where ``tenant=`` failed. Returns how many moved."""
+        (``""`` for the key's own) where ``tenant=`` failed. Returns how many moved.
+
+        ``held`` is what ``held()`` returns, all of it or some groups, or the ids of readings.
+        """
         return self._moved(decisions.assign(self._ledger, held, customer, value, account))
 
     def doubtful(self) -> DoubtfulList:
@@ -181,15 +184,17 @@ class Operations:
         self._recorder.mended(error)
         return self._moved(new)
 
-    def retime(self, held: views.Held | Sequence[int], at: datetime | int | None = None) -> int:
+    def retime(self, held: views.Readings, at: datetime | int | None = None) -> int:
         """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).
 
+        ``held`` is as for ``assign``.
         All of it or, with an error that names what cannot be, nothing. Returns how many readings moved.
         """
         return self._moved(decisions.retime(self._ledger, held, None if at is None else seconds(at, "at")))
 
-    def write_off(self, what: views.Held | str | Sequence[int | str], *, reason: str) -> int:
-        """Decide not to bill: held readings (``Held``, ids, identifiers), rejected or doubtful events (identifiers).
+    def write_off(self, what: views.Readings | str | Iterable[views.Held | int | str], *, reason: str) -> int:
+        """Decide not to bill: held readings (as for ``assign``, or identifiers), rejected or doubtful events
+        (identifiers).
 
         All of it or, with an error that names what cannot be, nothing. Returns how many. ``reason`` is kept and shown,
         and must name nobody.

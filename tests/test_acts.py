@@ -314,6 +314,44 @@ def test_what_is_not_held_cannot_be_assigned_and_then_nothing_is(books: Books) -
     assert acts.assign(books.ledger, [*held, held[0]], "cus_2") == 2
 
 
+on_held = pytest.mark.parametrize(
+    "act",
+    [
+        lambda ledger, what: acts.assign(ledger, what, "cus_9"),
+        lambda ledger, what: acts.retime(ledger, what),
+        lambda ledger, what: acts.write_off(ledger, what, reason="goodwill"),
+    ],
+    ids=["assign", "retime", "write_off"],
+)
+
+
+@on_held
+def test_held_readings_are_named_by_what_held_returns_or_by_their_ids(books: Books, act: Any) -> None:
+    for number in range(6):
+        too_old(books, f"{number}a", f"{number}b", customer=f"cus_{number}")
+    one, two, three, four, five, six = views.held(books.ledger)
+    ways = [one, [two], (three, *four.ids), five.ids[0], iter([*six.ids, *six.ids])]
+    assert [act(books.ledger, way) for way in ways] == [2, 2, 4, 1, 2]
+    assert act(books.ledger, views.held(books.ledger)) == 1
+    assert act(books.ledger, views.held(books.ledger)) == 0
+
+
+@on_held
+@pytest.mark.parametrize("other", [None, 1.5, True, b"1", [[1]], views.status], ids=lambda one: type(one).__name__)
+def test_what_names_nothing_held_is_refused_and_then_nothing_is_done(books: Books, act: Any, other: Any) -> None:
+    ids = too_old(books, "a", "b")
+    refused(books, ConfigurationError, r"held\(\).*, not \w+", act, other)
+    refused(books, ConfigurationError, r"held\(\).*, not \w+", act, [*ids, other])
+
+
+def test_identifiers_name_what_is_written_off_and_nothing_else(books: Books) -> None:
+    ids = too_old(books, "a", "b")
+    for act, arguments in ((acts.assign, ["cus_9"]), (acts.retime, [])):
+        for what in ("a", ["1"], [*ids, "a"]):
+            refused(books, ConfigurationError, r"held\(\).*, not str", act, what, *arguments)
+    assert acts.write_off(books.ledger, [ids[0], "b"], reason="goodwill") == 2
+
+
 def test_what_a_wrong_meter_held_is_looked_at_again_and_what_stripe_refused_when_it_is_due(books: Books) -> None:
     later = books.ledger.now() + 60
     why = {

@@ -5,7 +5,7 @@ Each function that changes something takes all that it is given, or refuses by n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
@@ -34,7 +34,7 @@ from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, 
 from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
 from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore, write_act
-from langchain_stripe_meter.ledger.views import Held, html_table
+from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
 CANCEL_SECONDS = 86_400
 """Stripe cancels an event within 24 hours of receiving it."""
@@ -265,7 +265,7 @@ def check_reason(reason: object) -> str:
 
 def assign(
     ledger: Ledger,
-    held: Held | Sequence[int],
+    held: Readings,
     customer: str | None = None,
     value: object = None,
     account: str | None = None,
@@ -279,7 +279,7 @@ def assign(
     """
     if customer is None and value is None:
         raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
-    ids = held.ids if isinstance(held, Held) else tuple(held)
+    ids = named(held, "assign", int)
     changes: dict[str, Any] = {} if account is None else {"account": check_account(account)}
     if customer is not None:
         changes |= {"customer": check_customer_id(customer), "reference": None}
@@ -317,9 +317,9 @@ def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, An
     return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
 
 
-def retime(ledger: Ledger, held: Held | Sequence[int], at: int | None = None) -> int:
+def retime(ledger: Ledger, held: Readings, at: int | None = None) -> int:
     """Give held readings that are too old for Stripe a new time (Unix seconds, default now). Returns how many."""
-    ids = held.ids if isinstance(held, Held) else tuple(held)
+    ids = named(held, "retime", int)
     with ledger.write() as connection:
         now = ledger.now()
         when = now if at is None else check_timestamp(at, now)
@@ -343,18 +343,17 @@ def _retimed(row: Any, now: int) -> str:
     return state
 
 
-def write_off(ledger: Ledger, what: Held | str | Sequence[int | str], *, reason: str) -> int:
+def write_off(ledger: Ledger, what: Readings | str | Iterable[Held | int | str], *, reason: str) -> int:
     """A person decides not to bill: held readings, by id or identifier; rejected or doubtful events, by identifier.
 
     Returns how many.
     """
     said = check_reason(reason)
-    given: Sequence[int | str] = what.ids if isinstance(what, Held) else [what] if isinstance(what, str) else [*what]
-    ids = list(dict.fromkeys(one for one in given if isinstance(one, int)))
-    names = list(dict.fromkeys(one for one in given if isinstance(one, str)))
+    given = named(what, "write_off", int, str)
+    names = [one for one in given if isinstance(one, str)]
     with ledger.write() as connection:
         now = ledger.now()
-        rows = _readings(connection, ids)
+        rows = _readings(connection, [one for one in given if isinstance(one, int)])
         held = [_held_reading(connection, name) for name in names]
         for row in dict.fromkeys([*rows, *(row for row in held if row is not None)]):
             name = f"The reading {row.id} ({row.key})"
@@ -364,7 +363,7 @@ def write_off(ledger: Ledger, what: Held | str | Sequence[int | str], *, reason:
             write_act(connection, WRITTEN_OFF, row.key, said, now)
         for name in (name for name, row in zip(names, held, strict=True) if row is None):
             _write_off_event(connection, name, said, now)
-    return len(ids) + len(names)
+    return len(given)
 
 
 def _held_reading(connection: Connection, name: str) -> Any:

@@ -125,6 +125,21 @@ class HeldList(list[Held]):
         return f"{table}<p>{html.escape(_WHAT_TO_CALL)}</p>" if self else table
 
 
+Readings = Held | int | Iterable[Held | int]
+"""Held readings, as ``held()`` returns them (all, a group, some groups) or by their ids."""
+
+
+def named(what: object, act: str, *kinds: type) -> list[Any]:
+    """What a person gave to ``act``: ids and, where ``kinds`` has ``str``, identifiers, each once."""
+    given = what if isinstance(what, Iterable) and not isinstance(what, str | bytes) else (what,)
+    found = [each for one in given for each in (one.ids if isinstance(one, Held) else (one,))]
+    for one in found:
+        if not isinstance(one, kinds) or isinstance(one, bool):
+            also = " and identifiers" if str in kinds else ""
+            raise ConfigurationError(f"{act}() takes what held() returns or ids{also}, not {type(one).__name__}.")
+    return list(dict.fromkeys(found))
+
+
 @dataclass(frozen=True, slots=True)
 class Row(NotebookTable):
     """One reading and the event it became, for ``tail``; ``state`` is the event's where there is one."""
