@@ -25,7 +25,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, epoch, sealing, views
-from langchain_stripe_meter.ledger.doubts import settle_doubt
+from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.epoch import Epoch, backup
 from langchain_stripe_meter.ledger.forget import forget
 from langchain_stripe_meter.ledger.keeping import prune
@@ -78,6 +78,20 @@ def test_what_was_sent_after_the_backup_is_not_billed_again_whenever_it_is_resto
     shop.deliver()
     assert shop.billed() == ["first", "lost", "new", "second", "third"]
     assert len(shop.told) == 1
+
+
+def test_what_a_restore_put_in_doubt_says_why(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    shop.record("first")
+    shop.deliver()
+    shop.record("second")
+    backup(shop.ledger, shop.copy)
+    shop.deliver()
+    shop.sandbox.advance(hours=30)
+    shop.restore()
+    shop.deliver()
+    assert "meter event second is doubtful: it may have been sent before the ledger was restored" in caplog.text
+    (doubt,) = doubtful(shop.ledger)
+    assert "restored" in doubt.reason
 
 
 @pytest.mark.parametrize("hours", [1, 25, 48])

@@ -64,6 +64,8 @@ Line = tuple[str, str, str]
 
 LINES_AT_ONCE = 1000
 """How many lines a claim looks at before it leaves the others to the next one."""
+_CAME_BACK = "it may have been sent before the ledger was restored or its courier was killed"
+"""Why an event is in doubt whose outcome was never unknown: see ``put_in_doubt``."""
 _PAGE = 20
 _FIRST: Line = ("", "", "")
 _PENDING: ColumnElement[str] = literal_column("'pending'")
@@ -235,13 +237,18 @@ def _doubt_forgotten(connection: Connection, now: int) -> None:
     """
     since, until = safe_window(now)
     for row in connection.execute(_FORGOTTEN, {"old": since, "ahead": until}).mappings().all():
-        _set_aside(connection, row, next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW), row["error"], now)
+        _doubt(connection, row, now)
+
+
+def _doubt(connection: Connection, row: Mapping[Any, Any], now: int) -> None:
+    doubtful = next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW)
+    _set_aside(connection, row, doubtful, row["error"] or _CAME_BACK, now)
 
 
 def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: int) -> Claimed | None:
     """The claim on an event; None where it must not, or can never, be sent."""
     if row["first_unknown_at"] is not None and out_of_window(row["first_unknown_at"], now):
-        _set_aside(connection, row, next_event_state(EventState.PENDING, Move.OUT_OF_WINDOW), row["error"], now)
+        _doubt(connection, row, now)
         return None
     if row["first_unknown_at"] is None and row["at"] < now - STALE_AFTER:
         its_line = [events.c[name] == row[name] for name in ("account", "customer", "event_name")]
