@@ -55,6 +55,8 @@ logger = logging.getLogger("langchain_stripe_meter")
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
 _NEXT_STEP_OF_TENANT = "say whose it is with assign(held, 'cus_…', account='acct_…')."
+_NEXT_STEP_OF_PAYER = "say who pays with assign(held, 'cus_…')."
+_NO_PAYER = "who pays could not be looked up: "
 
 OnMissingUsage = Literal["estimate", "hold", "ignore"]
 
@@ -79,7 +81,7 @@ class Recorder:
     _name: str = field(init=False, default_factory=lambda: uuid4().hex)
     _failures: int = field(init=False, default=0)
     _mended: set[str] = field(init=False, default_factory=set)
-    _last_untold: str | None = field(init=False, default=None)
+    _untold_of: dict[str, str] = field(init=False, default_factory=dict)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
     _tenant_of_all: Tenant | None = field(init=False)
@@ -256,7 +258,9 @@ class Recorder:
         use = Use(key if recorded is None else f"{key}-rest", run.ended or run.started, facts, per, call, recorded)
         return self._of_use(use, self._tenant_of_all or self._tenant(facts))
 
-    def _of_use(self, use: Use, tenant: Tenant | Skip, source: CustomerSource | None = None) -> list[Entry]:
+    def _of_use(
+        self, use: Use, tenant: Tenant | Skip, source: CustomerSource | None = None, *, raises: bool = False
+    ) -> list[Entry]:
         """Entries for what was used; ``source`` says who pays for this one alone."""
         if isinstance(tenant, Skip):
             return [make_entry(use, tenant, reading) for reading in self._readings(self.meters, use)]
@@ -266,9 +270,9 @@ class Recorder:
         payer, facts = source or tenant.customer or self.customer, use.facts
         if self.needs_lookup or source is not None:
             facts = self._with_leads(facts, tenant.account, payer)
-        who = payer.identify(facts)
+        who = payer.identify(facts) if raises else self._identify(payer, facts)
         entries = [make_entry(use, who, reading, tenant.account) for reading in readings]
-        if self.needs_lookup and source is None and isinstance(who, Skip):
+        if self.needs_lookup and source is None and type(who) is Skip:
             session, reads = lead_session(payer, facts), lead_fields(payer)
             return [replace(entry, session=session, reads=reads) for entry in entries]
         return entries
@@ -282,19 +286,30 @@ class Recorder:
         try:
             tenant: object = self.tenant(facts.trusted())
             if isinstance(tenant, Tenant):
-                self._last_untold = None
+                self._untold_of.pop(NO_TENANT, None)
                 return tenant if tenant.meters is None else replace(tenant, meters=checked_meters(tenant.meters))
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            return self._untold(f"{NO_TENANT}failed: {type(error).__name__}")
-        return Skip("no tenant") if tenant is None else self._untold(f"{NO_TENANT}gave no Tenant")
+            return self._untold(NO_TENANT, f"failed: {type(error).__name__}", _NEXT_STEP_OF_TENANT)
+        return Skip("no tenant") if tenant is None else self._untold(NO_TENANT, "gave no Tenant", _NEXT_STEP_OF_TENANT)
 
-    def _untold(self, why: str) -> Untold:
+    def _identify(self, payer: CustomerSource, facts: Facts) -> Reference | Skip:
+        """Who pays; where a lead cannot be read, or what the application calls a user, it is held for a person."""
+        try:
+            who = payer.identify(facts)
+        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
+            kind = LedgerError if isinstance(error, LedgerError) else ConfigurationError
+            return self._untold(_NO_PAYER, type(error).__name__, _NEXT_STEP_OF_PAYER, kind)
+        self._untold_of.pop(_NO_PAYER, None)
+        return who
+
+    def _untold(self, what: str, how: str, next_step: str, kind: type[MeteringError] = ConfigurationError) -> Untold:
         """Told once for as long as it goes on."""
-        if self._last_untold != why:
-            self._last_untold = why
-            said = f"{why}. Its usage is held: {_NEXT_STEP_OF_TENANT}"
+        why = f"{what}{how}"
+        if self._untold_of.get(what) != how:
+            self._untold_of[what] = how
+            said = f"{why}. Its usage is held: {next_step}"
             logger.error("stripe-meter: %s", said)
-            self._tell(ConfigurationError(said))
+            self._tell(kind(said))
         return Untold(why)
 
     def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:
@@ -340,7 +355,7 @@ class Recorder:
         tenant = self._tenant_of_all or self._tenant(facts)
         if isinstance(tenant, Untold):  # held, it would be billed twice once the job is told again
             raise ConfigurationError(f"{tenant.reason}. Nothing is recorded: record it again, under the same id.")
-        entries = self._of_use(use, tenant, None if customer is None else as_source(customer))
+        entries = self._of_use(use, tenant, None if customer is None else as_source(customer), raises=True)
         if not entries:
             self._check_counts_calls(tenant)
         return entries

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import pickle
+import sqlite3
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -15,14 +18,24 @@ import pytest
 from langchain.agents import create_agent
 from langchain_core.language_models import FakeListLLM, GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
+from langgraph.graph import START, MessagesState, StateGraph
 from metering import Shop
 from pydantic import Field
 from sqlalchemy import insert
 
-from langchain_stripe_meter import Messages, Tokens, first_of, from_lead, from_metadata, static, stripe_meter
+from langchain_stripe_meter import (
+    Messages,
+    Tokens,
+    first_of,
+    from_context,
+    from_lead,
+    from_metadata,
+    static,
+    stripe_meter,
+)
 from langchain_stripe_meter.cli.demo import ScriptedModel, says
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.errors import ConfigurationError, UnidentifiedError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, UnidentifiedError
 from langchain_stripe_meter.ledger.schema import pruned
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import PRUNED, Skipped
@@ -159,7 +172,7 @@ def test_nothing_else_is_ever_raised_into_the_chain(shop: Shop, caplog: pytest.L
     config: Any = {"callbacks": [shop.handler], "metadata": {"session_id": "s1"}}
     assert model().invoke("Hi", config).content
     assert asyncio.run(model().ainvoke("Hi", config)).content
-    assert caplog.text.count("who pays could not be looked up: LedgerError") == 2
+    assert caplog.text.count("who pays could not be looked up: LedgerError") == 3  # let through twice, held
     assert not shop.handler.raise_error
     try:
         int("a bug")
@@ -186,6 +199,96 @@ def test_a_default_customer_pays_for_who_names_nobody(tmp_path: Path) -> None:
 def test_an_unknown_policy_is_refused(tmp_path: Path, policy: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"on_unidentified|customer="), Shop(tmp_path, on_unidentified=policy):
         pass
+
+
+# -- who pays could not be looked up
+
+
+def test_who_cannot_be_looked_up_is_held_until_a_person_says_who_pays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[Exception] = []
+    with Shop(tmp_path, *METERS, customer=LEAD_OR_ID, on_error=told.append) as shop:
+        config: Any = {"callbacks": [shop.handler], "metadata": {"session_id": "s1"}}
+        shop.handler.status()  # which makes the ledger
+        rename(tmp_path / "ledger.db", "leads", "away")
+        model().invoke("Hi", config)
+        asyncio.run(model().ainvoke("Hi", config))
+        assert (shop.handler.flush().held, shop.handler.status().unrecorded) == (4, 0)
+        (error,) = told  # once, however often it fails
+        (line,) = [one.getMessage() for one in caplog.records if "looked up" in one.getMessage()]
+        assert isinstance(error, LedgerError)
+        for said in (str(error), line):
+            assert "who pays could not be looked up: LedgerError" in said
+            assert "assign" in said
+        rename(tmp_path / "ledger.db", "away", "leads")
+        model().invoke("Hi", config)
+        rename(tmp_path / "ledger.db", "leads", "away")
+        model().invoke("Hi", config)
+        assert len(told) == 2  # it went on in between
+        for held in shop.handler.held():
+            assert held.reason == "who pays could not be looked up: LedgerError"
+            assert shop.handler.assign(held, "cus_1") == 3
+        assert shop.billed() == {"tokens": 45, "messages": 3}
+
+
+def rename(path: Path, old: str, new: str) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute(f"ALTER TABLE {old} RENAME TO {new}")
+
+
+def test_what_has_neither_its_payer_nor_a_ledger_can_be_recorded_again(tmp_path: Path) -> None:
+    told: list[Any] = []
+    with Shop(tmp_path, *METERS, customer=from_lead(), on_error=told.append) as shop:
+        away = tmp_path / "away"
+        handler = shop.another_handler(ledger=f"sqlite:///{away}/ledger.db", deliver=False)
+        model().invoke("Hi", {"callbacks": [handler], "metadata": {"session_id": "s1"}})
+        away.mkdir()
+        assert handler.status().unrecorded_amounts == {"tokens": 15, "messages": 1}
+        lost = pickle.loads(pickle.dumps(told[-1]))
+        assert handler.record_again(lost) == 2
+        assert handler.status().unrecorded == 0
+        assert [(one.value, one.reason) for one in handler.held()] == [
+            (15, "who pays could not be looked up: LedgerError"),
+            (1, "who pays could not be looked up: LedgerError"),
+        ]
+
+
+class Unloaded:
+    """As an object whose database session has been closed."""
+
+    @property
+    def stripe_customer_id(self) -> str:
+        raise KeyError("canary@example.com")
+
+
+def test_a_context_that_cannot_be_read_holds_its_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    told: list[Exception] = []
+    with Shop(tmp_path, *METERS, customer=from_context("stripe_customer_id"), on_error=told.append) as shop:
+        builder = StateGraph(MessagesState, context_schema=Unloaded)  # type: ignore[type-var]
+        builder.add_node("ask", lambda state: {"messages": model().invoke("Hi")})
+        builder.add_edge(START, "ask")
+        builder.compile().invoke({"messages": []}, {"callbacks": [shop.handler]}, context=Unloaded())
+        assert {(one.value, one.reason) for one in shop.handler.held()} == {
+            (15, "who pays could not be looked up: KeyError"),
+            (1, "who pays could not be looked up: KeyError"),
+        }
+        assert len(told) == 1
+        assert "canary" not in f"{caplog.text} {told}"
+
+
+def test_usage_without_a_run_is_refused_where_its_payer_cannot_be_looked_up(shop: Shop, tmp_path: Path) -> None:
+    """The job is told, so that it can tell it again."""
+    job: dict[str, Any] = {"usage": {"input_tokens": 8}, "id": "job-1", "metadata": {"session_id": "s1"}}
+    shop.handler.status()  # which makes the ledger
+    rename(tmp_path / "ledger.db", "leads", "away")
+    with pytest.raises(LedgerError):
+        shop.handler.record_usage(**job)
+    rename(tmp_path / "ledger.db", "away", "leads")
+    shop.handler.leads.capture("s1", email="ann@example.com")
+    shop.handler.record_usage(**job)
+    assert shop.billed("cus_ann") == {"tokens": 8}
+    assert shop.handler.held() == []
 
 
 # -- what was skipped is seen

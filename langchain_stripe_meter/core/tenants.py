@@ -41,7 +41,7 @@ NO_TENANT = "tenant= "
 
 @valueclass
 class Untold(Skip):
-    """The application's own function could not say whose business a run is: nobody is billed until a person does."""
+    """Whose business a run is, or who pays for it, could not be told: nobody is billed until a person says so."""
 
 
 TenantSource = Callable[[Facts], Tenant | None]
