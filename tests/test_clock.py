@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from conftest import assert_invariant
-from courier_shop import Shop
+from courier_shop import EVENTS, Shop, of
+from sqlalchemy import insert, select
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
-from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.core.states import CLOCK_MARGIN, MAX_WISH, Move, Outcome, ReadingState
 from langchain_stripe_meter.delivery.guard import Clocks
 from langchain_stripe_meter.ledger import outbox, sealing, views
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
+from langchain_stripe_meter.ledger.store import Entry, Ledger
+from langchain_stripe_meter.sandbox import rate_limited
+
+NOW, DAY = 1_800_000_000, 86_400
 
 
 class SkewedShop(Shop):
@@ -61,6 +67,73 @@ def test_a_courier_that_slept_on_its_claim_for_a_day_does_not_send_it_again(shop
     assert isinstance(outcome, Outcome)
     assert outcome.move is Move.REFUSED_FOR_NOW
     assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 3)
+
+
+# -- a clock that was ahead for a moment, and is right again
+
+
+def test_what_was_put_off_by_a_clock_that_was_ahead_does_not_wait_for_that_time(shop: SkewedShop) -> None:
+    shop.record("run", value=3)
+    shop.record("held", customer="cus_new")
+    shop.skew = 20 * DAY
+    shop.sandbox.fail(rate_limited(), path=EVENTS, where=of("cus_1"))
+    for _ in range(10):
+        shop.courier.turn()
+    assert shop.states() == {"run": "pending", "held": "held"}
+    shop.skew = 0
+    shop.sandbox.create_customer(id="cus_new")
+    shop.drive(seconds=600)
+    shop.drive(shop.another_courier(), seconds=600)
+    assert shop.states() == {"run": "delivered", "held": "delivered"}
+    assert shop.billed() == 3
+
+
+def test_what_was_claimed_by_a_clock_that_was_ahead_is_in_doubt_and_not_sent_late(shop: SkewedShop) -> None:
+    shop.record("run", value=3)
+    shop.skew = 30 * DAY
+    with shop.ledger.deliver_lane().transaction() as connection:
+        sealing.seal(connection, shop.ledger.now())
+        (claimed,) = outbox.claim(connection, 1, shop.ledger.now())
+    shop.skew = 0
+    _, outcome = shop.courier._ask_stripe(claimed)
+    assert isinstance(outcome, Outcome)
+    assert outcome.move is Move.REFUSED_FOR_NOW
+    shop.courier.turn()
+    assert (shop.states(), shop.sent()) == ({"run": "doubtful"}, [])
+
+
+def test_chores_go_on_after_a_clock_was_ahead(shop: SkewedShop) -> None:
+    done: list[int] = []
+    courier = shop.another_courier(chores=[done.append], watches=[done.append])
+    shop.skew = 30 * DAY
+    courier.turn()
+    shop.skew = 0
+    courier.turn()
+    assert len(done) == 4
+
+
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_a_time_counts_as_a_wrong_clocks_once_nothing_could_lie_as_far_ahead(
+    request: pytest.FixtureRequest, tmp_path: Path, database: str
+) -> None:
+    url = request.getfixturevalue("postgres_url") if database == "postgresql" else f"sqlite:///{tmp_path}/l.db"
+    longest, lease = NOW + MAX_WISH + CLOCK_MARGIN, NOW + outbox.LEASE_SECONDS + CLOCK_MARGIN
+    event = {"event_name": "m", "customer": "cus_1", "value": "1", "at": NOW, "due": NOW, "sent_at": NOW}
+    sending = {"state": "sending", "lease": "elsewhere/1/1/1"}
+    with closing(Ledger(url)) as ledger, ledger.deliver_lane().transaction() as connection:
+        for ahead in (0, 1):
+            reading = Entry(f"held-{ahead}", "m", 1, NOW, ReadingState.HELD, reason="why").columns()
+            connection.execute(insert(readings).values(**reading, due=longest + ahead))
+            due = {"identifier": f"due-{ahead}", "state": "pending", "due": longest + ahead}
+            connection.execute(insert(events).values(event | due))
+            leased = {"identifier": f"lease-{ahead}", "lease_until": lease + ahead}
+            connection.execute(insert(events).values(event | sending | leased))
+        outbox.recall(connection, NOW)
+        assert outbox.reap(connection, NOW) == 1
+        dues = [select(events.c.due).where(IS_PENDING, events.c.attempts == 0), select(readings.c.due)]
+        assert [sorted(connection.execute(each).scalars()) for each in dues] == [[NOW, longest]] * 2
+        still = select(events.c.identifier).where(IS_SENDING)
+        assert connection.execute(still).scalars().all() == ["lease-0"]
 
 
 @pytest.mark.parametrize(("skew", "word"), [(4000, "ahead of"), (-4000, "behind")])

@@ -86,6 +86,7 @@ COURIERS: dict[str, Callable[[Connection], object]] = {
     "what can be sealed": lambda known: sealing.seal(known, NOW, None, [""]),
     "whether anything is pending": views.pending,
     "whose courier died": lambda known: outbox.reap(known, NOW),
+    "what a wrong clock put off": lambda known: outbox.recall(known, NOW),
     "what can be sent": lambda known: (sealing.seal(known, NOW), outbox.claim(known, 8, NOW)),
     "what is due next": outbox.next_due,
 }
@@ -162,6 +163,7 @@ def test_on_postgresql_a_claim_steps_through_the_index_of_who_waits(postgres_url
         event.listen(connection, "before_cursor_execute", lambda *told: asked.append((told[2], told[3])))
         assert len(outbox.claim(connection, 8, NOW)) == 8
         outbox.next_due(connection)
+        outbox.recall(connection, NOW)
         wanted = [(text, bound) for text, bound in asked if "FROM events" in text]
         plans = [plan_of(connection, text, bound) for text, bound in wanted]
     ledger.close()

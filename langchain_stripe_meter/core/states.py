@@ -24,6 +24,8 @@ FIRST_DELAY = 1
 MAX_DELAY = 600
 MAX_WISH = 6 * 3600
 """The longest ``Retry-After`` that is obeyed, in seconds: a broken one must not park an event until it is too old."""
+LONGEST_WAIT = MAX_WISH + CLOCK_MARGIN
+"""What seems to be due later than that, in seconds from now, was put off by a clock that was ahead."""
 
 
 class ReadingState(StrEnum):

@@ -168,6 +168,7 @@ class Courier:
         slots = self._pace.slots(len(self._sending), now)
         with self.ledger.deliver_lane().transaction(shared=True) as connection:
             moved += outbox.reap(connection, now)
+            outbox.recall(connection, now)
             moved += sealing.seal(connection, now, self._roll_up, ready) if checked else 0
             resting: list[Line | str] = [*self._pace.at_rest(now), *self._guard.closed(now)]
             claimed = outbox.claim(connection, slots, now, resting, self._round)
@@ -176,10 +177,12 @@ class Courier:
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)
-        if now >= self._watches_after:  # also while Stripe cannot be reached: that is when usage grows old
+        if (
+            not self._watches_after - CHORES_SECONDS <= now < self._watches_after
+        ):  # also while Stripe cannot be reached: that is when usage grows old
             self._watches_after = now + CHORES_SECONDS
             self._do(self._watches, now)
-        if checked and now >= self._chores_after:
+        if checked and not self._chores_after - CHORES_SECONDS <= now < self._chores_after:
             self._chores_after = now + CHORES_SECONDS
             self._do(self._chores, now)
         return moved + len(claimed)
@@ -269,7 +272,7 @@ class Courier:
                     job.event,
                     f"{attempt.attempts}-{attempt.sent_at}",
                     # Were this process stopped meanwhile, another may have sent it long ago, and Stripe have forgotten.
-                    lambda: self.ledger.now() - attempt.sent_at >= outbox.LEASE_SECONDS,
+                    lambda: outbox.is_over(attempt.sent_at + outbox.LEASE_SECONDS, self.ledger.now() + 1),
                 )
             except Exception as error:  # noqa: BLE001 - a bug, but the event must not be lost over it
                 return job, Outcome(Move.UNKNOWN, type(error).__name__)

@@ -19,6 +19,8 @@ from sqlalchemy import (
     Connection,
     ScalarSelect,
     Select,
+    Table,
+    Update,
     and_,
     bindparam,
     func,
@@ -33,6 +35,8 @@ from sqlalchemy import (
 
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
+    CLOCK_MARGIN,
+    LONGEST_WAIT,
     STALE_AFTER,
     Attempt,
     EventState,
@@ -44,6 +48,7 @@ from langchain_stripe_meter.core.states import (
     safe_window,
     settle,
 )
+from langchain_stripe_meter.ledger.resolving import HELD
 from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
 from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
 
@@ -337,8 +342,14 @@ def reap(connection: Connection, now: int) -> int:
     return sum(_finish(connection, *orphan, outcome, now) is not None for orphan in orphans)
 
 
+def is_over(lease_until: int, now: int) -> bool:
+    """Whether nobody may send on such a lease any more. One that ends later than any could was taken by a clock that
+    was ahead: what was sent on it has an unknown age, so it is out of the safe window at once."""
+    return not now <= lease_until <= now + LEASE_SECONDS + CLOCK_MARGIN
+
+
 def _is_dead(lease: str, lease_until: int, now: int) -> bool:
-    if lease_until < now:
+    if is_over(lease_until, now):
         return True
     where, pid, boot, *_ = lease.split("/")
     if where != _where():
@@ -358,6 +369,21 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _put_off(table: Table, condition: ColumnElement[bool]) -> Update:
+    too_late = and_(condition, table.c.due > bindparam("latest"))
+    mine = select(table.c.id).where(too_late).with_for_update(skip_locked=True)
+    return update(table).where(table.c.id.in_(mine)).values(due=bindparam("at_once"))
+
+
+_PUT_OFF = _put_off(events, and_(IS_PENDING)), _put_off(readings, HELD)
+
+
+def recall(connection: Connection, now: int) -> None:
+    """What a clock that was ahead has put off, for longer than anything waits, is due now."""
+    for statement in _PUT_OFF:
+        connection.execute(statement, {"latest": now + LONGEST_WAIT, "at_once": now})
 
 
 def next_due(connection: Connection) -> int | None:
