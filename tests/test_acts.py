@@ -24,7 +24,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError, StripeError
 from langchain_stripe_meter.gateway.meters import cancel as ask_stripe
-from langchain_stripe_meter.ledger import acts, sealing, views
+from langchain_stripe_meter.ledger import acts, epoch, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import drop_answer, drop_request, hang, refuse, server_error
@@ -125,7 +125,7 @@ def test_what_was_sent_again_while_stripe_answered_is_not_said_to_be_cancelled(b
     assert event is not None
     acts.settle_cancel(books.ledger, event, "another's wish was refused")
     books.take(*books.sandbox.reject("run-1"))
-    with pytest.raises(IllegalMoveError, match="run-1 was rejected while"):
+    with pytest.raises(IllegalMoveError, match="run-1 was rejected while it was being cancelled"):
         acts.settle_cancel(books.ledger, event, None)
     assert books.states() == {"run-1": "rejected"}
 
@@ -285,6 +285,15 @@ def test_a_new_time_can_be_chosen(books: Books) -> None:
     books.deliver()
     assert books.sandbox.events[0].timestamp == at
     assert f"to {at}" in acts.every_act(books.ledger)[0].detail
+
+
+def test_what_may_have_been_billed_before_a_restore_is_retimed_once_a_person_has_looked(books: Books) -> None:
+    ids = too_old(books, "run-1", "run-2")
+    epoch.restored(books.ledger)
+    refused(books, IllegalMoveError, r"run-1\) .*backup", acts.retime, ids)
+    assert acts.retime(books.ledger, ids, not_billed=True) == 2
+    books.deliver()
+    assert (set(books.states().values()), books.billed()) == ({"delivered"}, 2)
 
 
 def test_what_cannot_be_retimed_is_refused_by_name_and_then_nothing_is(books: Books) -> None:

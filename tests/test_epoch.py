@@ -22,7 +22,7 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.errors import LedgerError
+from langchain_stripe_meter.errors import IllegalMoveError, LedgerError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, epoch, sealing, views
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
@@ -92,6 +92,34 @@ def test_what_a_restore_put_in_doubt_says_why(shop: Shop, caplog: pytest.LogCapt
     assert "meter event second is doubtful: it may have been sent before the ledger was restored" in caplog.text
     (doubt,) = doubtful(shop.ledger)
     assert "restored" in doubt.reason
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_what_may_have_been_re_timed_after_the_backup_is_not_re_timed_again_unless_a_person_has_looked(
+    shop: Shop, is_noticed: bool
+) -> None:
+    shop.record("sent", "unsent", at=shop.ledger.now() - 40 * 24 * HOUR)
+    shop.record("first")
+    shop.deliver()
+    backup(shop.ledger, shop.copy)
+    acts.retime(shop.ledger, [1])
+    shop.deliver()
+    shop.sandbox.advance(hours=48)
+    shop.restore()
+    if is_noticed:
+        shop.deliver()
+    for ids in ([1], [1, 2]):
+        with pytest.raises(IllegalMoveError, match=r"reading 1 \(sent\) .*backup.*verify.*not_billed"):
+            acts.retime(shop.ledger, ids)
+    assert shop.states() == {"first": "delivered", "sent": "held", "unsent": "held"}
+    acts.write_off(shop.ledger, [1], reason="it is billed")
+    assert acts.retime(shop.ledger, [2], not_billed=True) == 1
+    shop.deliver(until=lambda: shop.states()["unsent"] == "delivered")
+    assert shop.billed() == ["first", "sent", "unsent"]
+
+    shop.record("new", at=shop.ledger.now() - 40 * 24 * HOUR)
+    shop.deliver()
+    assert acts.retime(shop.ledger, [4]) == 1
 
 
 @pytest.mark.parametrize("hours", [1, 25, 48])
@@ -407,7 +435,7 @@ def swap(shop: Shop) -> None:
 ACTS: dict[str, Callable[[Ledger], Any]] = {
     "correct": lambda ledger: acts.correct(ledger, "cus_1", "m", -1, reason="typo", id="c"),
     "assign": lambda ledger: acts.assign(ledger, [1], "cus_1"),
-    "retime": lambda ledger: acts.retime(ledger, [2]),
+    "retime": lambda ledger: acts.retime(ledger, [2], not_billed=True),
     "write_off": lambda ledger: acts.write_off(ledger, [1], reason="goodwill"),
     "cancel": lambda ledger: acts.ask_to_cancel(ledger, "sent"),
     "retry": sealing.retry,

@@ -137,6 +137,9 @@ def correct(
 def retime(
     ids: Annotated[list[str], typer.Argument(help="Held readings, as 'held' shows them: 3 or 3-7.")],
     at: Annotated[int | None, typer.Option(help="The new time, in Unix seconds; default now.")] = None,
+    not_billed: Annotated[
+        bool, typer.Option("--not-billed", help="You have looked: Stripe has none of it. (After a restore.)")
+    ] = False,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -144,7 +147,7 @@ def retime(
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
         from langchain_stripe_meter.ledger.acts import retime as move
 
-        moved = move(opened, from_ranges(ids), at)
+        moved = move(opened, from_ranges(ids), at, not_billed=not_billed)
         say(f"{moved} readings will be sent. Run: stripe-meter deliver --once", {"moved": moved}, as_json=as_json)
 
 

@@ -31,6 +31,7 @@ from langchain_stripe_meter.core.states import (
 )
 from langchain_stripe_meter.core.tenants import NO_TENANT
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
+from langchain_stripe_meter.ledger.epoch import restored_up_to
 from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
 from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore, write_act
@@ -126,8 +127,7 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
     with ledger.write() as connection:
         now = ledger.now()
         row = _event_of(connection, identifier)
-        known = _cancelling(connection, row.identifier)
-        if known == CANCELLED:
+        if (known := _cancelling(connection, row.identifier)) == CANCELLED:
             return None
         _named_move(next_event_state, EventState(row.state), Move.CANCEL, f"The meter event {row.identifier}")
         if now - row.settled_at > CANCEL_SECONDS:
@@ -144,17 +144,13 @@ def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> bo
     """Write down what Stripe said to the wish to cancel: ``refused`` is its definite no. Returns whether the event is
     cancelled, which it also is if Stripe rejected it meanwhile."""
     with ledger.write() as connection:
-        now = ledger.now()
         if _cancelling(connection, event.identifier) == CANCELLED:
             return True
         if refused is not None:
-            write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], now)
+            write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], ledger.now())
             return False
-        if not _cancel(connection, event.id, event.identifier, "", now):
-            raise IllegalMoveError(
-                f"The meter event {event.identifier} was rejected while it was being cancelled. Write it off, so that "
-                "it is not sent again."
-            )
+        if not _cancel(connection, event.id, event.identifier, "", ledger.now()):
+            raise IllegalMoveError(f"{event.identifier} was rejected while it was being cancelled: write it off.")
         return True
 
 
@@ -164,7 +160,7 @@ def _cancel(connection: Connection, event_id: int, identifier: str, detail: str,
     changed = connection.execute(update(events).where(events.c.id == event_id, *delivered).values(state=state)).rowcount
     if changed:
         write_act(connection, CANCELLED, identifier, detail, now)
-    return bool(changed)
+    return changed > 0
 
 
 def _cancelling(connection: Connection, identifier: str) -> str | None:
@@ -317,29 +313,37 @@ def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, An
     return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
 
 
-def retime(ledger: Ledger, held: Readings, at: int | None = None) -> int:
-    """Give held readings that are too old for Stripe a new time (Unix seconds, default now). Returns how many."""
+def retime(ledger: Ledger, held: Readings, at: int | None = None, *, not_billed: bool = False) -> int:
+    """Give held readings that are too old for Stripe a new time (Unix seconds, default now). Returns how many.
+
+    ``not_billed``: a person says that Stripe has none of them. What comes from a backup may have been billed before.
+    """
     ids = named(held, "retime", int)
     with ledger.write() as connection:
         now = ledger.now()
         when = now if at is None else check_timestamp(at, now)
         if when < now - STALE_AFTER:
             raise InvalidValueError(f"The time {when} is more than 34 days ago: the usage would be held again.")
+        unsure = 0 if not_billed else restored_up_to(ledger, connection)
         for row in _readings(connection, ids):
-            state = _retimed(row, now)
-            values = {"state": state, "at": when, "reason": None, "due": None}
+            values = {"state": _retimed(row, now, unsure), "at": when, "reason": None, "due": None}
             connection.execute(update(readings).where(readings.c.id == row.id).values(**values))
             write_act(connection, RETIMED, row.key, f"from {row.at} to {when}", now)
     return len(ids)
 
 
-def _retimed(row: Any, now: int) -> str:
+def _retimed(row: Any, now: int, unsure: int) -> str:
     name = f"The reading {row.id} ({row.key})"
     state = _named_move(next_reading_state, ReadingState(row.state), Move.RETIME, name)
     if row.at >= now - STALE_AFTER:
         raise IllegalMoveError(f"{name} is not too old for Stripe; it is held for another reason: {row.reason}.")
     if row.customer is None or row.value is None:
         raise IllegalMoveError(f"{name} lacks {'its customer' if row.customer is None else 'its amount'}: assign() it.")
+    if row.id <= unsure:
+        raise IllegalMoveError(
+            f"{name} comes from a backup and may have been billed before that was restored. Look at Stripe (verify()); "
+            "then write_off() what it has, and re-time the rest with not_billed=True (--not-billed)."
+        )
     return state
 
 

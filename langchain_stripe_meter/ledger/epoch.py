@@ -162,14 +162,9 @@ class Epoch:
         self._opening = opening
 
     def _tell_unwritable(self, error: OSError) -> None:
-        if self._has_told_unwritable:
-            return
-        self._has_told_unwritable = True
-        said = (
-            f"{sidecar_path(self._ledger)} cannot be read or written ({error.strerror}), so it would not be "
-            "noticed if the ledger were restored from a backup. Make it, and its folder, writable."
-        )
-        self._tell(LedgerError(said))
+        if not self._has_told_unwritable:
+            self._has_told_unwritable = True
+            self._tell(LedgerError(_unwritable(self._ledger, error)))
 
     def _change(self, new: str) -> None:
         path, now = sidecar_path(self._ledger), self._ledger.now()
@@ -224,6 +219,13 @@ def sidecar_path(ledger: Ledger) -> Path:
     return Path(f"{ledger.database.url.database}.epoch")
 
 
+def _unwritable(ledger: Ledger, error: OSError) -> str:
+    return (
+        f"{sidecar_path(ledger)} cannot be read or written ({error.strerror}), so it would not be noticed if the "
+        "ledger were restored from a backup. Make it, and its folder, writable."
+    )
+
+
 def compare(ours: str, theirs: Sidecar | None) -> str | None:
     """What an operator must know: how the database's epoch (or ``""``) and the file's do not fit; None if they do."""
     if theirs is None:
@@ -276,6 +278,19 @@ def restored(ledger: Ledger) -> None:
     """An operator says that the ledger was restored from a backup: for PostgreSQL, or where it was not noticed."""
     with ledger.write() as connection:
         put_in_doubt(connection, ledger.now(), "An operator said that the ledger was restored from a backup.")
+
+
+def restored_up_to(ledger: Ledger, connection: Connection) -> int:
+    """The id of the last reading that stood in the ledger when it came back from the past, 0 if it never did.
+
+    That counts, too, where no courier has noticed it yet. Raises ``LedgerError`` where the file cannot be read.
+    """
+    try:
+        if ledger.database.is_sqlite and compare(_note(connection, EPOCH) or "", Sidecar.read(sidecar_path(ledger))):
+            return int(connection.execute(select(func.max(readings.c.id))).scalar() or 0)
+    except OSError as error:
+        raise LedgerError(_unwritable(ledger, error)) from error
+    return int(json.loads(_note(connection, RESTORED) or '{"reading": 0}')["reading"])
 
 
 def _note(connection: Connection, name: str) -> str | None:
