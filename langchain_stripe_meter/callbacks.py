@@ -18,6 +18,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.outputs import LLMResult
 
 from langchain_stripe_meter.core.customers import Facts, Skip
+from langchain_stripe_meter.core.meters import Call
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.counting import Ending, call_of
@@ -201,8 +202,6 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _start(self, run: Run, parent: UUID | None, around: Any, params: Any = None) -> None:
         with self._lock:
             started = self._runs.start(run, parent, around)
-            if run.parent is not None and run.is_call and run.facts.auth_user is None:
-                run.inherit_user()
             if started and isinstance(run, _Completion):
                 # One request has one object of parameters; the batch keeps it, so that its id stays its own.
                 run.batch = self._batches.setdefault(id(params), _Batch(params))
@@ -235,21 +234,22 @@ class MeteringCallbacks(BaseCallbackHandler):
         A stream that its reader left (GeneratorExit) has answered; any other failure has not.
         """
         observed = observe(kwargs.get("response"), partial=True)
-        return self._end(run_id, observed, answers=isinstance(error, GeneratorExit))
+        return self._end(run_id, observed, answers=isinstance(error, GeneratorExit), error=error)
 
     def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step ended: if it was the user's message, that is recorded before the run returns."""
         return self._end(run_id, None, answers=False)
 
     def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
-        """A step failed. A message that failed was not answered; one that waits for a person is not answered yet."""
+        """A step failed. A message that failed was not answered; one that waits for a person is not answered yet. One
+        that was cancelled, by whoever may have read enough, is told as skipped."""
         left = isinstance(error, GeneratorExit)
         with self._lock:
             if type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt"):
                 self._runs.interrupt(run_id)
             elif not left:
                 self._runs.fail(run_id)
-        return self._end(run_id, None, answers=left, cut=left or isinstance(error, asyncio.CancelledError))
+        return self._end(run_id, None, answers=left, error=error)
 
     on_llm_end = _DualEvent(_call_ended)
     on_llm_error = _DualEvent(_call_failed)
@@ -260,37 +260,53 @@ class MeteringCallbacks(BaseCallbackHandler):
     on_retriever_end = on_chain_end
     on_retriever_error = on_chain_error
 
-    def _end(self, run_id: UUID, observed: Observed | None, *, answers: bool, cut: bool = False) -> Sequence[Ending]:
+    def _end(
+        self, run_id: UUID, observed: Observed | None, *, answers: bool, error: BaseException | None = None
+    ) -> Sequence[Ending]:
         now = self._recorder.ledger.now()
-        answers = answers and self._recorder.counts_messages
+        counts = self._recorder.counts_messages
+        cancelled = error is not None and isinstance(error, asyncio.CancelledError)
+        call = message = None
         with self._lock:
             is_rest = self._runs.was_let_go(run_id)
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
-            call = None
             if observed is not None:
-                if observed.partial or isinstance(run, _Completion):
-                    observed = _as_told(run, observed)
-                empty = observed.is_empty
-                call = call_of(run, observed)
-                if answers and not (empty and observed.partial):
-                    self._runs.answered(run, call)
-                if empty:
-                    call = None
-            if cut and run.top is run:
+                observed, call = self._observed(run, observed, answers=answers and counts, cancelled=cancelled)
+            elif run.top is run and (cancelled or isinstance(error, GeneratorExit)):
                 self._runs.cut(run, now)
-            endings = self._take_lost() if self._runs.lost else []
-            for lost in endings:
-                if answers and lost.run.top is run and lost.call is not None:
-                    self._runs.answered(lost.run, lost.call)
-            message = self._runs.take_message(run) if self._recorder.counts_messages else None
+            endings = self._take_lost(run, answers=answers and counts) if self._runs.lost else []
+            if counts:
+                message = self._runs.take_unanswered(run) if cancelled else self._runs.take_message(run)
         if message is not None or call is not None:
-            endings.append(Ending(run, observed, call, message, is_rest))
+            endings.append(Ending(run, observed, call, message, is_rest, cancelled))
         return endings
 
-    def _take_lost(self) -> list[Ending]:
-        return [_lost_ending(run) for run in self._runs.take_lost()]
+    def _observed(
+        self, run: Run, observed: Observed, *, answers: bool, cancelled: bool
+    ) -> tuple[Observed, Call | None]:
+        """The end of a call in the light of what was told before it, and the call, if there is anything to bill."""
+        if observed.partial or isinstance(run, _Completion):
+            observed = _as_told(run, observed)
+        empty, call = observed.is_empty, call_of(run, observed)
+        if answers and not (empty and observed.partial):
+            self._runs.answered(run, call)
+        if empty:
+            return observed, None
+        if cancelled:
+            run.top.begun = (call, run.facts)
+        return observed, call
+
+    def _take_lost(self, top: Run | None = None, *, answers: bool = False) -> list[Ending]:
+        """Abandoned calls, as far as they are known; ``top`` is their message, which they answered or had begun to."""
+        endings = [_lost_ending(run) for run in self._runs.take_lost()]
+        for lost in endings:
+            if lost.run.top is top and top is not None and lost.call is not None:
+                top.begun = (lost.call, lost.run.facts)
+                if answers:
+                    self._runs.answered(lost.run, lost.call)
+        return endings
 
     def _sweep(self) -> Sequence[Ending]:
         """Calls that ended without saying so, as far as that is known by now."""
@@ -312,10 +328,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         """Who could pay for a call that starts here and now, as it will be recorded; ``parent_run_id`` is as LangChain
         tells it of the call, if it does."""
         facts = facts_of(metadata, self._recorder.ledger.now())
-        if facts.auth_user is not None:
-            return facts
-        user = self._runs.user_around(parent_run_id, surrounding_run() if parent_run_id is None else None)
-        return facts if user is None else replace(facts, auth_user=user, on_server=True)
+        return self._runs.facts_at(parent_run_id, facts, surrounding_run() if parent_run_id is None else None)
 
     def _check_payer(self, facts: Facts) -> None:
         try:

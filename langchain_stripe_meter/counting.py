@@ -6,12 +6,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from typing import Any
+from uuid import UUID
 
-from langchain_stripe_meter.core.customers import Facts, Reference
-from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.customers import Facts, Reference, Skip
+from langchain_stripe_meter.core.events import derive_identifier, number_text
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import completed
 from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import InvalidValueError, Unrecorded, place_of
@@ -24,13 +27,15 @@ logger = logging.getLogger("langchain_stripe_meter")
 @valueclass
 class Ending:
     """What ended: a model call that consumed something (``observed``, and the ``call`` that it was), a message (its
-    answer and who pays), or both. ``is_rest`` marks a call that was recorded as an estimate before it said so."""
+    answer and who pays), or both. ``is_rest`` marks a call that was recorded as an estimate before it said so,
+    ``unanswered`` a message that was cancelled before it was answered."""
 
     run: Run
     observed: Observed | None = None
     call: Call | None = None
     message: tuple[Call, Facts] | None = None
     is_rest: bool = False
+    unanswered: bool = False
 
 
 @valueclass
@@ -107,6 +112,49 @@ def _doubt(what: str, error: Exception) -> str:
     """What failed and how, but not the error's text, which may quote a prompt."""
     logger.warning("stripe-meter: %s, so it is held: %s at %s", what, type(error).__name__, place_of(error))
     return f"{what}: {type(error).__name__}"
+
+
+def key_of(run: Run) -> str:
+    """What names a run in the identifiers of its readings."""
+    return run.id.hex if isinstance(run.id, UUID) else str(run.id)
+
+
+def of_nobody(entry: Entry, reason: str | None) -> Entry:
+    """The same usage, skipped."""
+    return replace(
+        entry, state=ReadingState.SKIPPED, customer=None, reference=None, reason=reason, session=None, reads=()
+    )
+
+
+def make_entry(use: Use, who: Reference | Skip, reading: Reading, account: str = "") -> Entry:
+    """One reading of a run, with what is known of who pays."""
+    customer, reference, reason = None, None, reading.doubt
+    if isinstance(who, Skip):
+        state, reason = ReadingState.HELD if isinstance(who, Untold) else ReadingState.SKIPPED, who.reason
+    elif who.by == "id":
+        state, customer = ReadingState.RESOLVED, who.value
+    else:
+        state, reference = ReadingState.RECORDED, who
+    if reading.value is None and state is not ReadingState.SKIPPED:
+        state = ReadingState.HELD
+    key = derive_identifier(use.key, reading.event_name, reading.dimensions, account)
+    return Entry(
+        key, reading.event_name, reading.value, use.at, state, customer, reference, reading.dimensions,
+        reading.estimated, reason, account,
+    )  # fmt: skip
+
+
+def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> Entry:
+    """The same usage, for whoever has the ``other`` reading, as the ledger has that. Where nobody has, a lead that is
+    captured for ``session`` may claim both."""
+    if other["state"] == ReadingState.SKIPPED:
+        return replace(of_nobody(entry, other["reason"]), session=session)
+    customer, named = other["customer"], other["reference"]
+    reference = Reference.of(named) if named and not customer else None
+    known = ReadingState.RESOLVED if customer else ReadingState.RECORDED if reference else ReadingState.HELD
+    return replace(
+        entry, state=known, customer=customer, reference=reference, reason=other["reason"], session=None, reads=()
+    )
 
 
 # -- what could not be recorded, as ``UnrecordedError`` tells it, and back again

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import partial
 from typing import Any, Literal
-from uuid import UUID, uuid4
+from uuid import uuid4
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
-from langchain_stripe_meter.core.meters import Call, Meter, Reading
+from langchain_stripe_meter.core.meters import Call, Meter
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import (
@@ -32,7 +32,20 @@ from langchain_stripe_meter.core.tenants import (
 )
 from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT
-from langchain_stripe_meter.counting import Ending, Use, amounts_of, estimated, is_known, lost_of, readings_of, said_of
+from langchain_stripe_meter.counting import (
+    Ending,
+    Use,
+    amounts_of,
+    estimated,
+    following,
+    is_known,
+    key_of,
+    lost_of,
+    make_entry,
+    of_nobody,
+    readings_of,
+    said_of,
+)  # fmt: skip
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import (
     ConfigurationError,
@@ -54,6 +67,8 @@ logger = logging.getLogger("langchain_stripe_meter")
 
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
+_CANCELLED = "the message was cancelled before it was answered"
+_UNSEEN = "whoever has its estimate could not be looked up"
 _NEXT_STEP_OF_TENANT = "say whose it is with assign(held, 'cus_…', account='acct_…')."
 _NEXT_STEP_OF_PAYER = "say who pays with assign(held, 'cus_…')."
 _NO_PAYER = "who pays could not be looked up: "
@@ -154,7 +169,7 @@ class Recorder:
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        if self.needs_lookup:
+        if self.needs_lookup or any(ending.is_rest for ending in endings):
             return True
         observed = [ending.observed for ending in endings if ending.observed is not None]
         return self.on_missing_usage == "estimate" and not all(is_known(one) for one in observed)
@@ -238,10 +253,24 @@ class Recorder:
                 call = self._complete(call, run, observed)
             if call is not None:
                 recorded, run.billed = run.billed if ending.is_rest else None, call
-                entries += self._of_run(run, run.facts, "call", call, recorded)
+                made = self._of_run(run, run.facts, "call", call, recorded)
+                entries += made if recorded is None else [self._like_its_estimate(run, entry) for entry in made]
         if ending.message is not None:
             call, facts = ending.message
-            entries += self._of_run(run.top, facts, "message", call)
+            made = self._of_run(run.top, facts, "message", call)
+            entries += [of_nobody(one, _CANCELLED) for one in made] if ending.unanswered else made
+
+    def _like_its_estimate(self, run: Run, rest: Entry) -> Entry:
+        """What a call came to beyond its estimate is for whoever has that by now, a person or nobody included."""
+        key = derive_identifier(key_of(run), rest.event_name, rest.dimensions, rest.account)
+        try:
+            estimate = self.ledger.reading(key)
+        except LedgerError:
+            return replace(of_nobody(rest, _UNSEEN), state=ReadingState.HELD)
+        if estimate is None:
+            return rest
+        place = self.place_of_lead(run.facts) if estimate["session"] else None
+        return following(rest, estimate, session=place and place[1])
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""
@@ -254,7 +283,7 @@ class Recorder:
     _readings = staticmethod(readings_of)
 
     def _of_run(self, run: Run, facts: Facts, per: str, call: Call, recorded: Call | None = None) -> list[Entry]:
-        key = run.id.hex if isinstance(run.id, UUID) else str(run.id)
+        key = key_of(run)
         use = Use(key if recorded is None else f"{key}-rest", run.ended or run.started, facts, per, call, recorded)
         return self._of_use(use, self._tenant_of_all or self._tenant(facts))
 
@@ -368,21 +397,3 @@ class Recorder:
                 f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
                 "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
             )
-
-
-def make_entry(use: Use, who: Reference | Skip, reading: Reading, account: str = "") -> Entry:
-    """One reading of a run, with what is known of who pays."""
-    customer, reference, reason = None, None, reading.doubt
-    if isinstance(who, Skip):
-        state, reason = ReadingState.HELD if isinstance(who, Untold) else ReadingState.SKIPPED, who.reason
-    elif who.by == "id":
-        state, customer = ReadingState.RESOLVED, who.value
-    else:
-        state, reference = ReadingState.RECORDED, who
-    if reading.value is None and state is not ReadingState.SKIPPED:
-        state = ReadingState.HELD
-    key = derive_identifier(use.key, reading.event_name, reading.dimensions, account)
-    return Entry(
-        key, reading.event_name, reading.value, use.at, state, customer, reference, reading.dimensions,
-        reading.estimated, reason, account,
-    )  # fmt: skip

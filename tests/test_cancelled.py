@@ -11,11 +11,11 @@ from uuid import uuid4
 
 import pytest
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableLambda
 
-from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens, from_lead
 from langchain_stripe_meter.ledger.views import Row, tail
 
 BEGIN = AIMessageChunk("", usage_metadata={"input_tokens": 4321, "output_tokens": 1, "total_tokens": 4322})
@@ -178,6 +178,29 @@ def test_it_takes_back_what_the_estimate_had_too_much(tmp_path: Path) -> None:
     rows = ended_later(tmp_path, less)
     assert sum(value or 0 for _, _, value, _ in rows) == 3
     assert min(value or 0 for _, _, value, _ in rows) < 0
+
+
+@pytest.mark.parametrize(("captured", "bill_from"), [(None, None), ("now", "now"), ("first", "first_message")])
+def test_the_rest_goes_wherever_its_estimate_went(tmp_path: Path, captured: str | None, bill_from: Any) -> None:
+    """Nobody is credited, or billed a part of, what somebody else was billed or nobody was."""
+    with StripeMeterCallbackHandler(
+        Tokens("t"), customer=from_lead("email"), deliver=False, ledger=f"sqlite:///{tmp_path}/l.db"
+    ) as handler:
+        message, call, metadata = uuid4(), uuid4(), {"session_id": "s"}
+        handler.on_chain_start({}, {}, run_id=message, metadata=metadata)
+        handler.on_chat_model_start({}, [[HumanMessage(WORDS)]], run_id=call, parent_run_id=message, metadata=metadata)
+        chunk = ChatGenerationChunk(message=AIMessageChunk(WORDS))
+        handler.on_llm_new_token(WORDS, run_id=call, parent_run_id=message, chunk=chunk)
+        handler.on_chain_error(asyncio.CancelledError(), run_id=message)
+        if captured:
+            handler.leads.capture("s", email="ann@example.com", bill_from=bill_from)
+        last = AIMessage("x", usage_metadata={"input_tokens": 300, "output_tokens": 20, "total_tokens": 320})
+        handler.on_llm_end(LLMResult(generations=[[ChatGeneration(message=last)]]), run_id=call, parent_run_id=message)
+        rows = tail(handler._ledger, 10)
+        assert sum(row.value or 0 for row in rows) == 320
+        assert {row.state for row in rows} == {"recorded" if captured == "first" else "skipped"}
+        if captured is None:
+            assert handler.leads.capture("s", email="ann@example.com", bill_from="first_message") == 2
 
 
 def test_an_estimate_that_was_right_is_followed_by_nothing(tmp_path: Path) -> None:

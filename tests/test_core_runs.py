@@ -378,9 +378,8 @@ def test_every_so_many_starts_the_abandoned_are_looked_for(runs: OpenRuns) -> No
 
 def test_a_call_that_lost_its_user_has_that_of_the_nearest_step_around_it(runs: OpenRuns) -> None:
     outer, inner = start(runs, "outer"), start(runs, "inner", "outer")
-    step, call = start(runs, "step", "inner"), start(runs, "call", "step", call=True)
     outer.user, inner.user = "ann", "bob"
-    call.inherit_user()
+    step, call = start(runs, "step", "inner"), start(runs, "call", "step", call=True)
     assert call.facts == Facts({"who": "call"}, auth_user="bob", on_server=True)
     assert step.facts == Facts({"who": "step"})
 
@@ -388,8 +387,14 @@ def test_a_call_that_lost_its_user_has_that_of_the_nearest_step_around_it(runs: 
 def test_where_nobody_was_authenticated_a_call_stays_as_it_was(runs: OpenRuns) -> None:
     start(runs, "root")
     call = start(runs, "call", "root", call=True)
-    call.inherit_user()
     assert call.facts == Facts({"who": "call"})
+
+
+def test_who_pays_for_a_call_is_believed_as_of_the_start_of_its_message(runs: OpenRuns) -> None:
+    start(runs, "root")
+    assert start(runs, "call", "root", call=True, at=NOW + 100).facts.now == NOW
+    assert runs.facts_at("root", Facts(now=NOW + 100)).now == NOW
+    assert runs.facts_at("nothing", Facts(now=NOW + 100)).now == NOW + 100
 
 
 # -- metadata

@@ -209,6 +209,7 @@ def test_a_cancelled_stream_is_no_message_but_what_came_is_billed(make: Any, sho
 
     asyncio.run(main())
     assert set(shop.billed()) == {"tokens"}
+    assert unanswered(shop) == {"messages": 1, "credits": 10}
 
 
 def test_a_chain_cancelled_after_its_model_answered_is_no_message(shop: Shop, server: OpenAIServer) -> None:
@@ -226,6 +227,40 @@ def test_a_chain_cancelled_after_its_model_answered_is_no_message(shop: Shop, se
 
     asyncio.run(main())
     assert shop.billed() == bill(1, messages=0, credits=0)
+    assert unanswered(shop) == {"messages": 1, "credits": 10}
+
+
+def unanswered(shop: Shop) -> dict[str, Any]:
+    """What was skipped because its message was cancelled: nobody rides free unseen."""
+    skips = shop.handler.skips()
+    assert {skip.reason for skip in skips} <= {"the message was cancelled before it was answered"}
+    return {skip.event_name: skip.value for skip in skips}
+
+
+def test_an_agent_cancelled_in_its_second_call_is_one_message_that_was_not_answered(
+    shop: Shop, server: OpenAIServer
+) -> None:
+    server.reply(ASK_TOOL, Reply("one two three", gate=threading.Event()))
+
+    async def main() -> None:
+        arrived = asyncio.Event()
+
+        async def read() -> None:
+            config = shop.config()
+            async for piece, _ in create_agent(server.chat(), [look_up]).astream(
+                QUESTION, config, stream_mode="messages"
+            ):
+                if "one" in piece.text:
+                    arrived.set()
+
+        task = asyncio.create_task(read())
+        await arrived.wait()
+        task.cancel()
+        await asyncio.wait([task])
+
+    asyncio.run(main())
+    assert set(shop.billed()) == {"tokens"}
+    assert unanswered(shop) == {"messages": 1, "credits": 10}
 
 
 def test_a_step_whose_failure_is_handled_does_not_spoil_the_message(shop: Shop, server: OpenAIServer) -> None:

@@ -32,7 +32,8 @@ class Run:
     """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
     ``user`` is whom an agent server authenticated where a step began. ``interrupted`` marks a message that is not
     answered for now, and ``waits_in`` the run in which it waits or failed. ``late`` marks a call of a message that was
-    cancelled: it counts as abandoned, unless its end is told after all. ``billed`` is what a call was recorded as."""
+    cancelled: it counts as abandoned, unless its end is told after all. ``billed`` is what a call was recorded as, and
+    ``begun`` of a message what a call that was cancelled had begun to answer."""
 
     id: Hashable
     started: int
@@ -43,6 +44,7 @@ class Run:
     prompt: Any = field(default=None, repr=False)
     tools: Any = field(default=None, repr=False)
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
+    begun: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
     reported: Any = field(default=None, repr=False)
     interrupted: bool = False
@@ -75,15 +77,16 @@ class Run:
             run = run.parent
         return None if run is None else run.user
 
-    def inherit_user(self) -> None:
-        """Let a call that lost its authenticated user have that of the nearest step around it.
+    def facts_inside(self, facts: Facts) -> Facts:
+        """Those of a call that starts inside this run: it is believed as of the start of its message, and if it lost
+        its authenticated user, it has that of the nearest step around it.
 
         LangGraph drops the user from the configurable of a graph that is called, inside a graph, with a thread of its
         own.
         """
-        user = None if self.parent is None else self.parent.nearest_user
-        if user is not None:
-            self.facts = replace(self.facts, auth_user=user, on_server=True)
+        user = facts.auth_user if facts.auth_user is not None else self.nearest_user
+        on_server = facts.on_server or user is not facts.auth_user
+        return replace(facts, auth_user=user, on_server=on_server, now=self.top.started)
 
     def touch(self, now: int) -> None:
         """Something happened in this run: it and those around it are alive."""
@@ -121,16 +124,18 @@ class OpenRuns:
             return False
         if parent is not None:
             run.parent, run.message = parent, parent.top
+            if run.is_call:
+                run.facts = parent.facts_inside(run.facts)
             parent.touch(run.started)
         self._starts += 1
         if self._starts % SWEEP_EVERY == 0:
             self.sweep(run.started)
         return True
 
-    def user_around(self, parent_id: Hashable, around: Hashable = None) -> Any:
-        """Whom a call that starts under the same would inherit as its user; None for nobody. It needs no lock."""
+    def facts_at(self, parent_id: Hashable, facts: Facts, around: Hashable = None) -> Facts:
+        """As a call that starts under the same would have them. It needs no lock."""
         parent = self._runs.get(parent_id) or self._runs.get(around)
-        return None if parent is None else parent.nearest_user
+        return facts if parent is None else parent.facts_inside(facts)
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins).
@@ -193,6 +198,14 @@ class OpenRuns:
             return None
         answer, top.answer, top.taken = top.answer, None, True
         return answer
+
+    def take_unanswered(self, top: Run) -> tuple[Call, Facts] | None:
+        """What had answered a message that was cancelled, or had begun to, once."""
+        begun, top.answer, top.begun = top.answer or top.begun, None, None
+        if begun is None or top.message is not None or top.taken:
+            return None
+        top.taken = True
+        return begun
 
     def cut(self, top: Run, now: int) -> None:
         """A message was cancelled: LangChain will not tell the end of the model calls that its tasks had under way.

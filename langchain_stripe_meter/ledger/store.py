@@ -187,6 +187,11 @@ class Ledger:
         with inside(), clear_errors(), lane.lock:
             yield lane.connection
 
+    def reading(self, key: str) -> Mapping[Any, Any] | None:
+        """The columns of the entry with this ``key`` as it stands now."""
+        with self.look() as connection:
+            return connection.execute(select(readings).where(readings.c.key == key)).mappings().first()
+
     def note(self, name: str) -> str | None:
         """A fact about the ledger itself."""
         with self.read() as connection:
