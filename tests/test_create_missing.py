@@ -131,6 +131,48 @@ def test_where_there_are_two_a_third_is_never_made(desk: Desk, by: Any, value: s
     assert desk.created() == []
 
 
+@pytest.mark.parametrize("create_missing", [True, False])
+def test_an_address_that_stripe_has_in_lower_case_is_held_for_a_person_and_nobody_is_made(
+    desk: Desk, create_missing: bool
+) -> None:
+    eve = desk.sandbox.create_customer(email="eve@example.com")
+    desk.record("email", "Eve@example.com")
+    courier = desk.courier(create_missing=create_missing)
+    desk.drive(courier)
+    (held,) = views.held(desk.ledger)
+    assert f"customer {eve} differ in upper and lower case only" in held.reason
+    assert sealing.retry(desk.ledger) == 1
+    desk.drive(courier)
+    assert (views.held(desk.ledger), desk.created()) == ([held], [])
+    assert acts.assign(desk.ledger, held, eve) == 1
+    desk.drive(courier)
+    assert desk.sandbox.billed("tokens") == {eve: 1}
+
+
+def test_a_customer_whose_address_has_the_same_capitals_pays_whoever_has_it_in_lower_case(desk: Desk) -> None:
+    desk.sandbox.create_customer(email="eve@example.com")
+    eve = desk.sandbox.create_customer(email="Eve@example.com")
+    desk.record("email", "Eve@example.com", "found")
+    desk.record("email", "Ann@example.com", "made")
+    desk.drive(desk.courier())
+    (request,) = desk.created()
+    assert request.params["email"] == "Ann@example.com"
+    assert desk.sandbox.billed("tokens")[eve] == 1
+    assert desk.status.delivered == 2
+
+
+def test_what_stripe_says_of_the_address_in_lower_case_names_nobody(desk: Desk) -> None:
+    desk.sandbox.fail(
+        refuse(400, message="Invalid email address: eve@example.com"), path=CUSTOMERS,
+        where=lambda request: request.params.get("email") == "eve@example.com",
+    )  # fmt: skip
+    desk.record("email", "Eve@example.com")
+    desk.drive(desk.courier())
+    (held,) = views.held(desk.ledger)
+    assert "400" in held.reason
+    assert "eve@" not in held.reason.lower()
+
+
 @pytest.mark.parametrize(("by", "value"), PEOPLE)
 def test_a_customer_whom_the_search_cannot_see_yet_is_found_and_not_made_twice(desk: Desk, by: Any, value: str) -> None:
     made_by_a_person = desk.sandbox.create_customer(**{by: value})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
 from cachetools import TTLCache
 from sqlalchemy import Connection
 
+from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
@@ -85,6 +87,9 @@ class Lookups:
         """
         try:
             found = gateway.find_customers(asked.reference, asked.account)
+            if not found and (alike := _find_alike(gateway, asked)):
+                said = f"this email and that of Stripe's customer {_listed(alike)} differ in upper and lower case only"
+                return Answer([], said)
             return Answer(found) if found or not self._create_missing else self._create(gateway, asked)
         except StripeError as error:
             if gateway.outcome_of(error, asked.account).move is Move.REFUSED:
@@ -138,9 +143,21 @@ def _why_held(asked: Unknown, found: list[str]) -> str:
     by = asked.reference.by
     if not found:
         return f"Stripe has no customer with this {by}"
-    return f"Stripe has {len(found)} customers with this {by}: {', '.join(sorted(found)[:10])}"
+    return f"Stripe has {len(found)} customers with this {by}: {_listed(found)}"
+
+
+def _listed(customers: list[str]) -> str:
+    return ", ".join(sorted(customers)[:10])
+
+
+def _find_alike(gateway: Gateway, asked: Unknown) -> list[str]:
+    """Who has this e-mail in lower case: Stripe tells the two apart, and the people who write them mostly do not."""
+    who = asked.reference
+    lower = Reference("email", who.value.encode().lower().decode()) if who.by == "email" else who  # ASCII's letters
+    return [] if lower == who else gateway.find_customers(lower, asked.account)
 
 
 def _unnamed(error: StripeError, asked: Unknown) -> StripeError:
     """The error without the person: Stripe's words may quote the name or the number that was asked for."""
-    return StripeError(str(error).replace(asked.reference.value, f"<{asked.reference.by}>"))
+    who = asked.reference
+    return StripeError(re.sub(re.escape(who.value), f"<{who.by}>", str(error), flags=re.IGNORECASE))
