@@ -256,6 +256,19 @@ def test_the_table_that_remembers_leads_does_not_hold_them(books: Books) -> None
     assert "ann" not in "".join(map(str, row))
 
 
+def test_two_people_whose_addresses_differ_in_upper_and_lower_case_have_a_limit_each(
+    books: Books, others: Books
+) -> None:
+    capital = Reference("email", ANN.value.title())
+    books.resolve(ANN, "cus_1")
+    books.resolve(capital, "cus_2")
+    books.record(entry("a", 1, ANN), entry("b", 2, capital))
+    for one in (books, others):
+        assert [one.used(who) for who in (ANN, capital, CUS_1, Reference("id", "cus_2"))] == [1, 2, 1, 2]
+    with books.ledger.read() as connection:
+        assert connection.execute(select(acts)).all() == []  # neither took the place of the other
+
+
 def test_a_lead_is_remembered_once(books: Books) -> None:
     books.resolve(ANN, "cus_1")
     books.resolve(ANN, "cus_1")

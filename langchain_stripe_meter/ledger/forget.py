@@ -18,7 +18,7 @@ from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
-from langchain_stripe_meter.ledger.resolving import known_by, secret_of
+from langchain_stripe_meter.ledger.resolving import FOLDED, known_by, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
@@ -160,8 +160,8 @@ def _accounts(connection: Connection) -> set[str]:
 def _erase_traces(connection: Connection, person: _Person, accounts: set[str], secret: bytes) -> int:
     """To whom the person led, and what acts say of them."""
     everything = person.references | person.names
-    digests = [known_by(secret, account, one.text) for account in accounts for one in everything]
-    mine: list[ColumnElement[bool]] = [payers.c.digest.in_(digests)]
+    known = {known_by(secret, account, one.text)[:FOLDED] for account in accounts for one in everything}
+    mine: list[ColumnElement[bool]] = [func.substr(payers.c.digest, 1, FOLDED).in_(known)]
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)
     count = connection.execute(delete(payers).where(or_(*mine))).rowcount

@@ -40,6 +40,7 @@ RECORDED = and_(OPEN_READINGS, readings.c.state == ReadingState.RECORDED.value)
 RESOLVED = and_(OPEN_READINGS, readings.c.state == ReadingState.RESOLVED.value)
 SECRET = "payers_secret"  # noqa: S105 - the name of a note
 """The note that holds the secret of this ledger. Without it, nobody's digest can be worked out again."""
+FOLDED = 32
 _NOW: BindParameter[int] = bindparam("now")
 HELD = and_(text("readings.state = 'held'"))
 
@@ -226,8 +227,11 @@ def digest(key: bytes, account: str, reference: str) -> str:
 
 
 def known_by(key: bytes, account: str, reference: str) -> str:
-    """The digest in the table: the same however the letters of an e-mail are written, so that it can be forgotten."""
-    return digest(key, account, reference.lower() if reference.startswith("email:") else reference)
+    """The digest in the table. Its first ``FOLDED`` characters are the same however the letters of an e-mail are
+    written, so that it can be forgotten; the others are not, for Stripe tells ``Ann@`` from ``ann@``."""
+    exact = digest(key, account, reference)
+    folded = reference.lower() if reference.startswith("email:") else reference
+    return exact if folded == reference else digest(key, account, folded)[:FOLDED] + exact[FOLDED:]
 
 
 def remember(connection: Connection, account: str, reference: str, customer: str, now: int) -> None:
