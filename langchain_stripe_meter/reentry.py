@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, suppress
+from functools import partial, wraps
 from queue import Empty, SimpleQueue
-from typing import ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
+from weakref import ref
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -68,8 +69,61 @@ def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None
             _carry_out(place.waiting)
 
 
-@contextmanager
-def inside() -> Iterator[None]:
+class _Exit(partial[bool]):
+    """How a ``with`` statement leaves its block. Nobody but the statement holds the ``generator``, no traceback either:
+    when the statement is over, however it came to that, the interpreter has closed it."""
+
+    generator: Generator[Any, None, None]
+
+
+class _Block(Generic[T]):
+    """A ``with`` statement lets go of it as soon as it has asked it for both its methods."""
+
+    def __init__(self, generator: Generator[T, None, None]) -> None:
+        self._generator = generator
+
+    @property
+    def __enter__(self) -> Callable[[], T]:
+        return self._generator.__next__
+
+    @property
+    def __exit__(self) -> Callable[..., bool]:  # noqa: PLE0302 - what it gives takes the other three
+        leave = _Exit(_leave, ref(self._generator))
+        leave.generator = self._generator
+        return leave
+
+
+def _leave(generator: Callable[[], Any], _kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    if generator() is None:  # garbage collection is closing all of it
+        return False
+    try:
+        if error is None:
+            next(generator(), None)
+        else:
+            generator().throw(error)
+    except BaseException as raised:
+        if raised is not error:
+            raise
+        error.__traceback__ = traceback  # without the generator's own lines
+    return False
+
+
+def block(function: Callable[P, Generator[T, None, None]]) -> Callable[P, AbstractContextManager[T]]:
+    """As ``contextlib.contextmanager``, for what holds a lock or a mark; such a block suppresses no error.
+
+    With contextlib, an exception that a signal's handler raises just as the block is entered or left (Ctrl-C, a task's
+    time limit) leaves the generator where it is, for as long as anybody keeps the traceback, as a notebook does.
+    """
+
+    @wraps(function)
+    def make(*args: P.args, **kwargs: P.kwargs) -> AbstractContextManager[T]:
+        return _Block(function(*args, **kwargs))
+
+    return make
+
+
+@block
+def inside() -> Generator[None, None, None]:
     """As ``within``, for a block."""
     if _place.inside:
         yield

@@ -10,8 +10,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from langchain_core.language_models.chat_models import BaseChatModel
@@ -20,7 +22,9 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 
 import langchain_stripe_meter
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.ledger.group import GroupCommit
+from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.ledger.views import tail
 from langchain_stripe_meter.reentry import Bell, inside, is_inside, soon, within
 
@@ -303,7 +307,11 @@ def test_a_bell_rings_until_it_is_cleared() -> None:
 
 
 class Interrupt(BaseException):
-    """As Ctrl-C, or a task's time limit."""
+    """As Ctrl-C."""
+
+
+class TimeLimitError(Exception):
+    """As Celery's soft time limit, which is an error like any other."""
 
 
 class Interrupter:
@@ -311,7 +319,8 @@ class Interrupter:
 
     def __init__(self) -> None:
         self._armed = False
-        self.kept: Interrupt | None = None
+        self.kept: BaseException | None = None
+        self.kind: type[BaseException] = Interrupt
 
     def __enter__(self) -> Interrupter:
         self._before = signal.signal(signal.SIGALRM, self._strike)
@@ -324,16 +333,18 @@ class Interrupter:
     def _strike(self, *_: object) -> None:
         if self._armed:
             self._armed = False
-            raise Interrupt
+            raise self.kind
 
     def __call__(self, work: Callable[[], object], seconds: float) -> None:
         """Repeat ``work`` until it is interrupted, within so many seconds."""
         try:
             self._armed = True
             signal.setitimer(signal.ITIMER_REAL, random.uniform(2e-5, seconds))
-            while True:
+            while self._armed:
                 work()
-        except Interrupt as error:
+        except BaseException as error:  # a database that was amid a statement may say it in its own words
+            if self._armed:
+                raise
             self.kept = error
 
 
@@ -396,6 +407,72 @@ def test_an_interrupt_of_whoever_writes_for_others_or_waits_keeps_nobody_waiting
     assert written.issuperset(acknowledged)
     assert not group._jobs
     group.close()
+
+
+@by_alarm
+def test_an_interrupt_leaves_no_thread_that_seems_to_be_inside_for_good(interrupt: Interrupter) -> None:
+    heard: list[int] = []
+
+    def nested() -> None:
+        with inside(), inside():
+            soon(heard.append, 1)
+
+    for number in range(3000):
+        interrupt((nested, lambda: within(nested), lambda: soon(nested))[number % 3], 3e-4)
+        assert not is_inside()
+        heard.clear()
+        soon(heard.append, 2)
+        assert 2 in heard
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Iterator[Ledger]:
+    ledger = Ledger(f"sqlite:///{tmp_path}/l.db", synchronous="NORMAL")
+    yield ledger
+    ledger.close()
+
+
+@by_alarm
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # where it strikes a destructor
+@pytest.mark.parametrize("kind", [Interrupt, TimeLimitError])
+def test_an_interrupt_leaves_a_ledger_that_takes_what_comes_next_and_keeps_what_it_took(
+    interrupt: Interrupter, ledger: Ledger, kind: type[BaseException]
+) -> None:
+    acknowledged: list[str] = []
+
+    def record(count: int) -> None:
+        keys = [uuid4().hex for _ in range(count)]
+        ledger.record([Entry(key, "tokens", 1, 0, ReadingState.RESOLVED, customer="cus_1") for key in keys])
+        acknowledged.extend(keys)
+
+    def note() -> None:
+        ledger.set_note("some", "note")
+
+    def read() -> None:
+        ledger.note("some")
+
+    def look() -> None:
+        with ledger.look() as connection:
+            connection.exec_driver_sql("SELECT count(*) FROM notes")
+
+    def count_by_lane() -> None:
+        ledger.database.lane("count").run(lambda driver: driver.execute("SELECT count(*) FROM notes"))
+
+    works: list[Callable[[], object]] = [partial(record, 1), partial(record, 3), note, read, look, count_by_lane]
+    interrupt.kind = kind
+    for work in works:
+        work()
+    for number in range(360):
+        interrupt(works[number % len(works)], 3e-3)
+        assert not is_inside()
+        works[number // len(works) % len(works)]()
+        if number % 36 == 0:
+            gc.collect()  # connections that broke, and their errors
+            assert done(lambda: [work() for work in works])
+    ledger.close()
+    with ledger.read() as connection:
+        kept = {row.key for row in connection.exec_driver_sql("SELECT key FROM readings")}
+    assert kept.issuperset(acknowledged)
 
 
 # -- every lock of ours is taken inside

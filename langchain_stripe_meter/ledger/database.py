@@ -16,10 +16,10 @@ import logging
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
@@ -36,7 +36,7 @@ from langchain_stripe_meter.ledger.opening import (
     tighten,
     without_password,
 )
-from langchain_stripe_meter.reentry import inside
+from langchain_stripe_meter.reentry import block, inside
 
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
@@ -45,6 +45,8 @@ STOPPED_SECONDS = 60
 """How long a transaction on PostgreSQL may do nothing: a process that was stopped within one would block the others."""
 _TURN = 7382910545
 """PostgreSQL's advisory lock that transactions on the deliver lane take, for themselves or together."""
+_IDLE = 0
+"""PostgreSQL's name for a connection that does nothing, and is in no transaction."""
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -79,11 +81,11 @@ class Lane:
         with self.lock:
             try:
                 work(self._driver or self._open_driver(), *args)
-            except Exception:
-                dead = getattr(self._driver, "closed", False)
-                if dead or getattr(self._driver, "in_transaction", False):
+            except BaseException as error:
+                found = _condition(self._driver)
+                if found != "idle":  # also where Ctrl-C came before a statement's end
                     self.drop()
-                if not dead:
+                if found != "closed" or not isinstance(error, Exception):
                     raise
                 work(self._open_driver(), *args)
 
@@ -92,19 +94,19 @@ class Lane:
             self._driver = self.connection.connection.driver_connection
         return self._driver
 
-    @contextmanager
-    def transaction(self, *, shared: bool = False) -> Iterator[Connection]:
+    @block
+    def transaction(self, *, shared: bool = False) -> Generator[Connection, None, None]:
         """All or nothing; on SQLite the write lock is taken at once, so that what is read stays true.
 
         On PostgreSQL, ``shared`` transactions run beside each other: each must pass over rows that another holds.
         """
         with inside(), self.lock, clear_errors():
-            connection = self._begin(shared=shared)
             try:
+                connection = self._begin(shared=shared)
                 yield connection
                 connection.exec_driver_sql("COMMIT")
-            except BaseException:
-                self._roll_back(connection)
+            except BaseException:  # also where beginning failed: it may have begun, and not have got its turn
+                self._roll_back()
                 raise
 
     def _begin(self, *, shared: bool) -> Connection:
@@ -114,7 +116,6 @@ class Lane:
             connection.exec_driver_sql(begin)
         except DBAPIError as error:
             if not error.connection_invalidated:
-                self._roll_back(connection)  # it may have begun, and have failed to get its turn
                 raise
             self.drop()
             connection = self.connection
@@ -129,10 +130,13 @@ class Lane:
             begin.append(f"SELECT pg_advisory_xact_lock{'_shared' if shared else ''}({_TURN})")
         return "; ".join(begin)
 
-    def _roll_back(self, connection: Connection) -> None:
+    def _roll_back(self) -> None:
+        connection = self._connection
+        if connection is None or connection.invalidated:  # SQLAlchemy has closed it, amid a statement
+            self.drop()
+            return
         try:
-            driver: Any = connection.connection.driver_connection
-            if getattr(driver, "in_transaction", True):  # SQLite may have rolled back by itself (disk full, I/O error)
+            if _condition(connection.connection.driver_connection) != "idle":  # SQLite may have done it by itself
                 connection.exec_driver_sql("ROLLBACK")
         except Exception:  # noqa: BLE001 - the error that led here is the one to be told
             self.drop()
@@ -152,6 +156,17 @@ class Lane:
             if self._connection is not None:
                 self._connection.close()
                 self._connection = self._driver = None
+
+
+def _condition(driver: Any) -> Literal["idle", "busy", "closed"]:
+    """What a driver's connection is good for: the next statement, nothing before it is rolled back, nothing at all."""
+    try:
+        busy = driver is not None and (
+            driver.in_transaction if isinstance(driver, sqlite3.Connection) else driver.info.transaction_status != _IDLE
+        )
+    except sqlite3.ProgrammingError:
+        return "closed"
+    return "closed" if getattr(driver, "closed", False) else "busy" if busy else "idle"
 
 
 class _Opening:

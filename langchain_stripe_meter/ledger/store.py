@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import field
 from decimal import Decimal
 from pathlib import Path
@@ -26,7 +26,7 @@ from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.schema import acts, notes, readings
-from langchain_stripe_meter.reentry import inside
+from langchain_stripe_meter.reentry import block, inside
 
 LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
@@ -159,8 +159,8 @@ class Ledger:
         """The connection that couriers write through."""
         return self.database.lane("deliver")
 
-    @contextmanager
-    def write(self, lane: str = "deliver") -> Iterator[Connection]:
+    @block
+    def write(self, lane: str = "deliver") -> Generator[Connection, None, None]:
         """A transaction in the file that is at the ledger's path now, should it have been replaced.
 
         (Couriers write through ``deliver_lane``: they look at such a file before they send anything from it.)
@@ -169,15 +169,15 @@ class Ledger:
         with self.database.lane(lane).transaction() as connection:
             yield connection
 
-    @contextmanager
-    def read(self) -> Iterator[Connection]:
+    @block
+    def read(self) -> Generator[Connection, None, None]:
         """A connection for reading; on SQLite one at a time, so that a fork can wait for it."""
         turn = self.database.reading if self.database.is_sqlite else nullcontext()
         with inside(), clear_errors(), turn, self.database.engine.connect() as connection:
             yield connection
 
-    @contextmanager
-    def look(self) -> Iterator[Connection]:
+    @block
+    def look(self) -> Generator[Connection, None, None]:
         """As ``read``, for what a run waits for: also on SQLite, it waits for no long reading of another thread."""
         if not self.database.is_sqlite:
             with self.read() as connection:
@@ -254,14 +254,9 @@ def _insert_on_sqlite(driver: Any, rows: list[tuple[Any, ...]]) -> None:
         else:
             driver.execute(_ON_SQLITE, row)
         return
-    driver.execute("BEGIN IMMEDIATE")
-    try:
-        driver.executemany(_ON_SQLITE, rows)
-        driver.execute("COMMIT")
-    except BaseException:
-        if driver.in_transaction:
-            driver.execute("ROLLBACK")
-        raise
+    driver.execute("BEGIN IMMEDIATE")  # where anything fails from here on, the lane rolls back
+    driver.executemany(_ON_SQLITE, rows)
+    driver.execute("COMMIT")
 
 
 def _insert_on_postgres(driver: Any, rows: list[tuple[Any, ...]]) -> None:
@@ -269,8 +264,9 @@ def _insert_on_postgres(driver: Any, rows: list[tuple[Any, ...]]) -> None:
     if len(rows) == 1:
         driver.execute(_ON_POSTGRES, rows[0])
         return
-    with driver.transaction(), driver.cursor() as cursor:
-        cursor.executemany(_ON_POSTGRES, rows)
+    driver.execute("BEGIN")
+    driver.cursor().executemany(_ON_POSTGRES, rows)
+    driver.execute("COMMIT")
 
 
 def _is_the_rows_fault(error: Exception) -> bool:
