@@ -8,14 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from conftest import wait_until
+from conftest import run_sql, wait_until
 from sqlalchemy import Connection, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.errors import LedgerError
+from langchain_stripe_meter.errors import InvalidValueError, LedgerError
 from langchain_stripe_meter.ledger import database, resolving
 from langchain_stripe_meter.ledger.forget import forget
 from langchain_stripe_meter.ledger.resolving import Unknown, secret_of
@@ -113,6 +113,46 @@ def test_a_transaction_that_failed_leaves_the_connection_usable(ledger: Ledger) 
 def test_a_server_that_is_gone_is_a_ledger_error(postgres_server: str) -> None:
     with pytest.raises(LedgerError):
         record(Ledger("postgresql+psycopg://nobody@127.0.0.1:1/nowhere"), "a")
+
+
+@pytest.fixture
+def writer(postgres_url: str) -> Iterator[Ledger]:
+    """A ledger whose role has the rights that it needs, and no more."""
+    rights = [f"GRANT ALL ON ALL {what} IN SCHEMA public TO writer" for what in ("TABLES", "SEQUENCES")]
+    run_sql(postgres_url, "CREATE ROLE writer LOGIN", *rights)
+    ledger = Ledger(make_url(postgres_url).set(username="writer").render_as_string(hide_password=False))
+    yield ledger
+    ledger.close()
+    run_sql(postgres_url, "DROP OWNED BY writer", "DROP ROLE writer")
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("REVOKE INSERT ON readings FROM writer", "permission denied .* Give the ledger's role the rights"),
+        ("ALTER TABLE readings RENAME TO gone", "does not exist. Look whether it is the ledger's .* ledger upgrade"),
+        ("ALTER ROLE writer SET default_transaction_read_only = on", "read-only .* Give the address of the server"),
+    ],
+    ids=["no right", "no table", "read-only"],
+)
+def test_what_is_wrong_with_the_database_is_told_and_no_fault_of_the_values(
+    writer: Ledger, postgres_url: str, does: str, said: str
+) -> None:
+    record(writer, "a")
+    run_sql(postgres_url, does)
+    if "read_only" in does:
+        writer.close()  # it holds for new connections
+    with pytest.raises(LedgerError, match=said):
+        record(writer, "b")
+
+
+def test_a_value_of_the_wrong_type_is_the_callers_fault_however_few_rights_the_ledger_has(writer: Ledger) -> None:
+    bad: Any = {"a": 1}
+    for key in (bad, "nul\0"):
+        with pytest.raises(InvalidValueError):
+            record(writer, key)
+    record(writer, "a")
+    assert count(writer) == 1
 
 
 # -- many couriers, and acts beside them

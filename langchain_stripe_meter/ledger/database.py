@@ -364,6 +364,11 @@ def explain(error: BaseException) -> LedgerError:
         ("full",): "Free some disk space; what is stored is safe.",
         ("disk I/O",): "Look at the disk and its free space; what is stored is safe.",
         ("readonly",): "Make the file and its folder writable.",
+        ("permission denied",): "Give the ledger's role the rights to read and write its tables (GRANT).",
+        ("read-only transaction",): "Give the address of the server that takes writes; this is a standby, or set so.",
+        ('relation "', "no such table"): (
+            "Look whether it is the ledger's database, and its schema; else run: stripe-meter ledger upgrade"
+        ),
         ("unable to open",): "Unless it was deleted, make the file and its folder writable.",
     }
     found = (text for words, text in advice.items() if any(word in said for word in words))

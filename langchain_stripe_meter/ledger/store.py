@@ -270,9 +270,14 @@ def _insert_on_postgres(driver: Any, rows: list[tuple[Any, ...]]) -> None:
 
 
 def _is_the_rows_fault(error: Exception) -> bool:
-    """Whether the database is well and only could not take a value; both drivers name their errors alike."""
+    """Whether the database is well and only could not take a value; both drivers name their errors alike.
+
+    What PostgreSQL itself calls an error of the program is a right or a table that is missing.
+    """
     names = {kind.__name__ for kind in type(error).__mro__}
-    return not names.isdisjoint({"DataError", "IntegrityError", "ProgrammingError", "UnicodeError", "OverflowError"})
+    if "ProgrammingError" in names:
+        return getattr(error, "sqlstate", None) is None
+    return not names.isdisjoint({"DataError", "IntegrityError", "UnicodeError", "OverflowError"})
 
 
 def _unstorable(error: Exception) -> InvalidValueError:
