@@ -246,8 +246,8 @@ def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
         decisions.settle_cancel(ledger, event, None)
     elif outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW):
         raise StripeError(
-            f"Whether the meter event {event.identifier} is cancelled is unknown ({outcome.message}). Cancel it again: "
-            "that is safe."
+            f"Whether the meter event {event.identifier} is cancelled is unknown: {outcome.message.rstrip('.')}. "
+            "Cancel it again: that is safe."
         )
     elif outcome.move is not Move.REFUSED or not decisions.settle_cancel(ledger, event, outcome.message):
         raise StripeError(f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}")

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import pytest
 from conftest import wait_until
 from typer.testing import CliRunner, Result
 
-from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, static
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, list_meters, static
 from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.schema import HEAD
 from langchain_stripe_meter.ledger.store import Ledger
@@ -340,14 +343,42 @@ def test_doctor_finds_everything_in_order_or_says_what_to_do(sandbox: StripeSand
     assert "meters create absent" in bad["meter absent"]["said"]
 
 
-def test_doctor_fails_where_stripe_refuses_the_key_or_does_not_answer(sandbox: StripeSandbox) -> None:
+ASKING = [["meters"], ["meters", "create", "x"], ["init", "x.toml"], ["verify"], ["cancel"], ["doctor"],
+          ["demo", "--live"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ASKING, ids=" ".join)
+def test_whoever_asks_stripe_in_vain_is_told_what_to_do(
+    sandbox: StripeSandbox, recorded: None, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    call("deliver", "--once")
+    identifiers = [sandbox.events[0].identifier] if command == ["cancel"] else []
+
+    def said() -> str:
+        told = call(*command, *identifiers, code=1 if command == ["doctor"] else 2)
+        return " ".join(f"{told.stdout} {told.stderr}".split())
+
+    base = os.environ["STRIPE_METER_API_BASE"]
     sandbox.revoke(sandbox.api_key)
-    assert "401" in call("doctor", code=1).stdout
-    assert "Set $STRIPE_API_KEY" in (said := " ".join(call("doctor", code=1).stdout.split()))
-    assert re.search(r"[^.] Set \$STRIPE", said) is None
+    assert "401" in (refused := said())
+    assert ". Set $STRIPE_API_KEY to a key that is in use." in refused
     sandbox.stop()
-    assert "no answer" in (said := " ".join(call("doctor", code=1).stdout.split()))
-    assert ". Check the network" in said
+    for address in (base, "nonsense"):
+        monkeypatch.setenv("STRIPE_METER_API_BASE", address)
+        assert "no answer from Stripe" in (unanswered := said())
+        assert ". Check the network, and $STRIPE_METER_API_BASE: " in unanswered
+
+
+def test_python_is_told_the_same_and_nothing_of_an_address_that_is_not_set(
+    sandbox: StripeSandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = os.environ["STRIPE_METER_API_BASE"]
+    sandbox.stop()
+    with pytest.raises(StripeError, match=r"\. Check the network, and \$STRIPE_METER_API_BASE: "):
+        list_meters()
+    monkeypatch.delenv("STRIPE_METER_API_BASE")
+    with closing(Gateway(api_base=base)) as gateway, pytest.raises(StripeError, match=r"\. Check the network\.$"):
+        gateway.meters()
 
 
 def test_doctor_says_what_to_do_about_a_key_of_another_mode(
@@ -383,7 +414,11 @@ def test_without_a_key_or_a_ledger_the_error_is_one_sentence_and_exit_code_2(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "STRIPE_API_KEY" in call("meters", code=2).stderr
-    assert f"no ledger at {tmp_path}/stripe_meter.db" in call("status", code=2).stderr
+    said = call("status", code=2).stderr
+    assert f"no ledger at {tmp_path}/stripe_meter.db yet" in said
+    for maker in ("first run", "stripe-meter deliver", "stripe-meter ledger upgrade", "--ledger"):
+        assert maker in said
+    assert call("ledger", "path").stdout.strip() == f"sqlite:///{tmp_path}/stripe_meter.db"
     assert list(tmp_path.iterdir()) == []
 
 

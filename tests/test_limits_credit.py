@@ -122,8 +122,8 @@ def test_a_currency_may_be_written_in_capitals(sandbox: StripeSandbox, meter: St
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"currency": "dollars"}, "currency='dollars'"),
-        ({"currency": 840}, "currency=840"),
+        ({"currency": "dollars"}, "'dollars' is no currency"),
+        ({"currency": 840}, "840 is no currency"),
         ({"max_age": -1}, "max_age=-1"),
         ({"max_age": "60"}, "max_age='60'"),
         ({"max_age": float("nan")}, "max_age=nan"),

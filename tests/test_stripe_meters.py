@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
@@ -108,15 +109,15 @@ def test_on_a_connected_account_they_are_that_accounts(sandbox: StripeSandbox) -
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"price": 0.002, "currency": "usd"}, r"price=0\.002"),
-        ({"price": True, "currency": "usd"}, "price=True"),
+        ({"price": 0.002, "currency": "usd"}, r"0\.002 is no price: use an int, a Decimal or a str"),
+        ({"price": True, "currency": "usd"}, "True is no price"),
         ({"price": "cheap", "currency": "usd"}, "'cheap'"),
         ({"price": -1, "currency": "usd"}, "-1"),
         ({"price": "NaN", "currency": "usd"}, "NaN"),
         ({"price": "0.0000000000001", "currency": "usd"}, "12 decimal"),
-        ({"price": 1}, "currency=None"),
+        ({"price": 1}, "A price needs a currency"),
         ({"price": 1, "currency": "dollar"}, "'dollar'"),
-        ({"currency": "usd"}, "price=None"),
+        ({"currency": "usd"}, "A currency needs a price"),
         ({"price": 1, "currency": "usd", "interval": "hour"}, "'hour'"),
     ],
 )
@@ -136,6 +137,23 @@ def test_the_command_line_makes_them_too(sandbox: StripeSandbox) -> None:
     said = CliRunner().invoke(app, command[:-1]).stdout
     assert first["price"]["id"] in " ".join(said.split())
     assert [price.id for price in prices(sandbox)] == [first["price"]["id"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--price", "0.002"], "A price needs a currency"),
+        (["--currency", "usd"], "A currency needs a price"),
+        (["--price", "abc", "--currency", "usd"], "'abc' is no price: use a number such as 0.002, in cents"),
+        (["--price", "1", "--currency", "dollar"], "'dollar' is no currency"),
+        (["--price", "1", "--currency", "usd", "--interval", "hour"], "'hour' is no interval"),
+    ],
+)
+def test_the_command_line_is_answered_in_its_own_words(sandbox: StripeSandbox, options: list[str], said: str) -> None:
+    told = CliRunner().invoke(app, ["meters", "create", "tokens", *options])
+    assert told.exit_code == 2
+    assert said in told.stderr
+    assert not re.search(r"\w=|None|Decimal", told.stderr)
 
 
 # -- the sandbox's own rules

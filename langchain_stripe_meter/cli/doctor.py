@@ -54,18 +54,10 @@ def _stripe(names: list[str]) -> Iterator[Finding]:
 
 def _unanswered(error: MeteringError, names: list[str]) -> Finding:
     """Why Stripe did not list the meters. A key that may only send events is a good one, unless meters were named."""
-    status = getattr(error.__cause__, "http_status", None)
-    if status == 403:
-        remedy = "Give the key 'Billing meters: Read', so that meters can be checked."
-        return Finding("meters", "fail" if names else "warn", _joined(error, remedy))
-    if status == 401:
-        return Finding("Stripe", "fail", _joined(error, "Set $STRIPE_API_KEY to a key that is in use."))
-    return Finding("Stripe", "fail", _joined(error, "Check the network, and $STRIPE_METER_API_BASE if it is set."))
-
-
-def _joined(error: MeteringError, remedy: str) -> str:
-    """Two sentences; not every error ends with a stop."""
-    return f"{str(error).rstrip('.')}. {remedy}"
+    if getattr(error.__cause__, "http_status", None) != 403:
+        return Finding("Stripe", "fail", str(error))
+    remedy = "Give the key 'Billing meters: Read', so that meters can be checked."
+    return Finding("meters", "fail" if names else "warn", f"{str(error).rstrip('.')}. {remedy}")
 
 
 def _meter(name: str, meter: MeterInfo | None, *, wanted: bool) -> Finding:

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,8 @@ from langchain_stripe_meter.cli.shared import (
     console,
     errors,
     fail,
+    file_of,
+    new_ledger,
     open_gateway,
     open_ledger,
     print_json,
@@ -143,9 +146,10 @@ def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None
 
 @ledger_app.command()
 def path(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
-    """Where the ledger is."""
-    with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        where = opened.database.address
+    """Where the ledger is, or will be once the first run makes it."""
+    with clear_errors(as_json=as_json), closing(new_ledger(ledger)) as opened:
+        file = file_of(opened)
+        where = opened.database.address if file is None else str(opened.database.url.set(database=str(file)))
         say(where, {"ledger": where}, as_json=as_json)
 
 

@@ -176,7 +176,8 @@ def open_ledger(url: str | None) -> Iterator[Ledger]:
     missing = missing_file(ledger)
     if missing is not None:
         raise ConfigurationError(
-            f"There is no ledger at {missing}. Give its address with --ledger or $STRIPE_METER_LEDGER."
+            f"There is no ledger at {missing} yet. The first run makes it, or stripe-meter deliver, or stripe-meter "
+            "ledger upgrade. If there should be one, give its address with --ledger or $STRIPE_METER_LEDGER."
         )
     with closing(ledger):
         yield ledger
@@ -189,12 +190,15 @@ def new_ledger(url: str | None) -> Ledger:
     return Ledger(url or DEFAULT_LEDGER)
 
 
+def file_of(ledger: Ledger) -> Path | None:
+    """The absolute path of the ledger's file; None where it is on a server."""
+    return Path(str(ledger.database.url.database)).absolute() if ledger.database.is_sqlite else None
+
+
 def missing_file(ledger: Ledger) -> Path | None:
     """The absolute path of the ledger's file where there is none yet."""
-    if not ledger.database.is_sqlite:
-        return None
-    path = Path(str(ledger.database.url.database)).absolute()
-    return None if path.exists() else path
+    file = file_of(ledger)
+    return None if file is None or file.exists() else file
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from rich.table import Table
 from langchain_stripe_meter import StripeMeterCallbackHandler
 from langchain_stripe_meter.core.customers import CustomerSource
 from langchain_stripe_meter.core.meters import Meter
-from langchain_stripe_meter.errors import ConfigurationError, StripeError
-from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.errors import ConfigurationError
+from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error
 from langchain_stripe_meter.gateway.meters import make_meter
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Ledger
@@ -183,12 +183,8 @@ def _live_gateway() -> Gateway:
 
 
 def _create_customer(gateway: Gateway, name: str, email: str) -> str:
-    from langchain_stripe_meter.gateway.replies import explain
-
-    try:
+    with as_stripe_error("create a customer"):
         return str(gateway.client.v1.customers.create({"email": email, "name": name.title()}).id)
-    except Exception as error:
-        raise StripeError(f"Stripe did not let us create a customer: {explain(error)}") from error
 
 
 def table(compared: tuple[Compared, ...]) -> Table:

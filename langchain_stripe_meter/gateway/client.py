@@ -373,10 +373,10 @@ def as_stripe_error(doing: str) -> Iterator[None]:
     """Errors of the ``stripe`` client as ``StripeError``, and what it would log of the request kept out of the log."""
     import stripe
 
-    from langchain_stripe_meter.gateway.replies import explain
+    from langchain_stripe_meter.gateway.replies import advise
 
     try:
         with _quietly():
             yield
     except stripe.StripeError as error:
-        raise StripeError(f"Stripe did not let us {doing}: {explain(error)}") from error
+        raise StripeError(f"Stripe did not let us {doing}: {advise(error)}") from error

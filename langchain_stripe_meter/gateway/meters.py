@@ -120,17 +120,21 @@ def _meter(gateway: Gateway, event_name: str, display_name: str, account: str) -
 def _checked_price(price: object, currency: object, interval: object) -> tuple[Decimal, str, str] | None:
     if price is None and currency is None:
         return None
+    if price is None:
+        raise ConfigurationError("A currency needs a price, in cents, such as 0.002.")
+    if currency is None:
+        raise ConfigurationError("A price needs a currency, such as usd.")
     amount = Decimal("NaN")
     if isinstance(price, int | Decimal | str) and not isinstance(price, bool):
         with suppress(InvalidOperation):
             amount = Decimal(price)
     if not amount.is_finite() or amount < 0 or -int(amount.as_tuple().exponent) > MAX_DECIMALS:
+        kinds = "a number such as 0.002" if isinstance(price, str) else "an int, a Decimal or a str such as '0.002'"
         raise ConfigurationError(
-            f"price={price!r}: an int, a Decimal or a str such as '0.002', in cents, with {MAX_DECIMALS} decimal "
-            "places at most."
+            f"{price!r} is no price: use {kinds}, in cents, from 0 up and with {MAX_DECIMALS} decimal places at most."
         )
     if interval not in _INTERVALS:
-        raise ConfigurationError(f"interval={interval!r}: use one of {', '.join(_INTERVALS)}.")
+        raise ConfigurationError(f"{interval!r} is no interval: use one of {', '.join(_INTERVALS)}.")
     return amount, checked_currency(currency), str(interval)
 
 
@@ -138,7 +142,7 @@ def checked_currency(currency: object) -> str:
     """Three letters, as Stripe writes them."""
     if isinstance(currency, str) and len(currency) == 3 and currency.isascii() and currency.isalpha():
         return currency.lower()
-    raise ConfigurationError(f"currency={currency!r}: use the three letters of a currency, such as 'usd'.")
+    raise ConfigurationError(f"{currency!r} is no currency: use the three letters of one, such as 'usd'.")
 
 
 def _price(gateway: Gateway, meter: MeterInfo, wanted: tuple[Decimal, str, str], account: str) -> Price:
@@ -239,6 +243,8 @@ def cancel(gateway: Gateway, event_name: str, identifier: str, account: str) -> 
 
     ``ACCEPTED`` also where it is cancelled already, ``REFUSED`` for a definite no.
     """
+    from langchain_stripe_meter.gateway.replies import advise
+
     wish: Any = {"event_name": event_name, "type": "cancel", "cancel": {"identifier": identifier}}
     try:
         with as_stripe_error("cancel the meter event"):
@@ -247,7 +253,9 @@ def cancel(gateway: Gateway, event_name: str, identifier: str, account: str) -> 
         outcome = gateway.outcome_of(error)
         if outcome.move in (Move.REFUSED, Move.UNSEAL) and _is_cancelled(outcome.message):
             return Outcome(Move.ACCEPTED, outcome.message)
-        return Outcome(Move.REFUSED, outcome.message) if outcome.move is Move.UNSEAL else outcome
+        move = Move.REFUSED if outcome.move is Move.UNSEAL else outcome.move
+        cause = error.__cause__
+        return dataclasses.replace(outcome, move=move, message=advise(cause if isinstance(cause, Exception) else error))
     return Outcome(Move.ACCEPTED)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -144,6 +145,17 @@ def explain(error: Exception) -> str:
     line = " ".join(_EMAIL.sub("<email>", _SECRET.sub(r"\1***", said)).split())
     status = getattr(error, "http_status", None)
     return (f"HTTP {status}: {line}" if status else f"{type(error).__name__}: {line}")[:MAX_MESSAGE]
+
+
+def advise(error: Exception) -> str:
+    """As ``explain``, for a person: with what to do, where that is known."""
+    said = explain(error)
+    if isinstance(error, stripe.APIConnectionError):
+        base = ", and $STRIPE_METER_API_BASE: a Stripe must run there, as at 'http://127.0.0.1:12111'"
+        return f"{said}. Check the network{base if os.environ.get('STRIPE_METER_API_BASE') else ''}."
+    if getattr(error, "http_status", None) == 401:
+        return f"{said.rstrip('.')}. Set $STRIPE_API_KEY to a key that is in use."
+    return said
 
 
 @dataclass(frozen=True, slots=True)
