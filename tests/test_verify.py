@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -15,9 +17,11 @@ from conftest import wait_until
 from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import func, select, update
+from typer.testing import CliRunner
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata
 from langchain_stripe_meter.audit.verify import verify
+from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.totals import compare
 from langchain_stripe_meter.delivery.courier import Courier
@@ -29,6 +33,7 @@ from langchain_stripe_meter.ledger.schema import events, pruned, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, rate_limited, refuse, server_error
 from langchain_stripe_meter.sandbox.account import Stamp
+from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
 
 amounts = st.decimals(min_value=0, max_value=10**9, places=3)
 
@@ -280,6 +285,60 @@ def test_connected_accounts_are_each_compared_with_themselves(
     found = verify(ledger, gateway)
     assert found.agrees
     assert [(one.account, one.at_stripe) for one in found.comparisons] == [("", 20)] * 3 + [("acct_shop", 40)] * 3
+
+
+@pytest.fixture
+def shops(sandbox: StripeSandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[AccountHandle]:
+    """Two connected accounts whose customer ``cus_0`` has used 15 tokens each, in the ledger that the commands find."""
+    for name, value in {**sandbox.environment(), "STRIPE_METER_LEDGER": f"sqlite:///{tmp_path}/l.db"}.items():
+        monkeypatch.setenv(name, value)
+    shops = [sandbox.connect(name) for name in ("acct_a", "acct_b")]
+    for shop in shops:
+        shop.create_meter("ai_tokens")
+        shop.create_customer(id="cus_0")
+        with StripeMeterCallbackHandler(
+            Tokens("ai_tokens"), customer="cus_0", stripe_account=shop.account_id
+        ) as handler:
+            handler.record_usage({"input_tokens": 15}, id="job")
+            assert handler.flush(60).pending == 0
+    return shops
+
+
+@pytest.mark.parametrize("path", ["/v1/billing/meters", "*event_summaries"])
+def test_an_account_that_is_closed_is_named_as_not_compared_and_the_others_are_compared(
+    sandbox: StripeSandbox, shops: list[AccountHandle], path: str
+) -> None:
+    said = "The provided key does not have access to account 'acct_a'"
+    sandbox.fail(
+        refuse(403, code="account_invalid", message=said), path=path, times=None,
+        where=lambda request: request.headers.get("stripe-account") == "acct_a",
+    )  # fmt: skip
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_0") as handler:
+        found = handler.verify()
+    closed, other = found.comparisons
+    assert (closed.account, closed.at_stripe, closed.difference, other.problem) == ("acct_a", None, 0, None)
+    assert said in (closed.problem or "")
+    assert (other.account, other.at_stripe) == ("acct_b", 15)
+    assert (found.agrees, found.differences, found.not_compared) == (False, (), (closed,))
+    assert said in html.unescape(found._repr_html_())
+
+
+def test_the_command_names_the_account_that_was_not_compared_beside_what_differs(
+    sandbox: StripeSandbox, shops: list[AccountHandle]
+) -> None:
+    gone, other = shops
+    gone._account.connected = False
+    other.reject(other.events[0].identifier)
+    told = CliRunner().invoke(app, ["verify"])
+    words = " ".join(told.stderr.split())
+    assert told.exit_code == 1
+    assert "cus_0 on ai_tokens by -15" in words
+    assert "acct_a was not compared: HTTP 403: The provided key" in words
+    told = CliRunner().invoke(app, ["verify", "--json"])
+    closed, differs = json.loads(told.stdout)
+    assert (closed["account"], closed["agrees"], closed["at_stripe"]) == ("acct_a", False, None)
+    assert "does not have access" in closed["problem"]
+    assert (differs["difference"], differs["problem"], told.exit_code) == ("-15", None, 1)
 
 
 def test_what_a_meter_was_sent_before_another_of_its_name_replaced_it_counts(

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from decimal import Decimal
+from functools import partial
 from typing import NamedTuple, TypeVar
 
+from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.core.totals import Comparison, compare
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
@@ -37,7 +39,8 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Verification:
-    """What was compared. ``agrees`` is False where Stripe's sum cannot be explained by what the ledger knows.
+    """What was compared. ``agrees`` is False where Stripe's sum cannot be explained by what the ledger knows, or where
+    a connected account could not be asked.
 
     Summaries lag behind (there is no published bound): a customer who has *too little* at Stripe minutes after a
     delivery may only need time; one who has *too much* was sent usage that this ledger does not know.
@@ -47,13 +50,18 @@ class Verification:
 
     @property
     def agrees(self) -> bool:
-        """Whether there is no difference at all."""
-        return not self.differences
+        """Whether everything was compared, and there is no difference at all."""
+        return not (self.differences or self.not_compared)
 
     @property
     def differences(self) -> tuple[Comparison, ...]:
         """The comparisons that do not agree."""
         return tuple(one for one in self.comparisons if one.difference)
+
+    @property
+    def not_compared(self) -> tuple[Comparison, ...]:
+        """Those of connected accounts that are closed to the key; their ``problem`` says why."""
+        return tuple(one for one in self.comparisons if one.problem)
 
     def _repr_html_(self) -> str:
         head = (*(one.name for one in fields(Comparison)), "difference")
@@ -66,16 +74,16 @@ def verify(
     """Compare per customer and meter, for usage since ``since`` (Unix seconds, taken down to its minute).
 
     Asks Stripe one question for each customer and meter (also a meter that another of its name replaced), a few at a
-    time, while delivery goes on. ``progress`` is told how many of how many are done. Raises ``StripeError`` where
-    Stripe does not answer or the key may not read meters, ``ConfigurationError`` where ``since`` lies inside a day that
-    was pruned.
+    time, while delivery goes on. ``progress`` is told how many of how many are done. A connected account that is closed
+    to the key is left out, and named. Raises ``StripeError`` where Stripe does not answer or the key may not read
+    meters, ``ConfigurationError`` where ``since`` lies inside a day that was pruned.
     """
     start = since - since % MINUTE
     end = ledger.now() // MINUTE * MINUTE + 10 * MINUTE  # events may lie five minutes ahead
     known = _known(ledger, start)
     found = [
-        compare(place.event_name, place.customer, known[place], at_stripe, place.account)
-        for place, at_stripe in _at_stripe(gateway, sorted(known), (start, end), progress)
+        compare(place.event_name, place.customer, known[place], at_stripe, place.account, problem=problem)
+        for place, at_stripe, problem in _at_stripe(gateway, sorted(known), (start, end), progress)
     ]
     if any(one.difference for one in found):
         found = _again(found, known, _known(ledger, start))
@@ -96,7 +104,7 @@ def _again(
 ) -> list[Comparison]:
     """What was delivered while Stripe was asked is no difference."""
     return [
-        compare(one.event_name, one.customer, known[place], one.at_stripe, one.account, later=later.get(place))
+        compare(*place[1:], known[place], one.at_stripe, one.account, later=later.get(place), problem=one.problem)
         for one in found
         for place in [Place(one.account, one.event_name, one.customer)]
     ]
@@ -104,15 +112,18 @@ def _again(
 
 def _at_stripe(
     gateway: Gateway, places: Sequence[Place], window: tuple[int, int], progress: Callable[[int, int], None] | None
-) -> Iterator[tuple[Place, Decimal | None]]:
-    """Stripe's sum for each place, in order, ``AT_ONCE`` questions at a time."""
+) -> Iterator[tuple[Place, Decimal | None, str | None]]:
+    """Stripe's sum for each place, in order, or why its account is closed; ``AT_ONCE`` questions at a time."""
     meters = {account: _meters(gateway, account) for account in sorted({place.account for place in places})}
 
-    def ask(place: Place) -> Decimal | None:
-        named = meters[place.account].get(place.event_name)
-        if named is None:
+    def ask(place: Place) -> Decimal | str | None:
+        named = meters[place.account]
+        if isinstance(named, str):
+            return named
+        if (mine := named.get(place.event_name)) is None:
             return None
-        return _patiently(gateway, lambda: billed_on(gateway, named, place.customer, window, place.account))
+        question = partial(billed_on, gateway, mine, place.customer, window, place.account)
+        return _unless_closed(gateway, place.account, question)
 
     with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="stripe-meter-verify") as threads:
         for first in range(0, len(places), PORTION):  # so that an error ends it soon, and little is kept
@@ -120,19 +131,30 @@ def _at_stripe(
             for done, (place, answer) in enumerate(zip(portion, threads.map(ask, portion), strict=True), first + 1):
                 if progress is not None:
                     progress(done, len(places))
-                yield place, answer
+                yield (place, None, answer) if isinstance(answer, str) else (place, answer, None)
 
 
-def _meters(gateway: Gateway, account: str) -> dict[str, list[str]]:
-    """The ids of all meters by event name, also of those that another one replaced."""
+def _meters(gateway: Gateway, account: str) -> dict[str, list[str]] | str:
+    """The ids of all meters by event name, also of those that another one replaced; or why the account is closed."""
     try:
-        return _patiently(gateway, lambda: meters_named(gateway, account))
+        return _unless_closed(gateway, account, lambda: meters_named(gateway, account))
     except StripeError as error:
         if getattr(error.__cause__, "http_status", None) != 403:
             raise
         raise StripeError(
             "The key may not read meters, so there is nothing to compare with. Give it that permission."
         ) from error
+
+
+def _unless_closed(gateway: Gateway, account: str, ask: Callable[[], Answer]) -> Answer | str:
+    """What ``ask`` returns, or Stripe's words where this connected account, and only it, is closed to the key."""
+    try:
+        return _patiently(gateway, ask)
+    except StripeError as error:
+        outcome = gateway.outcome_of(error, account)
+        if outcome.move is not Move.NO_ACCESS:
+            raise
+        return outcome.message or "closed to the key"
 
 
 def _patiently(gateway: Gateway, ask: Callable[[], Answer]) -> Answer:

@@ -251,7 +251,7 @@ def verify(
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Hold the ledger against Stripe's sums; exit code 1 if they differ."""
+    """Hold the ledger against Stripe's sums; exit code 1 if they differ, or an account cannot be asked."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened, open_gateway() as gateway:
         from dataclasses import asdict
 
@@ -266,15 +266,19 @@ def verify(
                 progress=lambda done, all_: shown.update(f"{done} of {all_}"),
             )
     if as_json:
-        compared = [(one, {"difference": one.difference, "agrees": not one.difference}) for one in found.comparisons]
-        print_json([asdict(one) | judged for one, judged in compared])
+        judged = [(one, not (one.difference or one.problem)) for one in found.comparisons]
+        print_json([asdict(one) | {"difference": one.difference, "agrees": agrees} for one, agrees in judged])
     else:
-        rows(found.comparisons, as_json=False, empty="Nothing was recorded in that time.")
-    if not found.agrees:
+        rows(found.comparisons, as_json=False, empty="Nothing was recorded in that time.", hide=("problem",))
+    closed = {one.account: one.problem for one in found.not_compared}
+    said = [f"The account {account} was not compared: {problem}" for account, problem in closed.items()]
+    if found.differences:
         names = ", ".join(
             f"{one.customer} on {one.event_name} by {one.difference:+,}" for one in found.differences[:10]
         )
-        fail(f"Stripe differs for {names}. Its sums lag behind: look again in a few minutes.", 1)
+        said.append(f"Stripe differs for {names}. Its sums lag behind: look again in a few minutes.")
+    if said:
+        fail("\n".join(said), 1)
 
 
 app.command()(export)

@@ -34,7 +34,7 @@ class Comparison:
 
     ``recorded`` is everything, in whatever state; ``delivered`` what Stripe took; ``uncertain`` what it may or may not
     have; ``at_stripe`` its own sum, None where it cannot be asked (customer or meter unknown). ``account`` is the
-    connected account, ``""`` the key's own.
+    connected account, ``""`` the key's own. ``problem`` says why that account could not be asked: nothing was compared.
     """
 
     event_name: str
@@ -44,10 +44,13 @@ class Comparison:
     uncertain: Decimal
     at_stripe: Decimal | None
     account: str = ""
+    problem: str | None = None
 
     @property
     def difference(self) -> Decimal:
         """How far Stripe's sum lies outside what is possible: positive, it has too much; negative, too little."""
+        if self.problem is not None:
+            return Decimal(0)
         at_stripe = Decimal(0) if self.at_stripe is None else self.at_stripe
         bounds = sorted((self.delivered, EXACT.add(self.delivered, self.uncertain)))
         return EXACT.subtract(at_stripe, min(max(at_stripe, bounds[0]), bounds[1]))
@@ -61,10 +64,12 @@ def compare(
     account: str = "",
     *,
     later: Mapping[str, Decimal] | None = None,
+    problem: str | None = None,
 ) -> Comparison:
     """Hold the ledger's ``amounts`` by state, as they were before Stripe was asked, against Stripe's sum.
 
-    ``later`` are those after Stripe was asked: what was delivered in between may be in its sum or not.
+    ``later`` are those after Stripe was asked: what was delivered in between may be in its sum or not. ``problem`` is
+    why it could not be asked.
     """
     delivered, uncertain = amounts.get(EventState.DELIVERED, Decimal(0)), _on_the_way(amounts)
     if later is not None:
@@ -78,6 +83,7 @@ def compare(
         uncertain=uncertain,
         at_stripe=at_stripe,
         account=account,
+        problem=problem,
     )
 
 
