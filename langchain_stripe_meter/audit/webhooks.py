@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from langchain_stripe_meter.audit.windows import Found, Unexplained, Windows, tell_late, tell_rejected
+from langchain_stripe_meter.audit.windows import tell_late, tell_rejected
 from langchain_stripe_meter.core.totals import GONE_CODES, Report
 from langchain_stripe_meter.errors import (
     ConfigurationError,
@@ -48,8 +48,8 @@ ACCOUNT = "account"
 class WebhookResult:
     """What came of a webhook. ``status`` is the HTTP status to answer with: Stripe sends again what is not 2xx.
 
-    ``rejected`` are the identifiers under which events were sent that are rejected now; ``unexplained`` is what a
-    person must look at; ``unknown`` counts samples that are not this ledger's, or have moved on before.
+    ``rejected`` are the identifiers under which events were sent that are rejected now; ``unknown`` counts samples that
+    are not this ledger's, or have moved on before. What Stripe did not name is found later, by a courier.
     """
 
     status: int
@@ -57,7 +57,6 @@ class WebhookResult:
     event_id: str | None = None
     rejected: tuple[str, ...] = ()
     unknown: int = 0
-    unexplained: tuple[Unexplained, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -149,14 +148,9 @@ class Webhooks:
             self._gateway.forget_meters(account)
         tell_rejected(self._on_error, taken.rejected, report.codes)
         tell_late(self._on_error, taken.late)
-        found = Found()
-        if not window.is_done:
-            found = Windows(self._ledger, self._gateway, self._on_error).look(window.name)
-            if self._wake is not None:
-                self._wake()
-        return WebhookResult(
-            200, "Taken in.", notice.id, (*taken.rejected, *found.rejected), taken.unknown, found.unexplained
-        )
+        if not window.is_done and self._wake is not None:
+            self._wake()
+        return WebhookResult(200, "Taken in.", notice.id, tuple(taken.rejected), taken.unknown)
 
     def route(self, path: str = "/stripe/webhooks") -> Route:
         """A Starlette (or FastAPI) route that takes them in. Needs the extra ``[ui]``."""

@@ -17,8 +17,6 @@ from langchain_stripe_meter.core.values import EXACT, exact_sum
 _ON_THE_WAY = (EventState.SENDING, EventState.DOUBTFUL)
 """States in which Stripe may have an amount or not: nobody knows yet."""
 MINUTE = 60
-SETTLE_SECONDS = 3600
-"""How long Stripe's sums are given to show an event. No bound is published; minutes are usual."""
 SKEW_SECONDS = 600
 """By how much a report's window is widened: our clock and Stripe's differ, and it judges events after it took them."""
 GONE_CODES = frozenset({"archived_meter", "no_meter", "meter_event_customer_not_found"})

@@ -8,22 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, select, tuple_
 
+from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState
-from langchain_stripe_meter.core.totals import (
-    MINUTE,
-    NO_CUSTOMER,
-    SETTLE_SECONDS,
-    SKEW_SECONDS,
-    Minute,
-    Report,
-    Sample,
-)
+from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample
 from langchain_stripe_meter.ledger.acts import CANCEL_ASKED, reject_later
 from langchain_stripe_meter.ledger.schema import acts, events, notes, webhook_events
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
@@ -36,11 +29,27 @@ _first_sent = func.coalesce(events.c.first_unknown_at, events.c.sent_at)
 
 
 @dataclass(frozen=True, slots=True)
+class Difference:
+    """A minute in which Stripe has another sum of a customer's usage than was delivered, as ``said`` tells with both.
+
+    ``identifiers`` are the events that it took; ``is_absent`` says that it has nothing of them.
+    """
+
+    event_name: str
+    customer: str
+    said: str
+    identifiers: tuple[str, ...]
+    is_absent: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """What a report leaves open. ``remaining`` is how many refused events Stripe did not name; ``waiting`` maps named
-    ones whose own answer is still awaited to their code; ``after`` is the meter and customer that were looked at last.
+    ones whose own answer is still awaited to their code.
 
-    ``customer_missing`` says that Stripe gave an unknown customer as a reason.
+    ``customer_missing`` says that Stripe gave an unknown customer as a reason. ``found`` is what a look at the sums of
+    all customers has found up to the meter and customer ``after``; ``seen`` is what the look before it found, which
+    ended at ``seen_at`` (Unix seconds).
     """
 
     name: str
@@ -52,6 +61,9 @@ class Window:
     customer_missing: bool
     waiting: Mapping[str, str] = field(default_factory=dict)
     after: tuple[str, str] = ("", "")
+    found: tuple[Difference, ...] = ()
+    seen: tuple[Difference, ...] = ()
+    seen_at: int | None = None
 
     @property
     def is_done(self) -> bool:
@@ -153,8 +165,14 @@ def window(connection: Connection, name: str) -> Window | None:
     text = connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
     if text is None:
         return None
-    known = Window(**json.loads(text))
-    return replace(known, event_names=tuple(known.event_names), after=(known.after[0], known.after[1]))
+    stored = json.loads(text)
+    stored |= {part: tuple(stored[part]) for part in ("event_names", "after")}
+    stored |= {part: tuple(map(_difference, stored.get(part, ()))) for part in ("found", "seen")}
+    return Window(**stored)
+
+
+def _difference(stored: Mapping[str, Any]) -> Difference:
+    return Difference(**{**stored, "identifiers": tuple(stored["identifiers"])})
 
 
 def _inside(one: Window) -> ColumnElement[bool]:
@@ -167,14 +185,18 @@ def _inside(one: Window) -> ColumnElement[bool]:
     )
 
 
-def readable_from(connection: Connection, one: Window) -> int | None:
-    """When Stripe's sums can be trusted to show all that was delivered in the window; None where nothing was."""
+def is_readable(connection: Connection, one: Window, now: int) -> bool:
+    """Whether Stripe's sums can be trusted now to show all that was delivered in the window, and are due for a look."""
     newest = connection.execute(select(func.max(events.c.settled_at)).where(_inside(one))).scalar()
-    return None if newest is None else int(newest) + SETTLE_SECONDS
+    is_settled = newest is None or now - newest >= SUMS_LAG
+    return is_settled and (one.seen_at is None or now - one.seen_at >= LOOK_AGAIN)
 
 
 def customers(connection: Connection, one: Window, most: int) -> list[tuple[str, str]]:
-    """The next meters and customers of the window, in order."""
+    """The next meters and customers that are to be looked at, in order: at first all of the window, then those that
+    differed."""
+    if one.seen_at is not None:
+        return sorted({its for seen in one.seen if (its := (seen.event_name, seen.customer)) > one.after})[:most]
     pair = tuple_(events.c.event_name, events.c.customer)
     query = select(events.c.event_name, events.c.customer).where(_inside(one)).distinct()
     query = query.where(pair > one.after).order_by(events.c.event_name, events.c.customer).limit(most)
@@ -209,7 +231,7 @@ def _minute(start: int, rows: Sequence[Any], cancelling: set[str], now: int) -> 
 
 
 def _is_settled(row: Any, now: int) -> bool:
-    return bool(row.state == EventState.DELIVERED.value and row.settled_at <= now - SETTLE_SECONDS)
+    return bool(row.state == EventState.DELIVERED.value and row.settled_at <= now - SUMS_LAG)
 
 
 def _being_cancelled(connection: Connection, identifiers: Sequence[str]) -> set[str]:

@@ -1,0 +1,241 @@
+"""What Stripe's error reports do not name: found by its sums, once two looks at them saw the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from auditing import Books
+from faults import settled
+
+from langchain_stripe_meter.audit.windows import Windows
+from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
+from langchain_stripe_meter.delivery.courier import CHORES_SECONDS
+from langchain_stripe_meter.ledger import acts, sealing
+from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.sandbox import drop_answer, server_error
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def books(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Books]:
+    url: Any = tmp_path if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    with Books(url) as books:
+        yield books
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Books]:
+    with Books(tmp_path) as books:
+        yield books
+
+
+def look_twice(books: Books) -> None:
+    """Until Stripe's sums have been looked at twice, with the time in between that makes two looks of them."""
+    for seconds in (SUMS_LAG, LOOK_AGAIN):
+        books.sandbox.advance(seconds=seconds)
+        books.do_chores()
+
+
+def test_one_sample_of_fifty_and_nothing_at_stripe_rejects_all_fifty_once_its_sums_can_be_trusted(
+    books: Books,
+) -> None:
+    books.sandbox.error_samples = 1
+    keys = [f"run-{number}" for number in range(50)]
+    minute = books.ledger.now() // 60 * 60 - 600
+    for key in keys[:25]:
+        books.record(key, at=minute)
+    for number, key in enumerate(keys[25:]):
+        books.record(key, at=minute - 60 * number, customer=f"cus_{number % 3 + 1}")
+    books.deliver()
+    books.deliver("other", at=minute, customer="cus_4")
+    (result,) = books.take(*books.sandbox.reject(*keys))
+    assert len(result.rejected) == 1
+    for seconds in (0, SUMS_LAG - 120, 120):  # too early twice, and one look
+        books.sandbox.advance(seconds=seconds)
+        books.do_chores()
+        books.do_chores()
+        assert list(books.states().values()).count("rejected") == 1
+    books.sandbox.advance(seconds=LOOK_AGAIN)
+    books.do_chores()
+    states = books.states()
+    assert {state for key, state in states.items() if key != "other"} == {"rejected"}
+    assert (states["other"], "window:" in books.snapshot()) == ("delivered", False)
+    sealing.retry(books.ledger)
+    books.deliver()
+    assert set(books.states().values()) == {"delivered"}
+    assert sum(event.billed for event in books.sandbox.events) == 51
+    settled(books.ledger, books.sandbox, fault="Stripe rejects 50 events after it took them, and names one", tried=50)
+
+
+@pytest.mark.parametrize(("lag", "ahead"), [(60, 0), (3600, 0), (SUMS_LAG, 0), (60, 3600), (3600, 3600)])
+def test_what_stripes_sums_do_not_show_yet_is_not_rejected_for_another_customers_error(
+    small: Books, lag: int, ahead: int
+) -> None:
+    """Sums that lag, looked at by a courier whose clock is ahead: together they are what the wait is for."""
+    small.sandbox.customer_check, small.sandbox.error_samples = "async", 0
+    small.record("good", value=10)
+    small.record("bad", value=7, customer="cus_gone")
+    small.deliver()
+    small.take(*small.sandbox.rejections)
+    small.sandbox.summary_lag = lag
+    other = Ledger(str(small.ledger.database.url), clock=lambda: small.ledger.now() + ahead)
+    windows = Windows(other, small.gateway)
+    for _ in range(20):
+        windows.chore(other.now())
+        small.sandbox.advance(seconds=LOOK_AGAIN)
+    other.close()
+    assert small.states() == {"good": "delivered", "bad": "rejected"}
+
+
+def test_two_looks_that_saw_different_sums_decide_nothing(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2")
+    small.deliver("late", customer="cus_2")
+    small.take(*small.sandbox.reject("run-1", "run-2"))
+    small.sandbox.summary_lag = 86_400
+    small.sandbox.advance(seconds=SUMS_LAG)
+    small.do_chores()
+    small.sandbox.summary_lag = 0
+    small.sandbox.advance(seconds=LOOK_AGAIN)
+    small.do_chores()
+    assert small.states() == {"run-1": "rejected", "run-2": "delivered", "late": "delivered"}
+    small.sandbox.advance(seconds=LOOK_AGAIN)
+    small.do_chores()
+    assert small.states() == {"run-1": "rejected", "run-2": "rejected", "late": "delivered"}
+
+
+def test_a_part_of_a_minute_is_told_by_name_and_never_guessed(books: Books) -> None:
+    books.sandbox.error_samples = 1
+    minute = books.ledger.now() // 60 * 60 - 600
+    books.deliver(*(f"run-{number}" for number in range(50)), at=minute)
+    (result,) = books.take(*books.sandbox.reject(*(f"run-{number}" for number in range(10))))
+    assert result.rejected == ("run-0",)
+    look_twice(books)
+    told = str(books.errors[-1])
+    assert "cus_1 on ai_tokens" in told
+    assert "delivered 49, Stripe has 40" in told
+    assert "correct()" in told
+    assert books.told()[-1].startswith("unexplained run-")
+    assert list(books.states().values()).count("delivered") == 49
+    before = books.snapshot()
+    books.do_chores()
+    assert books.snapshot() == before
+    for number in range(1, 10):  # what the person finds out, here from later samples
+        books.take(*books.sandbox.reject(f"run-{number}"))
+    assert list(books.states().values()).count("delivered") == 40
+
+
+def rejected(books: Books) -> list[str]:
+    return sorted(key for key, state in books.states().items() if state == "rejected")
+
+
+def test_values_of_both_signs_prove_nothing_at_a_sum_of_zero(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    minute = small.ledger.now() // 60 * 60 - 600
+    small.deliver("first", at=minute - 60)
+    for key, value in (("a", 5), ("b", -5), ("c", 3)):
+        small.deliver(key, value=value, at=minute)
+    others = [f"other-{number}" for number in range(5)]
+    small.deliver(*others, customer="cus_2")
+    small.take(*small.sandbox.reject("first", "c", *others))
+    look_twice(small)
+    assert rejected(small) == ["first", *others]
+    assert [told for told in small.told() if told.startswith("unexplained")] == ["unexplained a"]
+    small.take(*small.sandbox.reject("c"))
+
+
+@pytest.mark.parametrize("customers", [("cus_1", "cus_1"), ("cus_1", "cus_2")], ids=["one customer", "two customers"])
+def test_no_more_is_rejected_than_stripe_says_it_refused(small: Books, customers: tuple[str, str]) -> None:
+    """Two events are not in Stripe's sums, but it reported one more than it named: the sums may lag."""
+    small.sandbox.error_samples = 1
+    small.deliver("a", at=small.ledger.now() - 600)
+    for key, customer in zip(("b", "c"), customers, strict=True):
+        small.deliver(key, customer=customer)
+    (rejection,) = small.sandbox.reject("a", "b")
+    small.take(rejection)
+    small.sandbox.summary_lag = 86_400
+    look_twice(small)
+    assert (rejected(small), "window:" in small.snapshot()) == (["a"], False)
+    assert "Stripe has 0" in str(small.errors[-1])
+    small.take(*small.sandbox.reject("b"))
+
+
+def test_a_customer_that_stripe_never_knew_has_nothing_there(small: Books) -> None:
+    small.sandbox.customer_check, small.sandbox.error_samples = "async", 1
+    small.deliver("run-1", "run-2", customer="cus_x")
+    small.take(*small.sandbox.reject("run-1", "run-2"))
+    look_twice(small)
+    assert rejected(small) == ["run-1", "run-2"]
+
+
+def test_what_stripe_still_bills_on_an_archived_meter_of_the_same_name_is_left_alone(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2", "run-3")
+    small.sandbox.deactivate_meter("ai_tokens")
+    small.sandbox.create_meter("ai_tokens")
+    small.take(*small.sandbox.reject("run-1", "run-2"))
+    look_twice(small)
+    assert rejected(small) == ["run-1"]
+    assert "delivered 2, Stripe has 1" in str(small.errors[-1])
+    small.take(*small.sandbox.reject("run-2"))
+
+
+def test_an_event_that_is_being_cancelled_counts_as_uncertain(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1")
+    small.deliver("run-2", at=small.ledger.now() - 300)
+    acts.ask_to_cancel(small.ledger, "run-2")  # and nobody knows what came of it
+    small.sandbox.reject("run-2")
+    small.take(*small.sandbox.reject("run-1", "run-2"))
+    look_twice(small)
+    assert small.states() == {"run-1": "rejected", "run-2": "delivered"}
+    small.take(small.sandbox.rejections[0])
+
+
+def test_while_stripe_does_not_answer_a_window_stays_open(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2")
+    small.take(*small.sandbox.reject("run-1", "run-2"))
+    small.sandbox.fail(server_error(), path="/v1/billing/meters/*/event_summaries")
+    look_twice(small)
+    assert rejected(small) == ["run-1"]
+    small.sandbox.advance(seconds=LOOK_AGAIN)
+    small.do_chores()
+    assert rejected(small) == ["run-1", "run-2"]
+
+
+def test_many_customers_are_looked_at_in_portions(small: Books, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a second time only those of whom Stripe had another sum."""
+    monkeypatch.setattr("langchain_stripe_meter.audit.windows.CUSTOMERS_AT_ONCE", 1)
+    small.sandbox.error_samples = 1
+    keys = [f"run-{number}" for number in range(1, 5)]
+    for number, key in enumerate(keys, 1):
+        small.deliver(key, customer=f"cus_{number}")
+    small.take(*small.sandbox.reject("run-1", "run-2", "run-4"))
+    small.sandbox.advance(seconds=SUMS_LAG)
+    before = len(small.sandbox.requests)
+    for _ in range(LOOK_AGAIN // CHORES_SECONDS + 10):
+        small.do_chores()
+    assert rejected(small) == ["run-1", "run-2", "run-4"]
+    asked = [request for request in small.sandbox.requests[before:] if request.path.endswith("event_summaries")]
+    assert [request.params["customer"] for request in asked] == ["cus_2", "cus_3", "cus_4", "cus_2", "cus_4"]
+
+
+def test_what_was_sent_again_while_stripe_still_knew_it_is_looked_for_where_a_report_does_not_name_it(
+    books: Books,
+) -> None:
+    books.sandbox.error_samples = 0
+    books.sandbox.fail(drop_answer())
+    books.record("run-1")
+    while not books.sandbox.events or books.courier.in_flight:
+        books.courier.turn()
+    (rejection,) = books.sandbox.reject("run-1")
+    with books.sandbox.outage():
+        books.sandbox.advance(hours=1)
+        books.courier.turn()
+    books.deliver()
+    books.take(rejection)
+    look_twice(books)
+    assert books.states() == {"run-1": "rejected"}
