@@ -514,6 +514,20 @@ def test_the_commands_do_all_of_it(shop: Books) -> None:
     assert shop.billed() == 5
 
 
+def test_the_handler_and_the_command_take_a_persons_word_for_what_comes_from_a_backup(
+    shop: Books, tmp_path: Path
+) -> None:
+    ids = too_old(shop, "old-1", "old-2")
+    epoch.restored(shop.ledger)
+    assert "--not-billed" in " ".join(call("retime", "1-2", code=2).output.split())
+    assert as_json("retime", "1", "--not-billed") == {"moved": 1}
+    with StripeMeterCallbackHandler(Tokens("t"), ledger=f"sqlite:///{tmp_path}/ledger.db", deliver=False) as handler:
+        with pytest.raises(IllegalMoveError, match="not_billed=True"):
+            handler.retime(ids[1:])
+        assert handler.retime(ids[1:], not_billed=True) == 1
+    assert set(shop.states().values()) == {"resolved"}
+
+
 def test_the_commands_refuse_by_name(shop: Books) -> None:
     assert "'nobody'" in call("cancel", "nobody", code=2).output
     assert "no reading 7" in call("retime", "7", code=2).output
