@@ -183,7 +183,9 @@ class Recorder:
         if skipped:
             with self._lock:
                 self.skipped += skipped
-        if self.courier is not None and skipped < len(entries):
+        if self.courier is None:
+            self.ledger.database.tell_moved(self._tell)  # a courier tells what it finds there
+        elif skipped < len(entries):
             self.courier.wake()
 
     def _failed(self, error: Exception, entries: Sequence[Entry]) -> None:
@@ -280,8 +282,6 @@ class Recorder:
             return replace(call, usage=None)
         return estimated(call, run, observed)
 
-    _readings = staticmethod(readings_of)
-
     def _of_run(self, run: Run, facts: Facts, per: str, call: Call, recorded: Call | None = None) -> list[Entry]:
         key = key_of(run)
         use = Use(key if recorded is None else f"{key}-rest", run.ended or run.started, facts, per, call, recorded)
@@ -292,8 +292,8 @@ class Recorder:
     ) -> list[Entry]:
         """Entries for what was used; ``source`` says who pays for this one alone."""
         if isinstance(tenant, Skip):
-            return [make_entry(use, tenant, reading) for reading in self._readings(self.meters, use)]
-        readings = self._readings(self.meters if tenant.meters is None else tenant.meters, use)
+            return [make_entry(use, tenant, reading) for reading in readings_of(self.meters, use)]
+        readings = readings_of(self.meters if tenant.meters is None else tenant.meters, use)
         if not readings:
             return []
         payer, facts = source or tenant.customer or self.customer, use.facts

@@ -17,12 +17,13 @@ from restored_shop import Shop, killed
 from sqlalchemy import update
 from typer.testing import CliRunner
 
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.audit.chores import Doubts
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.errors import IllegalMoveError, LedgerError
+from langchain_stripe_meter.errors import IllegalMoveError, LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, epoch, sealing, views
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
@@ -315,6 +316,47 @@ def test_a_deleted_ledger_is_told_and_a_new_one_goes_on(shop: Shop) -> None:
     assert shop.billed() == ["first", "second"]
     assert "an earlier one was here" in str(views.status(shop.ledger).restored)
     tally("the ledger is deleted or replaced, and a courier finds out")
+
+
+@pytest.mark.parametrize("in_use", [True, False])
+def test_a_deleted_ledger_that_was_only_recorded_into_is_missed_by_the_first_courier(shop: Shop, in_use: bool) -> None:
+    shop.record("lost")
+    if not in_use:
+        shop.ledger.close()
+    for name in ("ledger.db", "ledger.db-wal", "ledger.db-shm"):
+        (shop.path.parent / name).unlink(missing_ok=True)
+    shop.record("second")
+    shop.sandbox.advance(hours=48)
+    shop.deliver()
+    (told,) = shop.told
+    assert "an earlier one was here" in told
+    assert shop.states() == {"second": "delivered"}
+
+
+def test_a_recorder_tells_that_its_ledger_was_deleted_each_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[str] = []
+
+    def tell(error: MeteringError) -> None:
+        told.append(str(error))
+        meter.record_usage({"input_tokens": 1}, id=f"of-the-application-{len(told)}")  # it may do that
+
+    meter = StripeMeterCallbackHandler(
+        Tokens("m"), customer="cus_1", ledger=f"sqlite:///{tmp_path}/ledger.db", deliver=False, on_error=tell
+    )
+    meter.record_usage({"input_tokens": 1}, id="1")
+    for count in (1, 2):
+        for file in tmp_path.glob("ledger.db*"):
+            file.unlink()
+        for again in range(2):
+            meter.record_usage({"input_tokens": 1}, id=f"{count}-{again}")
+        assert len(told) == count
+    assert meter.flush().pending == 3
+    meter.close()
+    assert "deleted or replaced while in use" in told[0]
+    assert "restore it from a backup" in told[0]
+    assert told[0] in caplog.text
 
 
 def test_a_copy_from_before_the_first_epoch_is_no_new_ledger(shop: Shop) -> None:

@@ -2,7 +2,8 @@
 
 The ledger's epoch, a random word, is stored in the database and in a small file beside it, ``<database>.epoch``. Both
 get a new one when a courier starts, every minute in which it sends, when it ends, and with every backup. A database
-that comes back from the past has an epoch of the past. (PostgreSQL has no such file: its operator says
+that comes back from the past has an epoch of the past. Before the first, the database has none, and the file is empty.
+(PostgreSQL has no such file: its operator says
 ``stripe-meter ledger restored``.)
 
 A copy from the minute in which a courier was killed has the epoch that the ledger itself has. The file says whether
@@ -31,7 +32,7 @@ from sqlalchemy import Connection, and_, case, func, select, update
 from langchain_stripe_meter.core.states import SAFE_WINDOW, EventState, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger.database import clear_errors
-from langchain_stripe_meter.ledger.opening import make_durable
+from langchain_stripe_meter.ledger.opening import make_durable, sidecar_of
 from langchain_stripe_meter.ledger.schema import events, notes, readings
 from langchain_stripe_meter.ledger.store import Ledger, set_note
 
@@ -67,9 +68,12 @@ class Sidecar(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Sidecar | None:
-        """None where there is none; one that fits nothing where it is unreadable text."""
+        """None where there is none; one that fits nothing where it is unreadable text. Empty, it is a new ledger's."""
         try:
-            found = json.loads(path.read_bytes())
+            text = path.read_bytes()
+            if not text:
+                return cls("", "", 0)
+            found = json.loads(text)
             return cls(str(found["epoch"]), str(found["next"]), int(found["at"]), bool(found.get("sent")))
         except FileNotFoundError:
             return None
@@ -216,7 +220,7 @@ def _is_unmarked(path: Path) -> bool:
 
 def sidecar_path(ledger: Ledger) -> Path:
     """The file beside a SQLite ledger that holds its epoch."""
-    return Path(f"{ledger.database.url.database}.epoch")
+    return sidecar_of(ledger.database.url)
 
 
 def _unwritable(ledger: Ledger, error: OSError) -> str:

@@ -192,12 +192,34 @@ def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
         raise LedgerError(
             "The ledger's tables are missing or older than this package. Run: stripe-meter ledger upgrade"
         )
+    url = lane.connection.engine.url
+    sidecar = sidecar_of(url) if url.get_backend_name() == "sqlite" else None
     with lane.transaction() as connection:
         version = _known_version(connection)  # another process may have been faster
         if version is None:
             make(connection)
+            if sidecar is not None:
+                _miss_an_earlier_one(sidecar)
         elif version != HEAD:
             migrate(connection)
+    if version is None and sidecar is not None:
+        with suppress(OSError):  # it is there; or it cannot be written, which a courier tells
+            os.close(os.open(sidecar, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def sidecar_of(url: URL) -> Path:
+    """The file beside a SQLite ledger that holds its epoch (see ledger/epoch.py).
+
+    It is made empty, right after the ledger: whoever makes a ledger and finds one there knows that another was.
+    """
+    return Path(f"{url.database}.epoch")
+
+
+def _miss_an_earlier_one(sidecar: Path) -> None:
+    """Let an empty one fit no ledger any more: no courier had come to the one that it was made for."""
+    with suppress(OSError):  # there is none, or a courier tells that it cannot be written
+        if not sidecar.stat().st_size:
+            sidecar.write_text('{"epoch": "?", "next": "?", "at": 0}')
 
 
 def _write_ahead(connection: Connection) -> None:
