@@ -219,15 +219,18 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
     def _is_pending(self, patience: float) -> bool:
         """Whether anything is; also where the courier has been busy with the ledger for ``patience`` seconds."""
-        busy = self._ledger.deliver_lane().lock
+        busy, patience = self._ledger.deliver_lane().lock, max(patience, 0)
         with inside():
-            if not busy.acquire(timeout=max(patience, 0)):
-                return True
-            try:
+            try:  # before it is taken: Ctrl-C may come right after
+                if not busy.acquire(timeout=patience):
+                    return True
                 with self._ledger.read() as connection:
                     return views.pending(connection) > 0
             finally:
-                busy.release()
+                try:  # noqa: SIM105 - nothing that Ctrl-C could interrupt may come before this call
+                    busy.release()
+                except RuntimeError:  # it was not taken
+                    pass
 
     def _report(self) -> views.FlushReport:
         with self._ledger.read() as connection:

@@ -475,6 +475,15 @@ def test_an_interrupt_leaves_a_ledger_that_takes_what_comes_next_and_keeps_what_
     assert kept.issuperset(acknowledged)
 
 
+@by_alarm
+def test_an_interrupt_of_a_flush_leaves_the_courier_its_connection(
+    interrupt: Interrupter, handler: StripeMeterCallbackHandler
+) -> None:
+    for _ in range(600):
+        interrupt(lambda: handler._is_pending(0), 2e-3)
+    assert done(lambda: handler._ledger.set_note("some", "note"))
+
+
 # -- every lock of ours is taken inside
 
 
