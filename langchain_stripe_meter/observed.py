@@ -29,7 +29,8 @@ checkpoints, and LangServe out of what it tells clients.)"""
 
 
 class ClientRun(str):
-    """What an application says of a run whose config a client sent: the user whom it authenticated, and the session.
+    """What an application says of a run whose config a client sent: the user whom it authenticated (``{}`` for nobody),
+    what was ``named`` of that user when it said so (None for nobody), and the session.
 
     No client can say it: JSON makes plain text, never this class. As text it holds nothing, so that traces and events,
     which write metadata out, show nobody.
@@ -37,10 +38,11 @@ class ClientRun(str):
 
     user: Any
     session: str | None
+    named: Mapping[str, Any] | None
 
-    def __new__(cls, user: Any = None, session: str | None = None) -> Self:
+    def __new__(cls, user: Any = None, session: str | None = None, named: Mapping[str, Any] | None = None) -> Self:
         made = super().__new__(cls, "client")
-        made.user, made.session = user, session
+        made.user, made.session, made.named = {} if user is None else user, session, named
         return made
 
 
@@ -65,10 +67,10 @@ def facts_of(own: Mapping[str, Any] | None, now: int) -> Facts:
     said = next((mark for mark in marks if isinstance(mark, ClientRun)), None)
     return Facts(
         metadata=metadata if said is None else {**metadata, "thread_id": said.session},
-        auth_user=_authenticated(configurable.get(_AUTH_USER)) if said is None else said.user or {},
+        auth_user=_authenticated(configurable.get(_AUTH_USER)) if said is None else said.user,
         context=getattr(configurable.get(_RUNTIME), "context", None),
         on_server=bool(marks) or _on_server(metadata, configurable),
-        is_named=said is not None and said.user is not None,
+        named=None if said is None else said.named,
         configurable={key: value for key, value in configurable.items() if isinstance(value, str)},
         now=now,
     )

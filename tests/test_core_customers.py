@@ -16,6 +16,7 @@ from langchain_stripe_meter.core.customers import (
     MAX_TEXT,
     By,
     CustomerSource,
+    Disbelieved,
     Facts,
     FirstOf,
     Reference,
@@ -89,6 +90,9 @@ def test_what_cannot_be_somebody_is_refused(by: By, value: Any) -> None:
         ("phone", "+1 (415) 555-2671", "+14155552671"),
         ("phone", "+39 02 3661 8300", "+390236618300"),
         ("phone", "＋49 30 901820", "+4930901820"),
+        ("phone", "(+49) 30.901820", "+4930901820"),
+        ("phone", "+49 30\u20119018\u201320", "+4930901820"),
+        ("phone", "+٤٩ ٣٠ ٩٠١٨٢٠", "+4930901820"),
     ],
 )
 def test_what_means_the_same_has_one_form(by: By, text: str, normal: str) -> None:
@@ -119,7 +123,9 @@ def test_what_is_not_one_plain_address_is_no_email(text: str) -> None:
     "text",
     ["1", "+", "+49", "abc", "030 901820", "0049 30 901820", "+49 30 901820 ext 5", "+49 30 901820;ext=5",
      "call +49 30 901820 now", "+1-800-FLOWERS", "+49 30 901820, +49 30 901821", "+49 30 901820 / 21", "+999 1234567",
-     "+12345678901234567890", "+49 30 901820 #5", "tel:+4930901820", "911", "++49 30 901820", "+49 30 +901820"],
+     "+12345678901234567890", "+49 30 901820 #5", "tel:+4930901820", "911", "++49 30 901820", "+49 30 +901820",
+     "+49 30 901820 ~55", "+49 30 901820～55", "+49 30 901820＃5", "+49 30 901820／5", "+49 30 901820 *55",
+     "+49 30 901820；ext=5", "12 +49 30 901820", "+4930901820＋1"],
 )  # fmt: skip
 def test_what_is_not_one_complete_number_is_no_phone(text: str) -> None:
     with pytest.raises(InvalidValueError, match=r"phone.*region="):
@@ -309,6 +315,46 @@ def test_the_first_source_that_names_somebody_decides_and_all_reasons_are_kept()
     assert who(source) == Reference("id", "cus_house")
     skip = who(first_of(from_auth_user("a"), from_metadata("b")))
     assert skip == Skip("the authenticated user has no 'a'; metadata has no 'b'")
+
+
+@pytest.mark.parametrize("value", [" ", "cus-ann", "ann@example.com", 7, ["cus_1"]])
+@pytest.mark.parametrize("source", [from_metadata(KEY), from_auth_user(KEY), from_context(KEY)])
+def test_who_is_named_wrongly_is_nobodys_to_pay_for_whatever_comes_next(source: CustomerSource, value: Any) -> None:
+    skip = who(first_of(source, "cus_house"), metadata={KEY: value}, auth_user={KEY: value}, context={KEY: value})
+    assert skip == Disbelieved("the customer's id is malformed")
+    before = first_of(from_metadata("absent"), source, from_lead(), "cus_house")
+    assert who(before, metadata={KEY: value}, auth_user={KEY: value}, context={KEY: value}) == skip
+
+
+def test_a_lead_that_cannot_be_one_is_nobody_so_the_next_source_decides() -> None:
+    for lead in ({"email": "ann"}, {"email": 7}, {}):
+        assert who(first_of(from_lead(), "cus_house"), metadata={"lead": lead}) == Reference("id", "cus_house")
+
+
+def test_what_a_client_claims_without_being_believed_ends_nothing() -> None:
+    source = first_of(from_metadata(KEY), from_context(KEY), from_auth_user(KEY))
+    said = {KEY: "nonsense"}
+    assert who(source, metadata=said, context=said, auth_user={KEY: "cus_1"}, on_server=True) == Reference(
+        "id", "cus_1"
+    )
+
+
+def test_a_client_of_a_server_does_not_ride_free_on_a_claim_that_is_none() -> None:
+    """Whom the server itself knows pays; a default customer, or another word of the client's, does not."""
+    claims = from_metadata(KEY, trust_client=True)
+    own, known = {"email": "ann@example.com"}, {KEY: "cus_1"}
+    facts: dict[str, Any] = {"on_server": True, "metadata": {KEY: "nonsense", "thread_id": "t", "lead": own}}
+    everything = first_of(claims, from_lead(), from_auth_user(KEY), from_lead(trust_client=True), "cus_house")
+    assert who(everything, **facts) == Disbelieved("the customer's id is malformed")
+    assert who(everything, **facts, auth_user=known) == Reference("id", "cus_1")
+    assert who(everything, **facts, lead={"t": own}.get) == Reference("email", "ann@example.com")
+    its_own = first_of(from_auth_user(KEY), from_lead())
+    assert isinstance(who(its_own, **facts, lead={"t": own}.get, auth_user={KEY: "nonsense"}), Disbelieved)
+
+
+def test_whom_the_application_named_pays_though_another_is_named_wrongly() -> None:
+    facts: dict[str, Any] = {"metadata": {KEY: "nonsense"}, "auth_user": {}, "named": {"id": "cus_1"}}
+    assert who(first_of(from_metadata(KEY), from_auth_user("id")), **facts) == Reference("id", "cus_1")
 
 
 def test_only_a_lead_needs_a_look_into_the_ledger() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from langchain_stripe_meter import MeteringSettings
 from langchain_stripe_meter.agents import from_signed_token, sign_customer
-from langchain_stripe_meter.core.customers import Facts, FromSignedToken, Reference, Skip, first_of
+from langchain_stripe_meter.core.customers import Disbelieved, Facts, FromSignedToken, Reference, Skip, first_of
 from langchain_stripe_meter.core.tokens import MAX_TOKEN, Secrets, sign
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
@@ -62,8 +62,8 @@ def test_a_token_is_short_and_needs_no_escaping_in_an_address() -> None:
 def test_a_token_is_good_until_the_second_at_which_it_expires(source: FromSignedToken) -> None:
     assert isinstance(who(source, token(), now=NOW + 59), Reference)
     for late in (NOW + 60, NOW + 10**9):
-        assert who(source, token(), now=late) == Skip("the signed token has expired")
-    assert who(source, token(), now=None) == Skip("the signed token has expired")  # nobody said when it is
+        assert who(source, token(), now=late) == Disbelieved("the signed token has expired")
+    assert who(source, token(), now=None) == Disbelieved("the signed token has expired")  # nobody said when it is
     when = datetime.fromtimestamp(NOW + 60, UTC)
     assert token(expires_at=when) == token()
 
@@ -103,7 +103,10 @@ def test_anything_else_is_a_skip_that_does_not_repeat_it(sent: Any) -> None:
     ],
 )
 def test_each_fault_has_its_reason_and_nothing_personal(source: FromSignedToken, sent: Any, reason: str) -> None:
-    assert who(source, sent) == Skip(reason)
+    kind = Disbelieved if sent else Skip
+    assert who(source, sent) == kind(reason)
+    passed = Reference("id", "cus_house") if kind is Skip else Disbelieved(reason)
+    assert first_of(source, "cus_house").identify(Facts({KEY: sent}, now=NOW, on_server=True)) == passed
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_an_upgrade_does_not_make_tokens_worthless_that_front_ends_hold(more: di
 @pytest.mark.parametrize("expiry", ["", "soon", "-5", "1.5", "١٢", "9" * 13])
 def test_our_own_signature_under_an_expiry_that_is_none_is_not_believed(source: FromSignedToken, expiry: str) -> None:
     text = f"smt1.cus_1.{expiry}."
-    assert who(source, f"{text}.{source.secrets.sign(text)}") == Skip("the signed token is malformed")
+    assert who(source, f"{text}.{source.secrets.sign(text)}") == Disbelieved("the signed token is malformed")
 
 
 def test_a_token_expires_between_the_epoch_and_the_last_second_of_twelve_digits() -> None:
@@ -130,15 +133,15 @@ def test_a_token_expires_between_the_epoch_and_the_last_second_of_twelve_digits(
 
 
 def test_what_is_just_as_long_as_a_token_may_be_is_read(source: FromSignedToken) -> None:
-    assert who(source, "x" * MAX_TOKEN) == Skip("the signed token is malformed")
-    assert who(source, "x" * (MAX_TOKEN + 1)) == Skip("the signed token is too long")
+    assert who(source, "x" * MAX_TOKEN) == Disbelieved("the signed token is malformed")
+    assert who(source, "x" * (MAX_TOKEN + 1)) == Disbelieved("the signed token is too long")
 
 
 def test_a_token_counts_for_its_own_stripe_account_only() -> None:
     of_ours = from_signed_token(secret=SECRET, account=ACCOUNT)
     assert who(of_ours, token(account=ACCOUNT)) == Reference("id", "cus_1")
     for made in (token(), token(account="acct_other")):
-        assert who(of_ours, made) == Skip("the signed token is for another Stripe account")
+        assert who(of_ours, made) == Disbelieved("the signed token is for another Stripe account")
 
 
 def test_during_a_change_of_secrets_both_are_accepted_and_the_first_signs() -> None:

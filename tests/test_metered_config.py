@@ -94,6 +94,51 @@ def test_whom_the_application_names_pays_whatever_stands_before_in_first_of(sour
         ]
 
 
+class Session:
+    """Somebody as a database's session knows them, until it is closed."""
+
+    is_open = True
+
+    @property
+    def stripe_customer_id(self) -> str:
+        if not self.is_open:
+            raise RuntimeError
+        return "cus_1"
+
+
+class Sized(User):
+    """A user that is a container, of its permissions say, and has none."""
+
+    def __len__(self) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("tenant", [None, lambda facts: Tenant("acct_1")])
+def test_who_pays_is_read_at_the_call_whatever_becomes_of_the_user(tenant: Any, recording: Recording) -> None:
+    with recording(from_auth_user(KEY), tenant=tenant) as meter:
+        closed, changed, emptied = Session(), User(), {KEY: "cus_1"}
+        configs = [metered_config(meter, customer=one) for one in (closed, changed, emptied, Sized())]
+        closed.is_open = False
+        changed.stripe_customer_id = "cus_2"
+        emptied.clear()
+        for config in configs:
+            assert pays(meter, config)[-1] == ("resolved", "cus_1")
+        with pytest.raises(RuntimeError):
+            metered_config(meter, customer=closed)
+
+
+def test_what_a_handler_added_later_reads_of_the_user_is_read_at_the_end(recording: Recording, tmp_path: Path) -> None:
+    with recording(from_auth_user(KEY)) as meter:
+        user = {KEY: "cus_1", "other": "cus_2"}
+        config = metered_config(meter, customer=user)
+        ledger = f"sqlite:///{tmp_path}/other.db"
+        with StripeMeterCallbackHandler(
+            Tokens("t"), customer=from_auth_user("other"), ledger=ledger, deliver=False
+        ) as later:
+            config["callbacks"] = [meter, later]
+            assert pays(later, config) == [("resolved", "cus_2")]
+
+
 @pytest.mark.parametrize("customer", [None, {KEY: None}])
 def test_where_the_application_names_nobody_the_sources_go_in_order(customer: object, recording: Recording) -> None:
     with recording(first_of(from_signed_token(secret=SECRET), from_auth_user(KEY))) as meter:

@@ -201,6 +201,20 @@ def test_an_unknown_policy_is_refused(tmp_path: Path, policy: Any) -> None:
         pass
 
 
+@pytest.mark.parametrize("wrong", ["cus-ann", "ann@example.com", 7])
+def test_neither_a_default_customer_nor_a_lead_pays_for_who_is_named_wrongly(tmp_path: Path, wrong: Any) -> None:
+    with Shop(tmp_path, *METERS, customer=LEAD_OR_ID, on_unidentified="cus_2") as shop:
+        shop.handler.leads.capture("s1", email="ann@example.com")
+        config: Any = {"session_id": "s1", "stripe_customer_id": wrong}
+        model().invoke("Hi", {"callbacks": [shop.handler], "metadata": config})
+        assert shop.billed() == {}
+        assert [(one.reason, one.readings) for one in shop.handler.skips()] == [
+            ("the customer's id is malformed", 1),
+            ("the customer's id is malformed", 1),
+        ]
+        assert shop.handler.leads.capture("s1", email="ann@example.com", bill_from="first_message") == 0
+
+
 # -- who pays could not be looked up
 
 

@@ -65,9 +65,9 @@ def metered_config(
     in ``first_of``. A signed token is believed still, where ``customer`` names nobody.
 
     ``customer`` is a ``cus_…`` id, for ``from_auth_user("stripe_customer_id")``; or the user as a mapping or an object,
-    for a key of your own; or None (or a user whose key is None, or ``""``) for somebody without a Stripe customer, who
-    is not billed, and counted as skipped. ``session`` is the conversation under which your application captures its
-    leads (``meter.leads.capture``), for ``from_lead``: only pass one that is this user's own.
+    for a key of your own, which is read now; or None (or a user whose key is None, or ``""``) for somebody without a
+    Stripe customer, who is not billed, and counted as skipped. ``session`` is the conversation under which your
+    application captures its leads (``meter.leads.capture``), for ``from_lead``: only pass one that is this user's own.
 
     It fits LangServe's ``per_req_config_modifier``; see the README.
 
@@ -79,9 +79,7 @@ def metered_config(
     _check_arguments(meter, config, session)
     given = config or {}
     user = _named(customer)
-    if user is not None:
-        _check_pays(meter, user)
-    said = ClientRun(user, session)
+    said = ClientRun(user, session, None if user is None else _read(meter, user))
     metadata = {key: value for key, value in _items(given, "metadata") if key not in _CLAIMS}
     configurable = {key: value for key, value in _items(given, "configurable") if not _is_the_servers(key)}
     if session is not None:
@@ -118,12 +116,13 @@ def _named(customer: object) -> object:
     return {USUAL_KEY: customer}
 
 
-def _check_pays(meter: StripeMeterCallbackHandler, user: object) -> None:
-    """Refuse a user whom the handler would not bill: the application named them to be billed."""
+def _read(meter: StripeMeterCallbackHandler, user: object) -> dict[str, object]:
+    """What the handler reads of a user. One whom it would not bill is refused: the application named them to be
+    billed."""
     recorder = meter._recorder
     tenant = recorder._tenant_of_all or recorder._tenant(Facts(auth_user=user, on_server=True, now=meter._ledger.now()))
     if isinstance(tenant, Skip):  # by the application's own word
-        return
+        return {}
     keys = list(_user_keys(tenant.customer or meter.customer))
     if not keys:
         raise ConfigurationError(
@@ -131,17 +130,17 @@ def _check_pays(meter: StripeMeterCallbackHandler, user: object) -> None:
             f"customer=from_auth_user({USUAL_KEY!r}), or put that first in first_of(...); or pass customer=None "
             "(with from_lead, session= says whose lead pays)."
         )
-    named = [key for key in keys if _has(user, key)]
+    named = {key: _get(user, key) for key in keys if _has(user, key)}
     if not named:
         raise ConfigurationError(
             f"The handler reads {' or '.join(map(repr, keys))} of the authenticated user, which metered_config("
             f"customer=...) does not have. Pass customer={{{keys[0]!r}: 'cus_…'}} or a user that has it; for a plain "
             f"'cus_…' id, make the handler with customer=from_auth_user({USUAL_KEY!r})."
         )
-    values = [_get(user, key) for key in named]
-    value = next((value for value in values if value is not None and value != ""), None)
+    value = next((value for value in named.values() if value is not None and value != ""), None)
     if value is not None:
         _check_id(value)
+    return named
 
 
 def _user_keys(source: CustomerSource) -> Iterator[str]:

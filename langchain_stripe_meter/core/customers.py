@@ -6,6 +6,7 @@ that is exactly what was said, or nothing.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -20,6 +21,7 @@ from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 By = Literal["id", "email", "name", "phone"]
 _FIELDS: tuple[By, ...] = ("id", "email", "name", "phone")
+_PHONE = re.compile(r"\(?\+?[\d ().\u2010-\u2015\u2212-]+")
 MAX_TEXT = 512
 """Characters in a reference; Stripe itself takes no longer e-mail, name or phone."""
 
@@ -101,16 +103,14 @@ def _normalise_phone(text: str, region: str | None) -> str:
 def _e164(text: str, region: str | None = None) -> str | None:
     import phonenumbers
 
-    # The library reads letters as keys of a telephone and skips what stands around a number: that would be a guess.
-    if any(char.isalpha() or char in ";,#/" for char in text) or text.count("+") > 1:
+    # The library reads letters as keys, joins what a star or a slash divides and drops extensions: those are guesses.
+    if not _PHONE.fullmatch(unicodedata.normalize("NFKC", text)):
         return None
-    try:
+    with suppress(phonenumbers.NumberParseException):
         number = phonenumbers.parse(text, region)
-    except phonenumbers.NumberParseException:
-        return None
-    if phonenumbers.is_possible_number_with_reason(number) != phonenumbers.ValidationResult.IS_POSSIBLE:
-        return None
-    return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+        if phonenumbers.is_possible_number_with_reason(number) == phonenumbers.ValidationResult.IS_POSSIBLE:
+            return phonenumbers.format_number(number, phonenumbers.PhoneNumberFormat.E164)
+    return None
 
 
 def check_region(region: str | None) -> str | None:
@@ -130,15 +130,15 @@ class Facts:
     ``metadata`` is the run's, ``configurable`` the texts in its configurable and ``context`` LangGraph's runtime
     context: all three the client's word where ``on_server``, which is true of a run that an agent server or
     ``metered_config`` started for a client. ``auth_user`` is the user whom the server or the application
-    authenticated; ``is_named`` is true where the application named that user for this very run. ``lead`` looks up what
-    the application captured for a session, ``now`` is when the run started, in Unix seconds.
+    authenticated; where the application named that user for this very run, ``named`` is what was read of them then.
+    ``lead`` looks up what the application captured for a session, ``now`` is when the run started, in Unix seconds.
     """
 
     metadata: Mapping[str, Any] = field(default_factory=dict, repr=False)
     auth_user: Any = field(default=None, repr=False)
     context: Any = field(default=None, repr=False)
     on_server: bool = False
-    is_named: bool = False
+    named: Mapping[str, Any] | None = field(default=None, repr=False)
     lead: Callable[[str], Mapping[str, str] | None] | None = None
     configurable: Mapping[str, str] = field(default_factory=dict, repr=False)
     now: int | None = field(default=None, compare=False)
@@ -166,6 +166,11 @@ class Skip:
     """Nobody to bill, and why; ``reason`` never holds personal data."""
 
     reason: str
+
+
+@valueclass
+class Disbelieved(Skip):
+    """Somebody was named by an id or a token that is none: nobody else is to pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +203,8 @@ class FromAuthUser:
     key: str
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        user = facts.auth_user
-        return _by_id(None if user is None else _get(user, self.key), "the authenticated user", self.key)
+        user = facts.named if facts.named and self.key in facts.named else facts.auth_user
+        return _by_id(_get(user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +252,7 @@ class FromSignedToken:
         check_account(self.account or "")
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        reason = f"there is no signed token under {self.key!r}"
+        skip = Skip(f"there is no signed token under {self.key!r}")
         for place in (facts.metadata, facts.configurable):
             token = place.get(self.key)
             if _is_absent(token):
@@ -255,27 +260,28 @@ class FromSignedToken:
             try:
                 return Reference("id", tokens.read(token, self.secrets, facts.now, self.account))
             except InvalidValueError as error:
-                reason = str(error)
-        return Skip(reason)
+                skip = Disbelieved(str(error))
+        return skip
 
 
 @dataclass(frozen=True, slots=True)
 class FirstOf:
-    """The first source that names somebody; whom the application named for this very run goes before all of them."""
+    """The first source that names somebody, if wrongly; whom the application named for this run goes before them."""
 
     sources: tuple[CustomerSource, ...]
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        sources = (
-            sorted(self.sources, key=lambda one: type(one) is not FromAuthUser) if facts.is_named else self.sources
-        )
-        skips = []
-        for source in sources:
+        reasons, doubted = [], None
+        for source in sorted(self.sources, key=lambda one: facts.named is not None and type(one) is not FromAuthUser):
+            is_ours = facts.on_server and _is_servers_word(source)
+            if doubted is not None and not is_ours:
+                continue
             who = source.identify(facts)
-            if isinstance(who, Reference):
+            if isinstance(who, Reference) or (is_ours and isinstance(who, Disbelieved)):
                 return who
-            skips.append(who)
-        return Skip("; ".join(skip.reason for skip in skips))
+            doubted = who if isinstance(who, Disbelieved) else doubted
+            reasons.append(who.reason)
+        return doubted or Skip("; ".join(reasons))
 
 
 CustomerSource = Static | FromMetadata | FromAuthUser | FromContext | FromLead | FromSignedToken | FirstOf
@@ -286,6 +292,11 @@ def flat(source: CustomerSource) -> tuple[CustomerSource, ...]:
     return source.sources if isinstance(source, FirstOf) else (source,)
 
 
+def _is_servers_word(source: CustomerSource) -> bool:
+    """Whether it tells of a client what its server knows: else a token that is none would be a free ride."""
+    return isinstance(source, FromAuthUser) or (isinstance(source, FromLead) and not source.trust_client)
+
+
 def _get(source: Any, key: str) -> Any:
     if source is None:
         return None
@@ -294,13 +305,8 @@ def _get(source: Any, key: str) -> Any:
 
 def _by_id(value: Any, where: str, key: str) -> Reference | Skip:
     if _is_absent(value):
-        return _absent(where, key)
+        return Skip(f"{where} has no {key!r}")
     return _customer(value) if type(value) is str and len(value) <= MAX_TEXT else _reference("id", value)
-
-
-@lru_cache(maxsize=64)
-def _absent(where: str, key: str) -> Skip:
-    return Skip(f"{where} has no {key!r}")
 
 
 @lru_cache(maxsize=1024)
@@ -314,11 +320,11 @@ def _is_absent(value: Any) -> bool:
 
 
 def _reference(by: By, value: Any, region: str | None = None) -> Reference | Skip:
-    """A value that cannot be true is a skip, for nobody is billed on a guess."""
+    """A value that cannot be true is a skip, for nobody is billed on a guess. A lead may be what anybody typed."""
     try:
         return Reference(by, value if region is None else normalise(by, value, region))
     except InvalidValueError:
-        return Skip(f"the customer's {by} is malformed")
+        return (Disbelieved if by == "id" else Skip)(f"the customer's {by} is malformed")
 
 
 def static(
@@ -329,10 +335,8 @@ def static(
     phone: str | None = None,
     region: str | None = None,
 ) -> Static:
-    """One fixed customer pays for everything; exactly one of the first four names it.
-
-    ``region`` (``"DE"``) is where a ``phone`` without a leading ``+`` is dialled.
-    """
+    """One fixed customer pays for everything; exactly one of the first four names it. ``region`` (``"DE"``) is where a
+    ``phone`` without a leading ``+`` is dialled."""
     given = [(by, value) for by, value in zip(_FIELDS, (id, email, name, phone), strict=True) if value is not None]
     if len(given) != 1:
         raise ConfigurationError("static() takes exactly one of id=, email=, name= and phone=.")
@@ -341,11 +345,8 @@ def static(
 
 
 def from_metadata(key: str, *, trust_client: bool = False) -> FromMetadata:
-    """Read a ``cus_…`` id from the run's metadata.
-
-    Under an agent server the metadata is whatever the client sent, so it is not believed there unless
-    ``trust_client=True``.
-    """
+    """Read a ``cus_…`` id from the run's metadata. On an agent server that is whatever the client sent, so it is not
+    believed there unless ``trust_client=True``."""
     return FromMetadata(_key(key), trust_client)
 
 
@@ -361,10 +362,8 @@ def from_context(key: str, *, trust_client: bool = False) -> FromContext:
 
 def from_lead(by: By = "email", *, trust_client: bool = False, region: str | None = None) -> FromLead:
     """Read the lead's ``email``, ``name`` or ``phone``: captured for the session, or in ``metadata["lead"]``.
-
     Under an agent server, only a lead that the server's own code captured is believed, unless ``trust_client=True``.
-    ``region`` (``"DE"``) is where a phone number without a leading ``+`` is dialled.
-    """
+    ``region`` (``"DE"``) is where a phone number without a leading ``+`` is dialled."""
     if by not in ("email", "name", "phone"):
         raise ConfigurationError(f"from_lead(by={by!r}): use 'email', 'name' or 'phone'.")
     return FromLead(by, trust_client, _phone_region(by, region))
@@ -377,8 +376,9 @@ def _phone_region(by: By, region: str | None) -> str | None:
 
 
 def first_of(*sources: CustomerSource | str) -> FirstOf:
-    """Try the sources (a plain string is a ``cus_…`` id) in order; the first that names somebody decides. (Whom
-    your application passes to ``metered_config`` pays before any of them.)"""
+    """Try the sources (a plain string is a ``cus_…`` id) in order; the first that names somebody decides, and one that
+    does so wrongly, by an id or a signed token that is none, leaves nobody to pay, or on a server only whom it knows
+    itself. (Whom your application passes to ``metered_config`` pays before any of them.)"""
     if not sources:
         raise ConfigurationError("first_of() takes at least one source.")
     return FirstOf(tuple(one for source in sources for one in flat(as_source(source))))
