@@ -208,7 +208,10 @@ def test_a_meter_that_makes_no_sense_is_named_with_what_it_takes(make: Callable[
          "The dimension 'model' and its value must have 1 to 100 characters."),
         (Credits("e", {"m": 1}), Call(None, "n"), "no credits are set for the model 'n'"),
         (Cost("e"), Call(Usage(1, None)), "the provider reported no usage"),
-        (Cost("e"), Call(Usage(1, 1), "n"), "no price is known for the model 'n'"),
+        (Cost("e"), Call(Usage(1, 1), "n"),
+         "no price is known for the model 'n' of no named provider; give one with Cost(prices=...)"),
+        (Cost("e"), Call(Usage(1, 1), "n", "openai"),
+         "no price is known for the model 'n' of 'openai'; give one with Cost(prices=...)"),
     ],
 )  # fmt: skip
 def test_a_reading_that_is_held_says_why_and_of_which_meter(meter: Meter, call: Call, doubt: str) -> None:
@@ -234,6 +237,10 @@ def test_a_reading_that_is_held_says_why_and_of_which_meter(meter: Meter, call: 
         (lambda: Usage(5, 5, audio_input=6), "The provider reported audio_input = 6, which is more than input = 5."),
         (lambda: Usage(5, 5, reasoning=3, audio_output=3),
          "The provider reported reasoning + audio_output = 6, which is more than output = 5."),
+        (lambda: usage_from_metadata({"total_tokens": 7}),
+         "The provider reported total_tokens = 7, but input = None and output = None."),
+        (lambda: usage_from_token_usage({"prompt_tokens": 0, "total_tokens": 7}),
+         "The provider reported total_tokens = 7, but input = 0 and output = None."),
     ],
 )  # fmt: skip
 def test_a_report_that_contradicts_itself_is_quoted(read: Callable[[], object], words: str) -> None:

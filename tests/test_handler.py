@@ -387,6 +387,7 @@ def test_usage_without_a_run_is_paid_by_whom_the_metadata_names_or_skipped(shop:
         ({"input_tokens": 1.5}, {}, UsageError, "1.5"),
         ({"input_tokens": True}, {}, UsageError, "True"),
         ({"input_tokens": 5, "input_token_details": {"cache_read": 9}}, {}, UsageError, "9"),
+        ({"input_tokens": 0, "total_tokens": 9}, {}, UsageError, "total_tokens = 9"),
         ({"input_tokens": 5}, {"id": ""}, ConfigurationError, "id="),
         ({"input_tokens": 5}, {"id": 7}, ConfigurationError, "id="),
         ({"input_tokens": 5}, {"customer": "someone"}, InvalidValueError, "cus_"),

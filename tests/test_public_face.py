@@ -19,6 +19,7 @@ def test_every_public_name_can_be_imported_and_the_list_is_sorted() -> None:
     assert sorted(names) == sorted(set(names))
     for name in names:
         assert getattr(langchain_stripe_meter, name) is not None
+    assert dir(langchain_stripe_meter) == sorted(names)
     assert {name for home in langchain_stripe_meter._HOMES.values() for name in home} == set(names)
 
 

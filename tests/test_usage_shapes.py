@@ -10,7 +10,9 @@ from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
 
 from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.core.usage import Usage, usage_from_token_usage
 from langchain_stripe_meter.ledger.views import Row, tail
+from langchain_stripe_meter.observed import received
 
 SHAPES: dict[str, tuple[dict[str, Any] | None, dict[str, int]]] = {
     # thoughts are in the output, a tool-use prompt in the input
@@ -119,6 +121,7 @@ def test_an_absurd_amount_is_held_on_its_meter_and_the_other_meters_are_billed(t
     [
         ({"input_tokens": 10, "output_tokens": 5, "total_tokens": 15, "input_token_details": {"cache_read": 20}}, "20"),
         ({"input_tokens": 10, "output_tokens": 5, "total_tokens": 15, "output_token_details": {"reasoning": 6}}, "6"),
+        ({"input_tokens": 0, "output_tokens": 0, "total_tokens": 3000}, "total_tokens = 3000"),
     ],
 )
 def test_a_report_that_contradicts_itself_is_held_by_name_never_billed(
@@ -128,6 +131,22 @@ def test_a_report_that_contradicts_itself_is_held_by_name_never_billed(
     assert {row.state for row in rows.values()} == {"held"}
     assert {row.value for row in rows.values()} == {None}
     assert all(says in str(row.reason) for row in rows.values())
+
+
+def test_a_stream_that_breaks_off_after_such_a_report_is_held_too() -> None:
+    observed = received({"input_tokens": 0, "output_tokens": 0, "total_tokens": 7}, ["Hi"])
+    assert (observed.usage, "total_tokens = 7" in str(observed.doubt)) == (None, True)
+
+
+@pytest.mark.parametrize("total", [0, 5, 100])
+def test_a_total_beside_parts_is_left_as_it_is(total: int, tmp_path: Path) -> None:
+    """Integrations count caches and thoughts in different ways."""
+    assert run(tmp_path, {"input_tokens": 10, "output_tokens": 5, "total_tokens": total})["total"].value == 15
+
+
+@pytest.mark.parametrize("total", [0, None, "many"])
+def test_no_parts_and_no_total_are_no_contradiction(total: object) -> None:
+    assert usage_from_token_usage({"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": total}) == Usage(0, 0)
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "gpt-4ogpt-4o", "gpt-4ogpt-4ogpt-4o"])

@@ -222,7 +222,9 @@ class Cost:
         try:
             dollars = self._dollars(usage, call)
         except LookupError:
-            return [Reading(self.event_name, None, doubt=f"no price is known for the model {call.model!r}")]
+            provider = repr(call.provider) if call.provider else "no named provider"
+            doubt = f"no price is known for the model {call.model!r} of {provider}; give one with Cost(prices=...)"
+            return [Reading(self.event_name, None, doubt=doubt)]
         with localcontext(_EXACT):
             value = dollars * Decimal(self.markup) * UNITS[self.unit]
         return _reading(self.event_name, round_digits(value), usage.estimated)

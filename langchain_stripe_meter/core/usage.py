@@ -100,10 +100,12 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
     """Read LangChain's ``usage_metadata``; ``None`` where nothing was reported at all.
 
     OpenAI's service tiers prefix the details (``flex_cache_read``), Anthropic splits cache writes by lifetime;
-    both are added up. Raises ``UsageError`` where the parts exceed their sum, and names both numbers.
+    both are added up. Raises ``UsageError`` where the parts exceed their sum, or there is a total of neither input
+    nor output, and names the numbers.
     """
     if not report:
         return None
+    _check_total(report, report.get("input_tokens"), report.get("output_tokens"))
     inputs, outputs = _details(report, "input_token_details"), _details(report, "output_token_details")
     if not inputs and not outputs:
         return Usage(report.get("input_tokens"), report.get("output_tokens"))
@@ -122,6 +124,7 @@ def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
     """Read the ``llm_output["token_usage"]`` of a legacy LLM (OpenAI's names)."""
     if not isinstance(report, Mapping) or ("prompt_tokens" not in report and "completion_tokens" not in report):
         return None
+    _check_total(report, report.get("prompt_tokens"), report.get("completion_tokens"))
     prompt = _details(report, "prompt_tokens_details")
     completion = _details(report, "completion_tokens_details")
     return Usage(
@@ -163,6 +166,16 @@ def _check_count(kind: str, count: object) -> None:
         return
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise UsageError(f"The provider reported {kind} = {count!r}; a token count is a whole number from 0 up.")
+
+
+def _check_total(report: Mapping[str, Any], input: object, output: object) -> None:
+    """Something was consumed, and not said what. (A total that differs from its parts says less: integrations count
+    caches and thoughts in different ways.)"""
+    total = report.get("total_tokens")
+    if not input and not output and isinstance(total, int | float) and total > 0:
+        raise UsageError(
+            f"The provider reported total_tokens = {total}, but input = {input!r} and output = {output!r}."
+        )
 
 
 def _check_part(name: str, part: int, whole_name: str, whole: int | None) -> None:
