@@ -211,6 +211,20 @@ def test_a_client_without_a_known_token_is_turned_away(
     assert bills.since() == {}
 
 
+def test_a_cron_is_refused_for_its_runs_would_not_know_who_pays(server: Server, bills: Bills) -> None:
+    async def talk(ann: Any) -> None:
+        thread = (await ann.threads.create())["thread_id"]
+        cron: dict[str, Any] = {"schedule": "* * * * *", "input": HELLO}
+        for forged in ({}, *FORGERIES):
+            with pytest.raises(Exception, match="crons are not allowed"):
+                await ann.crons.create("agent", **cron, **forged)
+            with pytest.raises(Exception, match="crons are not allowed"):
+                await ann.crons.create_for_thread(thread, "agent", **cron, **forged)
+
+    chat(server, "ann", talk)
+    assert bills.since() == {}
+
+
 def test_a_graph_inside_a_graph_with_a_thread_of_its_own_is_paid_by_the_same_user(server: Server, bills: Bills) -> None:
     chat(server, "ann", lambda ann: ann.runs.wait(None, "outer", input=HELLO, **BY_CONFIG))
     assert bills.since() == owed("ann")

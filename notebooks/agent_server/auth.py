@@ -23,3 +23,9 @@ async def only_their_own(ctx: Auth.types.AuthContext, value: dict) -> dict[str, 
     owner = {"owner": ctx.user.identity}
     value.setdefault("metadata", {}).update(owner)
     return owner
+
+
+@auth.on.crons
+async def no_crons(ctx: Auth.types.AuthContext, value: dict) -> None:
+    """The user of a cron's runs is an ``identity`` and nothing else: they would bill nobody."""
+    raise Auth.exceptions.HTTPException(status_code=403, detail="crons are not allowed")
