@@ -113,9 +113,8 @@ def run_sql(url: str, *statements: str) -> None:
 
 @pytest.fixture
 def quick_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder in memory, if the machine has one, for what no power loss will ever test."""
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as folder:
+    """For what no power loss will ever test."""
+    with tempfile.TemporaryDirectory(dir=memory() or tmp_path) as folder:
         yield Path(folder)
 
 
@@ -249,3 +248,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(faults.table())
     for line in faults.differences(faults.rows, faults.readme_lines(), whole=is_whole(config)):
         terminalreporter.write_line(f"The README's table is not that (run: python tests/faults.py): {line}", red=True)
+
+
+def memory() -> str | None:
+    """A folder in memory, if the machine has one."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
