@@ -203,6 +203,29 @@ def test_a_full_disk_is_an_error_and_what_was_stored_still_drains(small_disk: Pa
     tally("a full disk", needed_a_person=1)
 
 
+def test_the_doctor_fails_a_disk_that_is_full_to_the_last_byte(small_disk: Path) -> None:
+    url = f"sqlite:///{small_disk}/ledger.db"
+    ledger = Ledger(url)
+    record(ledger, "a")
+    filler = small_disk / "filler"
+    room = os.statvfs(small_disk)
+    filler.write_bytes(b"x" * room.f_bavail * room.f_frsize)
+    assert os.statvfs(small_disk).f_bavail == 0
+    found = look(url)
+    assert (found["state"], "Free some disk space" in found["said"]) == ("fail", True)
+    filler.unlink()
+    found = look(url)
+    assert (found["state"], found["said"]) == ("ok", "writable: 1 pending, 0 delivered")
+    ledger.close()
+
+
+def look(url: str) -> dict[str, str]:
+    """What the doctor finds of the ledger."""
+    found = CliRunner().invoke(app, ["doctor", "--ledger", url, "--json"])
+    (ledger,) = [one for one in json.loads(found.stdout) if one["what"] == "ledger"]
+    return ledger
+
+
 @pytest.fixture
 def frozen(tmp_path: Path) -> Iterator[Path]:
     """A ledger that may be read and not written, in a folder that may not be written either."""
@@ -225,12 +248,15 @@ def frozen(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_what_may_not_be_written_is_an_error_in_a_sentence_and_the_doctor_says_so(frozen: Path) -> None:
-    with pytest.raises(LedgerError, match=r"cannot be opened for writing.*Give a writable path"):
-        record(Ledger(f"sqlite:///{frozen}"), "b")
-    found = CliRunner().invoke(app, ["doctor", "--ledger", f"sqlite:///{frozen}", "--json"])
-    assert found.exit_code == 1
-    (ledger,) = [one for one in json.loads(found.stdout) if one["what"] == "ledger"]
-    assert (ledger["state"], "cannot be opened for writing" in ledger["said"]) == ("fail", True)
+    url = f"sqlite:///{frozen}"
+    with pytest.raises(LedgerError, match=r"read-only.*what it holds is safe") as caught:
+        record(Ledger(url), "b")
+    assert "Give" not in str(caught.value)  # another path would begin a second ledger
+    found = look(url)
+    assert (found["state"], "read-only" in found["said"]) == ("fail", True)
+    exported = CliRunner().invoke(app, ["export", "--ledger", url])
+    assert exported.exit_code == 2
+    assert exported.stdout == ""
     tally("a file system that may not be written", needed_a_person=1)
 
 

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -191,10 +192,12 @@ def _export(ledger: Ledger, stream: Any, shown: Status, *, as_json: bool) -> int
 
     names = [field.name for field in dataclasses.fields(views.Row)]
     writer = csv.DictWriter(stream, names)
+    rows = views.every(ledger)
+    first = list(islice(rows, 1))  # a ledger that cannot be read fails here, with nothing written
     if not as_json:
         writer.writeheader()
     count = 0
-    for row in views.every(ledger):
+    for row in chain(first, rows):
         plain = {name: getattr(row, name) for name in names}
         if as_json:
             stream.write(json.dumps(plain, default=str) + "\n")

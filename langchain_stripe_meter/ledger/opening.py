@@ -75,13 +75,18 @@ def prepare_file(path: Path) -> None:
     try:
         with suppress(FileExistsError):
             os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        if not path.is_file() or not os.access(path, os.R_OK | os.W_OK):
-            raise PermissionError(0, "it is no file that may be read and written")
+        if not path.is_file():
+            raise PermissionError(0, "it is no file")
     except OSError as error:
         raise LedgerError(
             f"The ledger {path} cannot be opened for writing: {error.strerror}. "
             "Give a writable path in ledger= or $STRIPE_METER_LEDGER."
         ) from error
+    if not os.access(path, os.R_OK | os.W_OK):  # another path would begin a second ledger
+        raise LedgerError(
+            f"The ledger {path} may not be read and written: it or its file system is read-only. "
+            "Make it writable again for this user; what it holds is safe."
+        )
 
 
 def tighten(path: Path) -> None:
