@@ -192,7 +192,7 @@ class MeteringCallbacks(BaseCallbackHandler):
             now,
             is_call=True,
             facts=facts,
-            model=requested_model(facts.metadata, params),
+            model=requested_model(facts, params),
             provider=facts.metadata.get("ls_provider"),
             prompt=prompt,
             tools=params.get("tools"),

@@ -66,7 +66,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         on_unidentified: What becomes of a run that names nobody who pays: ``"skip"`` (it is recorded as skipped, and
             ``skips()`` shows it), ``"raise"`` (it is refused with ``UnidentifiedError`` before the model is called;
             with ``from_lead``, so is every run before its lead is captured), or the customer who pays for it, a
-            ``cus_…`` id or a source.
+            ``cus_…`` id or a source. (A ``Tenant`` with a ``customer`` of its own names its default there.)
         concurrency: Requests to Stripe in flight at once; one customer and meter never has more than one.
         stripe_account: The connected account (``acct_…``) that everything is billed on; by default the key's own.
         tenant: From the trusted facts of a run to its ``Tenant``: the connected account, and the meters and customer

@@ -169,9 +169,10 @@ def _has_content(item: BaseMessage | str) -> bool:
     return bool(item.content) or bool(getattr(item, "tool_calls", None))
 
 
-def requested_model(metadata: Mapping[str, Any], params: Mapping[str, Any]) -> str | None:
-    """The model that was asked for, for results that do not name theirs."""
-    name = metadata.get("ls_model_name") or params.get("model") or params.get("model_name")
+def requested_model(facts: Facts, params: Mapping[str, Any]) -> str | None:
+    """The model that was asked for, for results that do not name theirs. On a server, metadata may be the client's."""
+    traced, own = facts.metadata.get("ls_model_name"), params.get("model") or params.get("model_name")
+    name = (own or traced) if facts.on_server else (traced or own)
     return str(name) if name else None
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 from langchain_core.callbacks import BaseCallbackHandler
-from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.language_models import GenericFakeChatModel, SimpleChatModel
 from langchain_core.messages import AIMessage
 
 from langchain_stripe_meter import (
+    Credits,
     StripeMeterCallbackHandler,
     Tokens,
     first_of,
@@ -209,6 +210,47 @@ def test_what_is_no_customers_id_is_refused_without_repeating_it(customer: objec
 def test_an_address_is_no_customers_id_whatever_the_handler_reads(source: Any, recording: Recording) -> None:
     with recording(source) as meter, pytest.raises(InvalidValueError, match=r"leads\.capture"):
         metered_config(meter, customer="bob@example.com")
+
+
+class Deployed(SimpleChatModel):
+    """A model whose answers, and whose name for tracing, do not say which it is; only its parameters may."""
+
+    says_its_name: bool
+
+    @property
+    def _llm_type(self) -> str:
+        return "deployed"
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        return {"model": "dear"} if self.says_its_name else {}
+
+    def _call(self, *args: Any, **kwargs: Any) -> str:
+        return "Hello!"
+
+
+CHEAP = {"ls_model_name": "cheap", "ls_provider": "cheap"}
+
+
+@pytest.mark.parametrize("place", ["metadata", "configurable"])
+def test_a_client_does_not_say_by_which_model_it_is_priced(place: str, tmp_path: Path) -> None:
+    meters = (Credits("calls", {"cheap": 1}, default=10, per="call"), Credits("messages", {"cheap": 1}, default=10))
+    ledger = f"sqlite:///{tmp_path}/ledger.db"
+    with StripeMeterCallbackHandler(*meters, ledger=ledger, deliver=False) as meter:
+        config = metered_config(meter, customer="cus_1", config={place: {**CHEAP, "colour": "red"}})
+        assert config[place]["colour"] == "red"  # type: ignore[literal-required]
+        Deployed(says_its_name=False).invoke("Hi", config)
+        assert {(row.event_name, row.value) for row in tail(meter._ledger)} == {("calls", 10), ("messages", 10)}
+
+
+@pytest.mark.parametrize(("metadata", "credits"), [({"langgraph_api_version": "1"}, 10), ({}, 1)])
+def test_on_a_server_the_models_own_parameters_name_it_before_the_metadata(
+    metadata: dict[str, str], credits: int, tmp_path: Path
+) -> None:
+    calls, ledger = Credits("calls", {"cheap": 1}, default=10, per="call"), f"sqlite:///{tmp_path}/ledger.db"
+    with StripeMeterCallbackHandler(calls, customer="cus_1", ledger=ledger, deliver=False) as meter:
+        Deployed(says_its_name=True).invoke("Hi", {"callbacks": [meter], "metadata": {**CHEAP, **metadata}})
+        assert [row.value for row in tail(meter._ledger)] == [credits]
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,8 @@ USUAL_KEY = "stripe_customer_id"
 
 _CLAIMS = frozenset({"stripe_customer_id", "lead", "session_id", "thread_id", "conversation_id"})
 """What metadata says about who pays, and about whose conversation it is."""
+_MODELS_OWN = "ls_"
+"""How the metadata begins by which a model says its name and provider, and so what it is priced by."""
 _NOT_THE_CLIENTS = frozenset({"context", "run_id"})
 """LangGraph's context, and the run's id: from it come the identifiers of what is billed, each of which counts once."""
 
@@ -59,10 +61,10 @@ def metered_config(
 ) -> RunnableConfig:
     """The config for a run that a client asked for: metered, and paid by whom the application authenticated.
 
-    ``config`` is what the client sent. What it says about who pays is taken out, and the run is marked as a client's:
-    from then on ``from_metadata``, ``from_context`` and ``from_lead`` believe nothing that is left of it, unless they
-    were told to (``trust_client=True``), and ``from_auth_user`` reads ``customer``, who pays whatever stands before it
-    in ``first_of``. A signed token is believed still, where ``customer`` names nobody.
+    ``config`` is what the client sent. What it says about who pays, and of the model, is taken out, and the run
+    is marked as a client's: from then on ``from_metadata``, ``from_context`` and ``from_lead`` believe nothing that is
+    left of it, unless they were told to (``trust_client=True``), and ``from_auth_user`` reads ``customer``, who pays
+    whatever stands before it in ``first_of``. A signed token is believed still, where ``customer`` names nobody.
 
     ``customer`` is a ``cus_…`` id, for ``from_auth_user("stripe_customer_id")``; or the user as a mapping or an object,
     for a key of your own, which is read now; or None (or a user whose key is None, or ``""``) for somebody without a
@@ -80,7 +82,9 @@ def metered_config(
     given = config or {}
     user = _named(customer)
     said = ClientRun(user, session, None if user is None else _read(meter, user))
-    metadata = {key: value for key, value in _items(given, "metadata") if key not in _CLAIMS}
+    metadata = {
+        key: value for key, value in _items(given, "metadata") if key not in _CLAIMS and not key.startswith(_MODELS_OWN)
+    }
     configurable = {key: value for key, value in _items(given, "configurable") if not _is_the_servers(key)}
     if session is not None:
         metadata["session_id"] = session
@@ -182,8 +186,8 @@ def _items(config: Mapping[str, Any], place: str) -> list[tuple[str, Any]]:
 
 
 def _is_the_servers(key: str) -> bool:
-    """Whether a key in the configurable is LangGraph's own, or its server's: no client has a say in these."""
-    return key.startswith(("__", "langgraph_"))
+    """Whether a key in the configurable is LangGraph's own, its server's or a model's: no client has a say in these."""
+    return key.startswith(("__", "langgraph_", _MODELS_OWN))
 
 
 def _with(meter: StripeMeterCallbackHandler, given: Any) -> list[BaseCallbackHandler]:
