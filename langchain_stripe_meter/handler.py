@@ -172,9 +172,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
         ``usage`` is shaped like LangChain's ``usage_metadata``; a sum that is left out is 0. The meters that count
         calls apply (``Tokens``, ``Cost``, ``Credits`` per call). ``id`` names the job: the same id is never billed
-        twice. ``customer`` defaults to the handler's source, read against ``metadata`` and the run around this, as a
-        run's would be: on an agent server, metadata is the client's word. ``at`` is when it happened, in Unix seconds
-        (default now).
+        twice, and is refused for another customer or amount. ``customer`` defaults to the handler's source, read
+        against ``metadata`` and the run around this, as a run's would be: on an agent server, metadata is the client's
+        word. ``at`` is when it happened, in Unix seconds (default now).
 
         Unlike a run, this raises: ``MeteringError`` if the input is bad, no meter counts calls, or the ledger cannot
         store it.
@@ -182,7 +182,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         call = Call(None, model, provider)
         facts = self.facts_at_start(metadata)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, facts=facts, at=at)
-        self._recorder.recorded(self.leads.record(entries) if entries else [])
+        self._recorder.recorded(self.leads.record_job(entries, id) if entries else [])
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""

@@ -234,7 +234,7 @@ def test_a_correction_on_a_connected_account_is_billed_there(books: Books) -> No
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [
-        ({"value": -1}, ConfigurationError, "'a' stands for a correction by -5"),
+        ({"value": -1}, ConfigurationError, "'a' stands for -5 of cus_1 on ai_tokens"),
         ({"customer": "cus_2"}, ConfigurationError, "'a' stands for"),
         ({"value": 0, "id": "b"}, InvalidValueError, "by 0"),
         ({"value": "1e400", "id": "b"}, InvalidValueError, "far beyond"),

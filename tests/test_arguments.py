@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -22,8 +23,11 @@ from langchain_stripe_meter.agents.limits import (
     SpendLimitMiddleware,
     StripeCredit,
 )
+from langchain_stripe_meter.core.customers import Reference, static
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
+from langchain_stripe_meter.ledger import resolving
+from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.views import tail
 
 USAGE = {"input_tokens": 5}
@@ -71,6 +75,80 @@ def test_the_meters_of_the_tenant_are_the_ones_that_must_count_it(recording: Rec
         meter.record_usage(USAGE, id="job", metadata={"of": "messages"})
     meter.record_usage(USAGE, id="other", metadata={"of": "nobody"})
     assert sorted(row.state for row in tail(meter._ledger, 10)) == ["resolved", "skipped"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({}, {"customer": "cus_2"}, "'job' stands for 5 of cus_1 on tokens"),
+        ({}, {"usage": {"input_tokens": 6}}, "'job' stands for 5 of cus_1 on tokens"),
+        ({"customer": static(email="a@x.io")}, {"customer": static(email="b@x.io")}, "'job' stands for 5 of somebody"),
+        ({}, {}, None),
+        ({"customer": static(email="a@x.io")}, {"customer": static(email="a@x.io")}, None),
+        ({"customer": static(email="a@x.io")}, {}, None),  # perhaps the same, by another name
+    ],
+)
+@pytest.mark.parametrize("asynchronously", [False, True])
+def test_an_id_that_stands_for_something_else_is_refused(
+    recording: Recording, first: dict[str, Any], second: dict[str, Any], said: str | None, asynchronously: bool
+) -> None:
+    meter = recording(Tokens("tokens"), Credits("credits", {}, default=2, per="call"))
+
+    def record(**options: Any) -> None:
+        usage = options.pop("usage", USAGE)
+        if asynchronously:
+            asyncio.run(meter.arecord_usage(usage, id="job", **options))
+        else:
+            meter.record_usage(usage, id="job", **options)
+
+    record(**first)
+    if said is None:
+        record(**second)
+    else:
+        with pytest.raises(ConfigurationError, match=f"{said}.*another id"):
+            record(**second)
+    assert {row.event_name: row.value for row in tail(meter._ledger, 10)} == {"tokens": 5, "credits": 2}
+
+
+def test_of_two_who_record_different_usage_under_one_id_at_once_one_is_refused(recording: Recording) -> None:
+    meter = recording()
+    refused: list[str] = []
+
+    def record(customer: str) -> None:
+        start.wait()
+        try:
+            meter.record_usage(USAGE, id="job", customer=customer)
+        except ConfigurationError:
+            refused.append(customer)
+
+    start = threading.Barrier(8)
+    threads = [threading.Thread(target=record, args=(f"cus_{number}",)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (row,) = tail(meter._ledger, 10)
+    assert sorted([*refused, str(row.customer)]) == [f"cus_{number}" for number in range(8)]
+
+
+def test_an_id_whose_usage_a_person_gave_to_somebody_else_may_be_repeated(recording: Recording) -> None:
+    meter = recording(customer=static(email="a@x.io"))
+    meter.record_usage(USAGE, id="job")
+    with meter._ledger.deliver_lane().transaction() as connection:
+        resolving.hold(connection, Unknown("", Reference("email", "a@x.io")), "nobody", meter._ledger.now())
+    meter.assign(meter.held()[0], "cus_2")
+    meter.record_usage(USAGE, id="job")
+    meter.record_usage(USAGE, id="job", customer="cus_1")
+    (row,) = tail(meter._ledger, 10)
+    assert (row.customer, row.value) == ("cus_2", 5)
+
+
+def test_no_part_of_what_is_refused_for_its_id_is_recorded(recording: Recording) -> None:
+    recording(Tokens("tokens")).record_usage(USAGE, id="job")
+    meter = recording(Tokens("tokens"), Credits("credits", {}, default=2, per="call"))
+    with pytest.raises(ConfigurationError, match="another id"):
+        meter.record_usage(USAGE, id="job", customer="cus_2")
+    assert [row.event_name for row in tail(meter._ledger, 10)] == ["tokens"]
 
 
 # -- the handler

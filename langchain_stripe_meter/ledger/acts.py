@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from decimal import Decimal
 from typing import Any
 
 from sqlalchemy import Connection, func, select, update
@@ -34,7 +33,7 @@ from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, 
 from langchain_stripe_meter.ledger.epoch import restored_up_to
 from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
-from langchain_stripe_meter.ledger.store import Entry, Ledger, insert_or_ignore, write_act
+from langchain_stripe_meter.ledger.store import Entry, Ledger, check_same, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
 CANCEL_SECONDS = 86_400
@@ -237,16 +236,8 @@ def correct(
             detail = f"{event_name} of {customer} by {number_text(amount)}: {said}"
             write_act(connection, CORRECTED, entry.key, detail, now)
         else:
-            _check_same(connection, entry, id)
+            check_same(connection, [entry], id)
     return entry.key
-
-
-def _check_same(connection: Connection, entry: Entry, id: str) -> None:
-    row = connection.execute(select(readings).where(readings.c.key == entry.key)).one()
-    if (row.customer, Decimal(row.value)) != (entry.customer, entry.value):
-        raise ConfigurationError(
-            f"The id {id!r:.120} stands for a correction by {row.value} of {row.customer}. Give this one another id."
-        )
 
 
 def check_reason(reason: object) -> str:

@@ -16,7 +16,7 @@ from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_
 from langchain_stripe_meter.core.tenants import account_of, session_digest
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger.schema import leads, readings
-from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
+from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, check_same, dialect_insert, write_act
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
@@ -182,6 +182,15 @@ class Leads:
             rows = [dict(zip(COLUMNS, entry.row(), strict=True)) for entry in final]
             connection.execute(dialect_insert(connection, readings).on_conflict_do_nothing(), rows)
         return final
+
+    def record_job(self, entries: Sequence[Entry], id: str) -> Sequence[Entry]:
+        """As ``record``, for a job that somebody named. Refused where its ``id`` stands for something else."""
+        with self._ledger.look() as connection:  # before any of it is stored
+            check_same(connection, entries, id)
+        stored = self.record(entries)
+        with self._ledger.look() as connection:  # somebody else may have been as fast
+            check_same(connection, stored, id)
+        return stored
 
     def _look_again(self, connection: Connection, entry: Entry) -> Entry:
         if not entry.session or not _is_session(entry.session):

@@ -296,6 +296,29 @@ def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, An
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
 
 
+def check_same(connection: Connection, entries: Sequence[Entry], id: str) -> None:
+    """Refuse, with ``ConfigurationError``, what was recorded under an ``id`` that stands for something else.
+
+    Only what is known of both can differ: a customer may have been found since, and a person may have said who pays
+    for what was held.
+    """
+    found = connection.execute(select(readings).where(readings.c.key.in_([entry.key for entry in entries])))
+    rows = {row.key: row for row in found}
+    for entry in entries:
+        row = rows.get(entry.key)
+        if row is None:
+            continue
+        known: list[tuple[Any, Any]] = [(row.value and Decimal(row.value), entry.value)]
+        if not row.tries and entry.value is not None:
+            told = entry.reference.text if entry.reference else None
+            known += [(row.customer, entry.customer), (row.reference, told)]
+        if any(None not in (theirs, ours) and theirs != ours for theirs, ours in known):
+            raise ConfigurationError(
+                f"The id {id!r:.120} stands for {row.value} of {row.customer or 'somebody else'} on {row.event_name}. "
+                "Give this one another id."
+            )
+
+
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
     """Pin the ledger behind ``lane`` to the key's mode; ``ForeignLedgerError`` where it has the other one."""
     ours = _word(is_test)
