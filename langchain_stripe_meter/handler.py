@@ -40,6 +40,7 @@ MAX_ROLL_UP = 3600
 """Seconds; invoices are finalised an hour after their period, so usage must not wait longer."""
 START_SECONDS = 10
 """How long the start of a server waits for Stripe to say whether its meters are right."""
+_USUAL_CUSTOMER = first_of(from_auth_user("stripe_customer_id"), from_metadata("stripe_customer_id"))
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
@@ -112,7 +113,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     ) -> None:
         self.meters = checked_meters(meters)
         self._refuses = on_unidentified == "raise"
-        self.customer = _with_default(_default_customer() if customer is None else as_source(customer), on_unidentified)
+        self.customer = _with_default(_USUAL_CUSTOMER if customer is None else as_source(customer), on_unidentified)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
@@ -338,10 +339,6 @@ def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> 
     if isinstance(otherwise, str) and not otherwise.startswith("cus_"):
         raise ConfigurationError(f"on_unidentified={otherwise!r}: use 'skip', 'raise', a 'cus_…' id or a source.")
     return first_of(customer, otherwise)
-
-
-def _default_customer() -> CustomerSource:
-    return first_of(from_auth_user("stripe_customer_id"), from_metadata("stripe_customer_id"))
 
 
 def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
