@@ -31,7 +31,7 @@ from langchain_stripe_meter.core.tenants import (
     needs_lookup,
 )
 from langchain_stripe_meter.core.usage import usage_from_metadata
-from langchain_stripe_meter.core.values import EXACT
+from langchain_stripe_meter.core.values import EXACT, counted
 from langchain_stripe_meter.counting import (
     Ending,
     Use,
@@ -233,7 +233,7 @@ class Recorder:
             if not self.unrecorded:
                 raise
             amounts = f": {said_of(self.lost)}" if self.lost else ""
-            readings = "1 reading" if self.unrecorded == 1 else f"{self.unrecorded} readings"
+            readings = counted(self.unrecorded, "reading")
             raise type(error)(f"{error} This handler left {readings} unrecorded{amounts}.") from error
 
     def _tell(self, error: MeteringError) -> None:

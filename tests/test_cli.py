@@ -220,8 +220,9 @@ def test_a_run_of_held_readings_is_shown_and_assigned_as_a_range(sandbox: Stripe
         for number in range(30):
             handler.record_usage({"input_tokens": 1}, id=f"job-{number}")
     call("deliver", "--once")
-    assert "1-30" in call("held").stdout
-    assert "30 of 30" in call("assign", "1-12", "13", "14-30", "--customer", "cus_1").stdout
+    assert "1 of 1 reading will" in call("assign", "30", "--customer", "cus_1").stdout
+    assert "1-29" in call("held").stdout
+    assert "29 of 29 readings" in call("assign", "1-12", "13", "14-29", "--customer", "cus_1").stdout
     call("deliver", "--once")
     assert sandbox.billed("ai_tokens", "cus_1") == 30
 
@@ -336,6 +337,7 @@ def test_leads_are_captured_and_forgotten(sandbox: StripeSandbox, recorded: None
 def test_doctor_finds_everything_in_order_or_says_what_to_do(sandbox: StripeSandbox, recorded: None) -> None:
     findings = {finding["what"]: finding for finding in as_json("doctor", "--meter", "ai_tokens")}
     assert findings["key"]["said"] == "a key for test mode"
+    assert findings["Stripe"]["said"] == "answers, and has 1 meter"
     assert findings["meter ai_tokens"]["state"] == "ok"
     sandbox.create_meter("windowed", event_time_window="day")
     bad = {f["what"]: f for f in as_json("doctor", "--meter", "windowed", "--meter", "absent", code=1)}

@@ -37,6 +37,7 @@ from langchain_stripe_meter.core.meters import Call, Cost, Credits, Meter, Token
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.core.tokens import Secrets, sign
 from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, MeteringError, UsageError
 
 NOW = 1_780_000_000
@@ -217,6 +218,11 @@ def test_a_meter_that_makes_no_sense_is_named_with_what_it_takes(make: Callable[
 def test_a_reading_that_is_held_says_why_and_of_which_meter(meter: Meter, call: Call, doubt: str) -> None:
     (held,) = meter.readings(call)
     assert (held.event_name, held.value, held.doubt) == ("e", None, doubt)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "0 readings"), (1, "1 reading"), (1000, "1,000 readings")])
+def test_one_is_told_as_one(count: int, words: str) -> None:
+    assert counted(count, "reading") == words
 
 
 # -- usage

@@ -44,6 +44,7 @@ def test_it_bills_exactly_what_it_recorded_without_an_account_or_a_network(tmp_p
         "Recorded and billed agree",
     ):
         assert said in text
+    assert "refused 1 requests" not in text
     for amounts in ("acme 185 185", "ann 120 120", "bob 390 390", "lead 90 90", "ann 11 11"):
         assert amounts in text
     assert max(map(len, demo.stdout.splitlines())) <= 80

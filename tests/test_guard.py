@@ -86,7 +86,7 @@ def test_a_meter_that_its_account_does_not_have_is_held_told_and_tried_again_whe
     why = f"Stripe has no meter with the event name 'ai_tokens'; {make}"
     (held,) = views.held(shop.ledger)
     assert (held.reason, len(held.ids)) == (why, 2)
-    assert [str(error) for error in shop.errors] == [f"2 readings are held: {why}."]
+    assert [str(error) for error in shop.errors] == [f"2 readings held: {why}."]
     connected.create_meter("ai_tokens")
     shop.pass_(HELD_RETRY[0] - 1)
     shop.answered()

@@ -19,6 +19,7 @@ from rich.padding import Padding
 
 from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens, from_lead, from_metadata
 from langchain_stripe_meter.cli.stage import Played, Stage, open_stage, table
+from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.sandbox import drop_answer
 
 EVENTS = "/v1/billing/meter_events"
@@ -147,8 +148,8 @@ def outage(stage: Stage) -> None:
             for _ in range(3):
                 ask(bot, meter)
             down = meter.flush(0.5)
-        refused = sum(request.status == 503 for request in stage.sandbox.requests)
-        stage.say(f"Stripe refused {refused} requests. Three chats went on: {down.pending} events pending.")
+        refused = counted(sum(request.status == 503 for request in stage.sandbox.requests), "request")
+        stage.say(f"Stripe refused {refused}. Three chats went on: {counted(down.pending, 'event')} pending.")
         back = meter.flush(30)
         stage.say(f"Stripe is back: {back.delivered} delivered, {back.pending} pending.")
 
@@ -171,7 +172,7 @@ def sent_again(stage: Stage) -> None:
         same = recorded[0].identifier
         sent = sum(_identifier(request) == same for request in stage.sandbox.requests)
         taken = sum(event.identifier == same for event in stage.sandbox.events)
-        stage.say(f"Stripe's answer was lost. Sent under one identifier: {sent} times; billed: {taken}.")
+        stage.say(f"Stripe's answer was lost. Sent under one identifier: {counted(sent, 'time')}; billed: {taken}.")
 
 
 def _identifier(request: Any) -> object:

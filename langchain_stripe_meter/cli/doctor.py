@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from langchain_stripe_meter.cli.shared import new_gateway
+from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import MeterInfo
 from langchain_stripe_meter.gateway.meters import problem_with
@@ -51,7 +52,7 @@ def _stripe(names: list[str]) -> Iterator[Finding]:
         return
     finally:
         gateway.close()
-    yield Finding("Stripe", "ok", f"answers, and has {len(known)} meters")
+    yield Finding("Stripe", "ok", f"answers, and has {counted(len(known), 'meter')}")
     for name in names or sorted(known):
         yield _meter(name, known.get(name), wanted=bool(names))
 

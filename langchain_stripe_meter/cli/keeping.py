@@ -29,6 +29,7 @@ from langchain_stripe_meter.cli.shared import (
     rows,
     say,
 )
+from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.ledger import DEFAULT_LEDGER
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def capture(
             session, email=email, name=name, phone=phone, region=region, account=account,
             bill_from="first_message" if from_first else "now",
         )  # fmt: skip
-        also = f" {claimed:,} skipped readings will be billed too." if from_first else ""
+        also = f" {counted(claimed, 'skipped reading')} will be billed too." if from_first else ""
         said = f"Captured. Runs of that session are billed from now on.{also}"
         say(said, {"session": session, "captured": True, "claimed": claimed}, as_json=as_json)
 
@@ -142,7 +143,7 @@ def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None
         from langchain_stripe_meter.ledger import views
 
         count = views.leads_count(opened)
-        say(f"Leads of {count:,} sessions are known.", {"sessions": count}, as_json=as_json)
+        say(f"Leads of {counted(count, 'session')} are known.", {"sessions": count}, as_json=as_json)
 
 
 @ledger_app.command()
@@ -184,7 +185,7 @@ def export(
                 count = _export(opened, stream, shown, as_json=as_json)
         except OSError as error:
             fail(f"{file} cannot be written: {error.strerror}. Give another path.", as_json=as_json)
-    console.print(f"{count:,} readings written to {file}.", soft_wrap=True)
+    console.print(f"{counted(count, 'reading')} written to {file}.", soft_wrap=True)
 
 
 def _export(ledger: Ledger, stream: Any, shown: Status, *, as_json: bool) -> int:

@@ -18,6 +18,7 @@ from langchain_stripe_meter.cli.shared import (
     rows,
     say,
 )
+from langchain_stripe_meter.core.values import counted
 
 settling_app = typer.Typer()
 
@@ -67,7 +68,7 @@ def assign(
 
         numbers = from_ranges(ids)
         moved = settle(opened, numbers, customer, value, account)
-    said = f"{moved} of {len(numbers)} readings will be sent. Run: stripe-meter deliver --once"
+    said = f"{moved} of {counted(len(numbers), 'reading')} will be sent. Run: stripe-meter deliver --once"
     say(said, {"moved": moved, "asked": len(numbers)}, as_json=as_json)
     if moved < len(numbers):
         fail("The others still lack a customer or an amount: see 'stripe-meter held'.", 1)
@@ -148,7 +149,11 @@ def retime(
         from langchain_stripe_meter.ledger.acts import retime as move
 
         moved = move(opened, from_ranges(ids), at, not_billed=not_billed)
-        say(f"{moved} readings will be sent. Run: stripe-meter deliver --once", {"moved": moved}, as_json=as_json)
+        say(
+            f"{counted(moved, 'reading')} will be sent. Run: stripe-meter deliver --once",
+            {"moved": moved},
+            as_json=as_json,
+        )
 
 
 @settling_app.command()

@@ -1,4 +1,4 @@
-"""Values: small classes whose objects nobody changes once they are made, and sums that are exact."""
+"""Values: small classes whose objects nobody changes once they are made, sums that are exact, counts in words."""
 
 from __future__ import annotations
 
@@ -17,6 +17,11 @@ EXACT = Context(prec=250)
 def exact_sum(values: Iterable[Decimal]) -> Decimal:
     """The sum; 0 of none."""
     return reduce(EXACT.add, values, Decimal(0))
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 reading``, ``1,000 readings``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import Move, backoff
+from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.errors import ForeignLedgerError, StripeError, logger
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import problem_with
@@ -228,7 +229,7 @@ class Guard:
         before = self._rests.get(meter)
         self._rests[meter] = _Rest(due, problem)
         if held and (before is None or before.why != problem):
-            self._tell(StripeError(f"{held} readings are held: {problem}."))
+            self._tell(StripeError(f"{counted(held, 'reading')} held: {problem}."))
 
     def _check_account(self) -> None:
         """Pin the ledger to the key's mode and account. A key that may not read its account does not pin that."""
