@@ -8,13 +8,14 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
 import pytest
 from conftest import wait_until
-from courier_shop import StillShop, of
+from courier_shop import EVENTS, StillShop, of
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS
@@ -23,7 +24,7 @@ from langchain_stripe_meter.delivery.lookups import LOOKUPS_AT_ONCE
 from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUP_PAUSE_SECONDS
 from langchain_stripe_meter.errors import MeteringError, StripeError
 from langchain_stripe_meter.ledger import outbox, sealing
-from langchain_stripe_meter.sandbox import refuse
+from langchain_stripe_meter.sandbox import Fault, drop_answer, rate_limited, refuse
 
 METERS = "/v1/billing/meters"
 ANN = Reference("email", "ann@example.com")
@@ -158,6 +159,34 @@ def test_what_can_be_sent_ends_a_pause_that_an_earlier_courier_noted(shop: Still
     shop.record("run")
     shop.answered()
     assert shop.status.paused is None
+
+
+def use_elsewhere(shop: StillShop, identifier: str) -> None:
+    event = outbox.MeterEvent("ai_tokens", "cus_2", Decimal(7), identifier, shop.now)
+    shop.courier.gateway.send_once(event)
+
+
+def test_an_identifier_that_stripe_had_before_this_ledger_sent_it_is_told_and_counts_as_delivered(
+    shop: StillShop,
+) -> None:
+    use_elsewhere(shop, "run")
+    shop.record("run", value=4)
+    shop.answered()
+    assert (shop.states(), shop.billed(), shop.billed("cus_2")) == ({"run": "delivered"}, 0, 7)
+    (told,) = shop.errors
+    assert str(told).startswith("Stripe had a meter event run already, which this ledger never sent.")
+
+
+@pytest.mark.parametrize("before", [drop_answer(), rate_limited()], ids=["no answer", "refused"])
+def test_an_identifier_that_this_ledger_has_sent_before_is_taken_for_its_own(shop: StillShop, before: Fault) -> None:
+    shop.sandbox.fail(before, path=EVENTS)
+    shop.record("run", value=4)
+    shop.answered()
+    assert shop.states() == {"run": "pending"}
+    use_elsewhere(shop, "run")
+    shop.pass_(60)
+    shop.answered()
+    assert (shop.states(), shop.errors) == ({"run": "delivered"}, [])
 
 
 def test_every_pause_is_told_once_with_what_to_do(shop: StillShop) -> None:

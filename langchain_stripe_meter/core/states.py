@@ -167,6 +167,11 @@ class Attempt:
     sent_at: int
     first_unknown_at: int | None = None
 
+    @property
+    def is_first(self) -> bool:
+        """Whether Stripe cannot have the event from this ledger by any earlier attempt."""
+        return not self.attempts and self.first_unknown_at is None
+
 
 @dataclass(frozen=True, slots=True)
 class Settlement:

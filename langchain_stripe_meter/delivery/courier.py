@@ -304,6 +304,14 @@ class Courier:
             self._clocks.compare(outcome.date, claimed.attempt.sent_at, now)
         if state in (EventState.REJECTED, EventState.DOUBTFUL):
             self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
+        if outcome.move is Move.DUPLICATE and state is EventState.DELIVERED and claimed.attempt.is_first:
+            said = f"Stripe had a meter event {claimed.event.identifier} already, which this ledger never sent."
+            self._report(
+                StripeError(
+                    f"{said} It counts as delivered, but is billed as whoever sent it said: if that was for something "
+                    "else, correct() the customer's total, and give each application ids of its own."
+                )
+            )
         if state is EventState.WITHDRAWN and claimed.line not in self._gone:  # it is tried again every hour
             self._gone[claimed.line] = True
             what = f"Usage of {claimed.event.customer} on {claimed.event.event_name}"
