@@ -79,6 +79,7 @@ class _Questions:
             except typer.Abort:
                 if sys.stdin.isatty():
                     raise
+                typer.echo()  # the question's own line ends
                 raise ConfigurationError(f"{option} is missing, and there is no terminal to ask for it on.") from None
             if not choices or answer in choices:
                 return answer
