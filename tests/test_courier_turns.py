@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from queue import SimpleQueue
@@ -24,6 +25,7 @@ from langchain_stripe_meter.delivery.lookups import LOOKUPS_AT_ONCE
 from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUP_PAUSE_SECONDS
 from langchain_stripe_meter.errors import MeteringError, StripeError
 from langchain_stripe_meter.ledger import outbox, sealing
+from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import Fault, drop_answer, rate_limited, refuse
 
 METERS = "/v1/billing/meters"
@@ -175,6 +177,21 @@ def test_an_identifier_that_stripe_had_before_this_ledger_sent_it_is_told_and_co
     assert (shop.states(), shop.billed(), shop.billed("cus_2")) == ({"run": "delivered"}, 0, 7)
     (told,) = shop.errors
     assert str(told).startswith("Stripe had a meter event run already, which this ledger never sent.")
+
+
+@pytest.mark.parametrize("customer", ["cus_1", "cus_2"])
+def test_two_ledgers_that_send_one_identifier_in_the_same_second_are_told_apart(
+    shop: StillShop, quick_folder: Path, customer: str
+) -> None:
+    shop.record("run", customer=customer)
+    shop.answered()
+    with closing(Ledger(f"sqlite:///{quick_folder}/other.db", clock=lambda: shop.now)) as other:
+        shop.ledger = other
+        shop.courier = shop.another_courier()
+        shop.record("run")
+        shop.answered()
+    (told,) = shop.errors
+    assert "which this ledger never sent" in str(told)
 
 
 @pytest.mark.parametrize("before", [drop_answer(), rate_limited()], ids=["no answer", "refused"])

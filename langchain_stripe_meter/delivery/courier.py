@@ -5,6 +5,7 @@ The ledger is the queue: the thread owns nothing but a wake-up flag and the requ
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -270,7 +271,7 @@ class Courier:
             try:
                 return job, self.gateway.send(
                     job.event,
-                    f"{attempt.attempts}-{attempt.sent_at}",
+                    f"{attempt.attempts}-{secrets.token_hex(8)}",  # no other ledger's, even for the same identifier
                     # Were this process stopped meanwhile, another may have sent it long ago, and Stripe have forgotten.
                     lambda: outbox.is_over(attempt.sent_at + outbox.LEASE_SECONDS, self.ledger.now() + 1),
                 )
