@@ -9,13 +9,14 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
+from conftest import wait_until
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
@@ -23,10 +24,13 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 import langchain_stripe_meter
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.delivery.courier import Courier
+from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.ledger.views import tail
 from langchain_stripe_meter.reentry import Bell, inside, is_inside, soon, within
+from langchain_stripe_meter.sandbox import StripeSandbox
 
 
 class Model(BaseChatModel):
@@ -482,6 +486,29 @@ def test_an_interrupt_of_a_flush_leaves_the_courier_its_connection(
     for _ in range(600):
         interrupt(lambda: handler._is_pending(0), 2e-3)
     assert done(lambda: handler._ledger.set_note("some", "note"))
+
+
+class Turning(Courier):
+    """It knows which threads it turned in."""
+
+    def turn(self) -> bool:
+        self.threads = {*getattr(self, "threads", ()), threading.current_thread()}
+        return super().turn()
+
+
+@by_alarm
+def test_an_interrupt_of_its_start_leaves_no_courier_that_turns_in_two_threads(
+    interrupt: Interrupter, tmp_path: Path
+) -> None:
+    with StripeSandbox() as sandbox, closing(Ledger(f"sqlite:///{tmp_path}/l.db")) as ledger:
+        for _ in range(200):
+            with closing(Gateway(sandbox.api_key, api_base=sandbox.url)) as gateway:
+                courier = Turning(ledger, gateway)
+                interrupt(courier.wake, 1e-3)
+                courier.wake()
+                wait_until(lambda courier=courier: hasattr(courier, "threads"))
+                courier.close(10)
+                assert len(courier.threads) == 1
 
 
 # -- every lock of ours is taken inside

@@ -119,15 +119,18 @@ class Courier:
         with inside(), self._starting:
             if self._closing.is_set() or (self._thread is not None and self._thread.is_alive()):
                 return
-            thread = threading.Thread(target=self._run, name="stripe-meter-courier", daemon=True)
+            # Known before it starts: Ctrl-C may strike while it does, and then another may be started in its place.
+            self._thread = threading.Thread(target=self._run, name="stripe-meter-courier", daemon=True)
             try:
-                thread.start()
+                self._thread.start()
             except RuntimeError:  # the interpreter is shutting down: the ledger keeps it for the next start
+                self._thread = None
                 logger.info("stripe-meter: no courier can start during shutdown; the ledger keeps what is pending")
-                return
-            self._thread = thread
 
     def _run(self) -> None:
+        with inside(), self._starting:
+            if self._thread is not threading.current_thread():
+                return
         while not self._closing.is_set():
             self._wake.clear()
             try:
@@ -351,7 +354,7 @@ class Courier:
         thread = self._thread
         if thread is None:
             self._end()
-        elif thread is not threading.current_thread():
+        elif thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout + LAST_SECONDS)
 
     def reopen(self) -> None:
