@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -11,6 +12,8 @@ from conftest import assert_invariant
 from courier_shop import EVENTS, Shop, of
 from sqlalchemy import insert, select
 
+from langchain_stripe_meter.audit.chores import Doubts
+from langchain_stripe_meter.core.doubts import LOOK_AGAIN
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.states import CLOCK_MARGIN, MAX_WISH, Move, Outcome, ReadingState
 from langchain_stripe_meter.delivery.guard import Clocks
@@ -88,7 +91,9 @@ def test_what_was_put_off_by_a_clock_that_was_ahead_does_not_wait_for_that_time(
     assert shop.billed() == 3
 
 
-def test_what_was_claimed_by_a_clock_that_was_ahead_is_in_doubt_and_not_sent_late(shop: SkewedShop) -> None:
+def test_what_was_claimed_by_a_clock_that_was_ahead_is_in_doubt_and_not_sent_late(
+    shop: SkewedShop, caplog: pytest.LogCaptureFixture
+) -> None:
     shop.record("run", value=3)
     shop.skew = 30 * DAY
     with shop.ledger.deliver_lane().transaction() as connection:
@@ -98,8 +103,16 @@ def test_what_was_claimed_by_a_clock_that_was_ahead_is_in_doubt_and_not_sent_lat
     _, outcome = shop.courier._ask_stripe(claimed)
     assert isinstance(outcome, Outcome)
     assert outcome.move is Move.REFUSED_FOR_NOW
-    shop.courier.turn()
+    with caplog.at_level(logging.WARNING):
+        shop.courier.turn()
     assert (shop.states(), shop.sent()) == ({"run": "doubtful"}, [])
+    assert "meter event run is doubtful" in caplog.text
+    minding = shop.another_courier(chores=[Doubts(shop.ledger, shop.courier.gateway)])
+    for _ in range(20):
+        minding.turn()
+        shop.sandbox.advance(seconds=LOOK_AGAIN)
+    shop.drive(minding)
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 3)
 
 
 def test_chores_go_on_after_a_clock_was_ahead(shop: SkewedShop) -> None:

@@ -332,14 +332,17 @@ def reap(connection: Connection, now: int) -> int:
         taken = set(connection.execute(mine.with_for_update(skip_locked=True)).scalars())
         dead = [row for row in dead if row["id"] in taken]
     outcome = Outcome(Move.UNKNOWN, "the courier that was sending it died")
-    orphans = [
-        (
-            (row["id"], row["lease"]),
-            Attempt(row["identifier"], row["attempts"], row["sent_at"], row["first_unknown_at"]),
-        )
-        for row in dead
-    ]
-    return sum(_finish(connection, *orphan, outcome, now) is not None for orphan in orphans)
+    return sum(_reap(connection, row, outcome, now) for row in dead)
+
+
+def _reap(connection: Connection, row: Mapping[Any, Any], outcome: Outcome, now: int) -> bool:
+    attempt = Attempt(row["identifier"], row["attempts"], row["sent_at"], row["first_unknown_at"])
+    state = _finish(connection, (row["id"], row["lease"]), attempt, outcome, now)
+    if state is EventState.DOUBTFUL:
+        logger.warning("stripe-meter: meter event %s is %s: %s", row["identifier"], state, outcome.message)
+        if row["sent_at"] > now:  # by a clock that was ahead: else nobody would look at Stripe's sum before then
+            connection.execute(update(events).where(events.c.id == row["id"]).values(sent_at=now))
+    return state is not None
 
 
 def is_over(lease_until: int, now: int) -> bool:
