@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING
 
 from langchain_stripe_meter.core.customers import CustomerSource
-from langchain_stripe_meter.core.events import check_account, seconds
+from langchain_stripe_meter.core.events import LAST_SECOND, check_account, seconds
 from langchain_stripe_meter.core.meters import Meter, dimensions_of
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.core.tenants import lead_region
@@ -124,16 +124,18 @@ class Operations:
         with self._ledger.read() as connection:
             views.pending(connection)  # opening is not enough: its tables may be gone
 
-    def verify(self, since: datetime | int = 0) -> Verification:
-        """Hold the ledger against Stripe's own sums, per customer and meter, for usage since ``since``.
+    def verify(self, since: datetime | int = 0, until: datetime | int = LAST_SECOND) -> Verification:
+        """Hold the ledger against Stripe's own sums, per customer and meter, for usage dated from ``since`` to before
+        ``until``, such as a month that is over.
 
-        ``since`` is a datetime with a time zone or Unix seconds. Raises ``StripeError`` where Stripe does not answer,
+        Each is a datetime with a time zone or Unix seconds. Stripe's sums lag behind: that they lack what was delivered
+        within the last two hours is no difference. Raises ``StripeError`` where Stripe does not answer,
         ``ConfigurationError`` for a handler that only records.
         """
         gateway = self._gateway("verify()")
         from langchain_stripe_meter.audit.verify import verify
 
-        return verify(self._ledger, gateway, seconds(since, "since"))
+        return verify(self._ledger, gateway, seconds(since, "since"), seconds(until, "until"))
 
     def acts(self, most: int = 1000) -> decisions.ActList:
         """The newest decisions of persons and webhooks, oldest first: cancelled, corrected, re-timed, written off,

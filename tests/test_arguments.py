@@ -185,6 +185,9 @@ def test_a_time_that_is_none_is_refused(tmp_path: Path, since: Any) -> None:
                 ask(since)
             ask(datetime(2026, 1, 1, tzinfo=UTC))
             ask(int(time.time()))
+        with pytest.raises(ConfigurationError, match="until="):
+            shop.handler.verify(0, since)
+        shop.handler.verify(0, datetime(2026, 1, 1, tzinfo=UTC))
 
 
 @pytest.mark.parametrize("expires_at", [5, 0, datetime(2020, 1, 1, tzinfo=UTC)])

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from decimal import Decimal
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from langchain_stripe_meter.core.doubts import MINUTE
+from langchain_stripe_meter.core.events import LAST_SECOND
 from langchain_stripe_meter.core.states import Move
-from langchain_stripe_meter.core.totals import Comparison, compare
-from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.core.totals import Comparison, Known, compare, is_settled
+from langchain_stripe_meter.core.values import EXACT
+from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.store import Ledger
 
-MINUTE = 60
 AT_ONCE = 8
 """Questions to Stripe at a time; it takes 100 a second, in its sandboxes 25."""
 PORTION = 200
@@ -69,45 +71,54 @@ class Verification:
 
 
 def verify(
-    ledger: Ledger, gateway: Gateway, since: int = 0, *, progress: Callable[[int, int], None] | None = None
+    ledger: Ledger,
+    gateway: Gateway,
+    since: int = 0,
+    until: int = LAST_SECOND,
+    *,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Verification:
-    """Compare per customer and meter, for usage since ``since`` (Unix seconds, taken down to its minute).
+    """Compare per customer and meter, for usage dated from ``since`` to before ``until`` (Unix seconds, each taken down
+    to its minute).
 
     Asks Stripe one question for each customer and meter (also a meter that another of its name replaced), a few at a
     time, while delivery goes on. ``progress`` is told how many of how many are done. A connected account that is closed
     to the key is left out, and named. Raises ``StripeError`` where Stripe does not answer or the key may not read
-    meters, ``ConfigurationError`` where ``since`` lies inside a day that was pruned.
+    meters, ``ConfigurationError`` where ``until`` is not after ``since`` or one of them lies inside a day that was
+    pruned.
     """
-    start = since - since % MINUTE
-    end = ledger.now() // MINUTE * MINUTE + 10 * MINUTE  # events may lie five minutes ahead
-    known = _known(ledger, start)
-    found = [
-        compare(place.event_name, place.customer, known[place], at_stripe, place.account, problem=problem)
-        for place, at_stripe, problem in _at_stripe(gateway, sorted(known), (start, end), progress)
-    ]
-    if any(one.difference for one in found):
-        found = _again(found, known, _known(ledger, start))
-    return Verification(tuple(found))
+    start, end = since - since % MINUTE, until - until % MINUTE
+    if end <= start:
+        raise ConfigurationError(f"until={until} must be at least a minute after since={since} (Unix seconds).")
+    ahead = ledger.now() // MINUTE * MINUTE + 10 * MINUTE  # events may lie five minutes ahead
+    window = (start, max(min(end, ahead), start + MINUTE))
+    known, later = _known(ledger, start, end), dict[Place, Known]()
+
+    def compared() -> tuple[Comparison, ...]:
+        return tuple(
+            compare(*place[1:], known[place], at_stripe, place.account, later=later.get(place), problem=problem)
+            for place, at_stripe, problem in asked
+        )
+
+    asked = list(_at_stripe(gateway, sorted(known), window, progress))
+    if any(one.difference for one in compared()):  # what was delivered while Stripe was asked is none
+        later = _known(ledger, start, end)
+    return Verification(compared())
 
 
-def _known(ledger: Ledger, start: int) -> dict[Place, Mapping[str, Decimal]]:
-    return {
-        Place(account, event_name, customer): states
-        for account in views.accounts(ledger)
-        for (event_name, customer), states in views.totals(ledger, start, account).items()
-        if customer != "?"
-    }
-
-
-def _again(
-    found: list[Comparison], known: Mapping[Place, Mapping[str, Decimal]], later: Mapping[Place, Mapping[str, Decimal]]
-) -> list[Comparison]:
-    """What was delivered while Stripe was asked is no difference."""
-    return [
-        compare(*place[1:], known[place], one.at_stripe, one.account, later=later.get(place), problem=one.problem)
-        for one in found
-        for place in [Place(one.account, one.event_name, one.customer)]
-    ]
+def _known(ledger: Ledger, start: int, end: int) -> dict[Place, Known]:
+    now, found = ledger.now(), dict[Place, Known]()
+    for account in views.accounts(ledger):
+        sums: dict[tuple[str, str, str, bool, bool], Decimal] = {}  # so that each of many rows is added once
+        for event_name, customer, value, state, *moments in views.amounts(ledger, start, end, account):
+            if customer:
+                amount = Decimal(value)
+                key = (event_name, customer, state, is_settled(state, now, *moments), amount < 0)
+                sums[key] = EXACT.add(sums[key], amount) if key in sums else amount
+        for (event_name, customer, state, settled, _), amount in sums.items():
+            known = found.setdefault(Place(account, event_name, customer), Known())
+            known.add(amount, state, is_settled=settled)
+    return found
 
 
 def _at_stripe(

@@ -140,9 +140,9 @@ def forget(
 def show_count(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
     """For how many sessions somebody is known; nobody is named."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.ledger import views
+        from langchain_stripe_meter.ledger.leads import sessions_known
 
-        count = views.leads_count(opened)
+        count = sessions_known(opened)
         say(f"Leads of {counted(count, 'session')} are known.", {"sessions": count}, as_json=as_json)
 
 

@@ -11,12 +11,10 @@ from decimal import Context, Decimal
 from enum import StrEnum
 from typing import Any
 
+from langchain_stripe_meter.core.doubts import MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState
 from langchain_stripe_meter.core.values import EXACT, exact_sum
 
-_ON_THE_WAY = (EventState.SENDING, EventState.DOUBTFUL)
-"""States in which Stripe may have an amount or not: nobody knows yet."""
-MINUTE = 60
 SKEW_SECONDS = 600
 """By how much a report's window is widened: our clock and Stripe's differ, and it judges events after it took them."""
 GONE_CODES = frozenset({"archived_meter", "no_meter", "meter_event_customer_not_found"})
@@ -26,19 +24,58 @@ _AS_STRIPE = Context(prec=15)
 """Stripe's sums are floats, which are read to 15 digits."""
 
 
+def is_settled(
+    state: str, now: int, settled_at: int | None, first_unknown_at: int | None, cancelled_at: int | None
+) -> bool:
+    """Whether it is certain that Stripe's sums show an event that is delivered, and no other.
+
+    Times are Unix seconds, None for what did not happen; ``cancelled_at`` also stands for the wish to cancel it.
+    """
+    if state in (EventState.SENDING, EventState.DOUBTFUL):
+        return False
+    if state == EventState.PENDING:
+        return first_unknown_at is None
+    delivered_at = settled_at if state == EventState.DELIVERED else None
+    return max(delivered_at or 0, cancelled_at or 0) <= now - SUMS_LAG
+
+
+@dataclass(slots=True)
+class Known:
+    """What the ledger knows of a customer's usage on a meter: Stripe's sum lies between ``least`` and ``most``."""
+
+    recorded: Decimal = Decimal(0)
+    delivered: Decimal = Decimal(0)
+    least: Decimal = Decimal(0)
+    most: Decimal = Decimal(0)
+
+    def add(self, value: Decimal, state: str, *, is_settled: bool) -> None:
+        """Take in an amount; unless it ``is_settled``, Stripe's sum may show it or not."""
+        self.recorded = EXACT.add(self.recorded, value)
+        is_delivered = state == EventState.DELIVERED
+        if is_delivered:
+            self.delivered = EXACT.add(self.delivered, value)
+        if is_delivered if is_settled else value < 0:
+            self.least = EXACT.add(self.least, value)
+        if is_delivered if is_settled else value > 0:
+            self.most = EXACT.add(self.most, value)
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """One customer's usage on one meter: what the ledger says, and what Stripe says.
 
-    ``recorded`` is everything, in whatever state; ``delivered`` what Stripe took; ``uncertain`` what it may or may not
-    have; ``at_stripe`` its own sum, None where it cannot be asked (customer or meter unknown). ``account`` is the
-    connected account, ``""`` the key's own. ``problem`` says why that account could not be asked: nothing was compared.
+    ``recorded`` is everything, in whatever state; ``delivered`` what Stripe took; ``at_least`` what its sum must come
+    to, and ``uncertain`` how much more it may be: by what is being sent or in doubt, and by what was delivered or
+    cancelled within the last two hours, for the sums lag behind. ``at_stripe`` is that sum, None where it cannot be
+    asked (customer or meter unknown). ``account`` is the connected account, ``""`` the key's own. ``problem`` says why
+    that account could not be asked: nothing was compared.
     """
 
     event_name: str
     customer: str
     recorded: Decimal
     delivered: Decimal
+    at_least: Decimal
     uncertain: Decimal
     at_stripe: Decimal | None
     account: str = ""
@@ -50,43 +87,38 @@ class Comparison:
         if self.problem is not None:
             return Decimal(0)
         at_stripe = Decimal(0) if self.at_stripe is None else self.at_stripe
-        bounds = sorted((self.delivered, EXACT.add(self.delivered, self.uncertain)))
-        return EXACT.subtract(at_stripe, min(max(at_stripe, bounds[0]), bounds[1]))
+        at_most = EXACT.add(self.at_least, self.uncertain)
+        return EXACT.subtract(at_stripe, min(max(at_stripe, self.at_least), at_most))
 
 
 def compare(
     event_name: str,
     customer: str,
-    amounts: Mapping[str, Decimal],
+    known: Known,
     at_stripe: Decimal | None,
     account: str = "",
     *,
-    later: Mapping[str, Decimal] | None = None,
+    later: Known | None = None,
     problem: str | None = None,
 ) -> Comparison:
-    """Hold the ledger's ``amounts`` by state, as they were before Stripe was asked, against Stripe's sum.
+    """Hold what the ledger knew before Stripe was asked against Stripe's sum.
 
-    ``later`` are those after Stripe was asked: what was delivered in between may be in its sum or not. ``problem`` is
-    why it could not be asked.
+    ``later`` is what it knew after Stripe was asked: what was delivered in between may be in the sum or not.
+    ``problem`` is why it could not be asked.
     """
-    delivered, uncertain = amounts.get(EventState.DELIVERED, Decimal(0)), _on_the_way(amounts)
-    if later is not None:
-        most = EXACT.add(later.get(EventState.DELIVERED, Decimal(0)), _on_the_way(later))
-        uncertain = max(uncertain, EXACT.subtract(most, delivered))
+    after = known if later is None else later
+    least, most = min(known.least, after.least), max(known.most, after.most)
     return Comparison(
         event_name=event_name,
         customer=customer,
-        recorded=exact_sum(amounts.values()),
-        delivered=delivered,
-        uncertain=uncertain,
+        recorded=known.recorded,
+        delivered=known.delivered,
+        at_least=least,
+        uncertain=EXACT.subtract(most, least),
         at_stripe=at_stripe,
         account=account,
         problem=problem,
     )
-
-
-def _on_the_way(amounts: Mapping[str, Decimal]) -> Decimal:
-    return exact_sum(amounts.get(state, Decimal(0)) for state in _ON_THE_WAY)
 
 
 # -- what Stripe took and refused later

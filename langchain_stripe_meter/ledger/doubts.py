@@ -14,8 +14,7 @@ from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Fac
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
-from langchain_stripe_meter.ledger.acts import CANCEL_ASKED
-from langchain_stripe_meter.ledger.schema import IS_DOUBTFUL, acts, events, pruned
+from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, IS_DOUBTFUL, acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import html_table
 

@@ -30,6 +30,12 @@ _CLAIMED = next_reading_state(ReadingState.SKIPPED, Move.CLAIM)
 _CLAIMED_WITHOUT_AMOUNT = next_reading_state(_CLAIMED, Move.HOLD)
 
 
+def sessions_known(ledger: Ledger) -> int:
+    """For how many sessions a lead is known."""
+    with ledger.read() as connection:
+        return int(connection.execute(select(func.count()).select_from(leads)).scalar_one())
+
+
 class Leads:
     """What the application learned about the person behind a session: durable, shared by all processes.
 

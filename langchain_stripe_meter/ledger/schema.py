@@ -115,6 +115,8 @@ acts = Table(  # what a person or a webhook decided: re-timed, written off, assi
     Column("detail", Text),
     Index("acts_subject", "subject"),
 )
+CANCEL_ASKED, CANCELLED = "cancel asked", "cancelled"
+IS_CANCEL = acts.c.act.in_([CANCEL_ASKED, CANCELLED])
 
 webhook_events = Table(  # Stripe's notifications that were taken in, each once
     "webhook_events",

@@ -11,20 +11,19 @@ from typing import Any
 
 from sqlalchemy import Connection, bindparam, func, null, select, union, union_all
 
-from langchain_stripe_meter.core.events import FUTURE_LIMIT
-from langchain_stripe_meter.core.states import (
-    ReadingState,
-)
+from langchain_stripe_meter.core.events import FUTURE_LIMIT, LAST_SECOND
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.values import EXACT, exact_sum
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.schema import (
+    IS_CANCEL,
     IS_DOUBTFUL,
     IS_PENDING,
     IS_SENDING,
     OPEN_READINGS,
+    acts,
     events,
-    leads,
     notes,
     pruned,
     readings,
@@ -286,24 +285,14 @@ def _rows(ledger: Ledger, since: int) -> list[tuple[int, str, str | None, str | 
 
 
 def _skipped(key: tuple[int, str, str], parts: list[tuple[int, str | None, int]]) -> Skipped:
-    total = Decimal(0)
-    for _, value, times in parts:
-        if value is not None:
-            total = EXACT.add(total, EXACT.multiply(Decimal(value), Decimal(times)))
     return Skipped(
         day=datetime.fromtimestamp(key[0], UTC).date().isoformat(),
         event_name=key[1],
         reason=key[2],
         readings=sum(count for count, _, _ in parts),
-        value=total,
+        value=exact_sum(EXACT.multiply(Decimal(value), times) for _, value, times in parts if value is not None),
         unknown=sum(count for count, value, _ in parts if value is None),
     )
-
-
-def leads_count(ledger: Ledger) -> int:
-    """For how many sessions a lead is known."""
-    with ledger.read() as connection:
-        return int(connection.execute(select(func.count()).select_from(leads)).scalar_one())
 
 
 def held(ledger: Ledger) -> HeldList:
@@ -363,37 +352,49 @@ def accounts(ledger: Ledger) -> list[str]:
 
 
 def totals(ledger: Ledger, since: int = 0, account: str = "") -> dict[tuple[str, str], dict[str, Decimal]]:
-    """Amounts by (event name, customer) and state, of one account's usage since ``since`` (Unix seconds).
+    """The ``amounts`` by (event name, customer) and state."""
+    found: dict[tuple[str, str], dict[str, Decimal]] = {}
+    for row in amounts(ledger, since, account=account):
+        by_state = found.setdefault((row.event_name, row.customer or "?"), {})
+        by_state[row.state] = EXACT.add(by_state.get(row.state, Decimal(0)), Decimal(row.value))
+    return found
 
-    What was pruned is in them. Raises ``ConfigurationError`` where ``since`` lies inside a day of which only the sum
-    is left.
+
+def amounts(ledger: Ledger, since: int = 0, until: int = LAST_SECOND, account: str = "") -> Iterator[Any]:
+    """What was used of an account from ``since`` to before ``until`` (Unix seconds), row by row, as of one moment.
+
+    Each has ``event_name``, ``customer``, ``value``, ``state``, and when its event was settled, first unknown and asked
+    to be cancelled. Sums of pruned days are in them: ``ConfigurationError`` where a time lies inside such a day.
     """
-    _check_since(ledger, since, account)
+    _check_unpruned(ledger, "since", since, account)
+    _check_unpruned(ledger, "until", until, account)
     at = func.coalesce(events.c.at, readings.c.at)  # what was rolled up is Stripe's at the event's time
+    cancelling = select(acts.c.subject, func.max(acts.c.at).label("at")).where(IS_CANCEL)
+    taken_back = cancelling.group_by(acts.c.subject).subquery()
     of_rows = (
-        select(readings.c.event_name, readings.c.customer, readings.c.value, readings.c.state, events.c.state)
+        select(
+            readings.c.event_name, readings.c.customer, readings.c.value,
+            func.coalesce(events.c.state, readings.c.state).label("state"), events.c.settled_at,
+            events.c.first_unknown_at, taken_back.c.at.label("cancelled_at"),
+        )
         .select_from(readings.outerjoin(events, events.c.id == readings.c.event_id))
-        .where(readings.c.account == account, at >= since)
+        .outerjoin(taken_back, taken_back.c.subject == events.c.identifier)
+        .where(readings.c.account == account, at >= since, at < until)
         .where(readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
-    )
-    columns = (pruned.c.event_name, pruned.c.customer, pruned.c.amount, pruned.c.state, null())
-    of_pruned = select(*columns).where(pruned.c.account == account, pruned.c.day >= since)
-    both = union_all(of_rows, of_pruned.where(pruned.c.state != ReadingState.SKIPPED.value))  # of one moment
-    amounts: dict[tuple[str, str], dict[str, Decimal]] = {}
+    )  # fmt: skip
+    columns = (pruned.c.event_name, pruned.c.customer, pruned.c.amount, pruned.c.state, null(), null(), null())
+    of_pruned = select(*columns).where(pruned.c.account == account, pruned.c.day >= since, pruned.c.day < until)
+    of_pruned = of_pruned.where(pruned.c.state != ReadingState.SKIPPED.value)
     with ledger.read() as connection:
-        for name, customer, value, state, event_state in connection.execution_options(yield_per=1000).execute(both):
-            by_state = amounts.setdefault((name, customer or "?"), {})
-            shown = event_state or state
-            by_state[shown] = EXACT.add(by_state.get(shown, Decimal(0)), Decimal(value))
-    return amounts
+        yield from connection.execution_options(yield_per=1000).execute(union_all(of_rows, of_pruned))
 
 
-def _check_since(ledger: Ledger, since: int, account: str) -> None:
-    day = since - since % DAY
+def _check_unpruned(ledger: Ledger, name: str, moment: int, account: str) -> None:
+    day = moment - moment % DAY
     query = select(pruned.c.day).where(pruned.c.account == account, pruned.c.day == day).limit(1)
     with ledger.read() as connection:
-        if day != since and connection.execute(query).first() is not None:
+        if day != moment and connection.execute(query).first() is not None:
             raise ConfigurationError(
-                f"since={since} lies inside a day that was pruned, of which only the sum is left. "
+                f"{name}={moment} lies inside a day that was pruned, of which only the sum is left. "
                 f"Use that day's midnight, {day}, or the next, {day + DAY} (UTC)."
             )
