@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import stripe
 from conftest import wait_until
+from sqlalchemy import update
 from typer.testing import CliRunner, Result
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, list_meters, static
@@ -26,7 +28,7 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.schema import HEAD
+from langchain_stripe_meter.ledger.schema import HEAD, events
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox, refuse
 
@@ -271,11 +273,49 @@ def test_verify_agrees_or_names_the_difference(sandbox: StripeSandbox, recorded:
     call("deliver", "--once")
     agreed = as_json("verify")[0]
     assert (agreed["at_stripe"], agreed["difference"], agreed["agrees"]) == ("100", "0", True)
+    assert (agreed["at_least"], agreed["uncertain"]) == ("0", "100")
+    assert "was delivered or cancelled within the last two hours" in call("verify").stdout
     sandbox.reject(sandbox.events[0].identifier)
+    assert as_json("verify")[0]["agrees"]
+    two_hours_pass()
     differs = as_json("verify", code=1)[0]
     assert (differs["at_stripe"], differs["difference"], differs["agrees"]) == ("0", "-100", False)
     result = call("verify", code=1)
-    assert "cus_1 on ai_tokens by -100" in " ".join(result.stderr.split())
+    assert "last two hours" not in result.stdout
+    said = " ".join(result.stderr.split())
+    assert "Stripe has less than was delivered: cus_1 on ai_tokens by -100." in said
+    assert "stripe-meter tail" in said
+    assert "stripe-meter retry" in said
+    assert "more than" not in said
+
+
+def two_hours_pass() -> None:
+    """Since what is in the ledger was delivered."""
+    with closing(Ledger(os.environ["STRIPE_METER_LEDGER"])) as ledger, ledger.write() as connection:
+        connection.execute(update(events).values(settled_at=events.c.settled_at - 7200))
+
+
+def test_verify_says_where_an_excess_may_come_from_and_what_to_do(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once")
+    payload = {"stripe_customer_id": "cus_1", "value": "7"}
+    stranger = stripe.StripeClient(sandbox.api_key, base_addresses={"api": sandbox.url})
+    stranger.v1.billing.meter_events.create({"event_name": "ai_tokens", "payload": payload})
+    said = " ".join(call("verify", code=1).stderr.split())
+    assert "Stripe has more than this ledger knows of: cus_1 on ai_tokens by +7." in said
+    for step in ("restored from a backup", "stripe-meter acts", "stripe-meter correct"):
+        assert step in said
+    assert "less than" not in said
+
+
+def test_verify_takes_a_beginning_and_an_end(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once")
+    now = sandbox.now()
+    assert as_json("verify", "--since", str(now - 600), "--until", str(now + 600))[0]["at_stripe"] == "100"
+    assert as_json("verify", "--until", str(now - 600)) == []
+    assert (
+        "until=5 must be at least a minute after since=5"
+        in call("verify", "--since", "5", "--until", "5", code=2).stderr
+    )
 
 
 def test_tail_and_export_show_each_reading_once(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import closing
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from sqlalchemy import func, select, update
 from typer.testing import CliRunner
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata
-from langchain_stripe_meter.audit.verify import verify
+from langchain_stripe_meter.audit.verify import Verification, verify
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.doubts import SUMS_LAG
 from langchain_stripe_meter.core.states import ReadingState
@@ -111,7 +113,9 @@ def test_what_stripe_took_back_is_a_difference_below(
     use(handler)
     sandbox.reject(sandbox.events[0].identifier)
     sandbox.advance(hours=2)
-    assert [one.difference for one in handler.verify().differences] == [-sandbox.events[0].value]
+    verification = handler.verify()
+    assert [one.difference for one in verification.differences] == [-sandbox.events[0].value]
+    assert "Stripe has less than was delivered" in verification._repr_html_()
 
 
 def test_progress_is_told_and_older_usage_is_left_out(
@@ -204,6 +208,21 @@ def test_a_hundred_thousand_events_are_compared_with_one_question_for_each_custo
     assert peak < 30 * 2**20
 
 
+def test_what_stripe_cannot_be_asked_about_is_told_apart_and_of_many_some_are_named() -> None:
+    known = Known()
+    known.add(Decimal(5), "delivered", is_settled=True)
+    more, less, gone = Decimal(6), Decimal(4), None
+    found = Verification(tuple(compare("m", f"cus_{at}", known, at, "acct_1") for at in (more, less, gone)))
+    assert [line.partition(". ")[0] for line in found.advice.splitlines()] == [
+        "Stripe has more than this ledger knows of: cus_6 on m of acct_1 by +1",
+        "Stripe has less than was delivered: cus_4 on m of acct_1 by -1",
+        "Stripe has no such customer or meter: cus_None on m of acct_1 by -5",
+    ]
+    many = Verification(tuple(compare("m", f"cus_{number}", known, less) for number in range(12)))
+    assert "cus_9 on m by -1 and 2 more." in many.advice
+    assert Verification(tuple(compare("m", "cus", known, at) for at in [Decimal(5)])).advice == ""
+
+
 @pytest.fixture
 def busy(tmp_path: Path) -> Iterator[tuple[StripeSandbox, StripeMeterCallbackHandler]]:
     """A meter whose sums lag by five minutes, as a small account's may."""
@@ -249,7 +268,7 @@ def test_what_stripe_may_have_taken_or_cancelled_without_a_word_is_no_difference
     sandbox: StripeSandbox, handler: StripeMeterCallbackHandler
 ) -> None:
     use(handler)
-    taken = sandbox.events[0]
+    taken = next(event for event in sandbox.events if event.customer == "cus_0")
     sandbox.advance(hours=2)
     assert handler.verify().agrees
     sandbox.fail(drop_answer(), path="/v1/billing/meter_event_adjustments")
@@ -261,6 +280,7 @@ def test_what_stripe_may_have_taken_or_cancelled_without_a_word_is_no_difference
     handler.record_usage({"input_tokens": 9}, id="unclear", metadata={"id": "cus_1"})
     assert handler.flush(1).pending == 1
     found = handler.verify()
+    sandbox.clear_faults()
     assert found.agrees
     assert [(one.uncertain, one.at_stripe) for one in found.comparisons] == [(120, 0), (9, 130), (0, 122)]
 
@@ -428,10 +448,12 @@ def test_the_command_names_the_account_that_was_not_compared_beside_what_differs
     gone, other = shops
     gone._account.connected = False
     other.reject(other.events[0].identifier)
+    with closing(Ledger(os.environ["STRIPE_METER_LEDGER"])) as ledger, ledger.write() as connection:
+        connection.execute(update(events).values(settled_at=events.c.settled_at - SUMS_LAG))
     told = CliRunner().invoke(app, ["verify"])
     words = " ".join(told.stderr.split())
     assert told.exit_code == 1
-    assert "cus_0 on ai_tokens by -15" in words
+    assert "cus_0 on ai_tokens of acct_b by -15" in words
     assert "acct_a was not compared: HTTP 403: The provided key" in words
     told = CliRunner().invoke(app, ["verify", "--json"])
     closed, differs = json.loads(told.stdout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +11,7 @@ from decimal import Decimal
 from functools import partial
 from typing import NamedTuple, TypeVar
 
+from langchain_stripe_meter.audit.windows import some
 from langchain_stripe_meter.core.doubts import MINUTE
 from langchain_stripe_meter.core.events import LAST_SECOND
 from langchain_stripe_meter.core.states import Move
@@ -28,6 +30,23 @@ PATIENCE = 30
 """The longest wait, in seconds, before a question is asked again."""
 
 
+UNCERTAIN = (
+    "uncertain: what is being sent or in doubt, and what was delivered or cancelled within the last two hours, for "
+    "Stripe's sums lag behind."
+)
+MORE = (
+    "Stripe has more than this ledger knows of: {}. Another program or ledger billed it, or this ledger was restored "
+    "from a backup (see stripe-meter status) or was told not to bill what Stripe had taken (see stripe-meter acts). "
+    "What was not used is taken back at Stripe by its identifier within 24 hours, or by stripe-meter correct."
+)
+LESS = (
+    "Stripe has less than was delivered: {}. If its sums are late, looking again later shows it. Else Stripe rejected "
+    "it after it took it, and told the webhook: stripe-meter tail shows what is rejected and why; repair that, then "
+    "stripe-meter retry. Without a webhook, look for the reason in Stripe's Dashboard, and bill what is missing by "
+    "stripe-meter correct."
+)
+UNKNOWN = "Stripe has no such customer or meter: {}. Is the key of another account, or was the customer deleted?"
+
 Answer = TypeVar("Answer")
 
 
@@ -43,9 +62,6 @@ class Place(NamedTuple):
 class Verification:
     """What was compared. ``agrees`` is False where Stripe's sum cannot be explained by what the ledger knows, or where
     a connected account could not be asked.
-
-    Summaries lag behind (there is no published bound): a customer who has *too little* at Stripe minutes after a
-    delivery may only need time; one who has *too much* was sent usage that this ledger does not know.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -65,9 +81,30 @@ class Verification:
         """Those of connected accounts that are closed to the key; their ``problem`` says why."""
         return tuple(one for one in self.comparisons if one.problem)
 
+    @property
+    def notes(self) -> str:
+        """What ``uncertain`` means, where something is; else empty."""
+        return UNCERTAIN if any(one.uncertain for one in self.comparisons) else ""
+
+    @property
+    def advice(self) -> str:
+        """Why ``agrees`` is False, a line for each reason: whose usage differs by how much, what that may come from,
+        and what to do. Empty where it is True.
+        """
+        closed = {one.account: one.problem for one in self.not_compared}
+        said = [f"The account {account} was not compared: {problem}" for account, problem in closed.items()]
+        kinds: dict[str, list[str]] = {MORE: [], LESS: [], UNKNOWN: []}
+        for one in self.differences:
+            kind = MORE if one.difference > 0 else UNKNOWN if one.at_stripe is None else LESS
+            on = f"{one.event_name} of {one.account}" if one.account else one.event_name
+            kinds[kind].append(f"{one.customer} on {on} by {one.difference:+,}")
+        return "\n".join([*said, *(kind.format(some(named)) for kind, named in kinds.items() if named)])
+
     def _repr_html_(self) -> str:
         head = (*(one.name for one in fields(Comparison)), "difference")
-        return views.html_table(head, [tuple(getattr(one, name) for name in head) for one in self.comparisons])
+        table = views.html_table(head, [tuple(getattr(one, name) for name in head) for one in self.comparisons])
+        lines = [*self.notes.splitlines(), *self.advice.splitlines()]
+        return table + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 
 
 def verify(

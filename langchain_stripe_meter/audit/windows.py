@@ -114,7 +114,7 @@ class Windows:
         if unexplained and rejected is not None:
             tell(self._on_error, StripeError(
                 "Stripe reported errors that it did not name, and has other sums: "
-                f"{_some([one.said for one in unexplained], '; ')}. Nothing was changed there. Look at them at Stripe, "
+                f"{some([one.said for one in unexplained], '; ')}. Nothing was changed there. Look at them at Stripe, "
                 "and bill what it lacks with correct()."
             ))  # fmt: skip
 
@@ -150,7 +150,7 @@ def tell_rejected(on_error: OnError | None, identifiers: Iterable[str], codes: I
     if named:
         tell(on_error, StripeError(
             f"Stripe rejected {len(named)} meter events after it took them ({', '.join(sorted(set(codes)))}): "
-            f"{_some(named)}. Repair the cause, then retry() them or write them off."
+            f"{some(named)}. Repair the cause, then retry() them or write them off."
         ))  # fmt: skip
 
 
@@ -159,11 +159,12 @@ def tell_late(on_error: OnError | None, identifiers: Sequence[str]) -> None:
     if identifiers:
         tell(on_error, StripeError(
             f"Stripe reported errors of {len(identifiers)} meter events that were sent again later: "
-            f"{_some(identifiers)}. Nothing was changed. Where verify() shows that Stripe lacks one, bill it with "
+            f"{some(identifiers)}. Nothing was changed. Where verify() shows that Stripe lacks one, bill it with "
             "correct()."
         ))  # fmt: skip
 
 
-def _some(said: Sequence[str], between: str = ", ") -> str:
+def some(said: Sequence[str], between: str = ", ") -> str:
+    """The first ten, and how many more there are."""
     more = len(said) - 10
     return between.join(said[:10]) + (f" and {more} more" if more > 0 else "")
