@@ -23,7 +23,15 @@ from langchain_core.tools import tool
 from metering import Shop, paid_by
 from providers import OpenAIServer, Reply, openai_usage
 
-from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead, from_metadata, static
+from langchain_stripe_meter import (
+    Messages,
+    StripeMeterCallbackHandler,
+    Tokens,
+    from_context,
+    from_lead,
+    from_metadata,
+    static,
+)
 from langchain_stripe_meter.agents.limits import (
     Budget,
     Spender,
@@ -586,3 +594,22 @@ def test_calls_that_have_begun_may_go_beyond_the_limit_and_no_more_than_those(
             model.invoke("Hi", gated(budget, meter))
         assert caught.value.used == 60
         assert len(server.requests) == 4
+
+
+class Detached:
+    """As an object of a database whose session is closed."""
+
+    @property
+    def customer(self) -> str:
+        raise KeyError("ann@example.com")
+
+
+def test_a_context_that_cannot_be_read_breaks_no_chain_unless_the_owner_says_so(
+    handler: Callable[..., StripeMeterCallbackHandler],
+) -> None:
+    told: list[MeteringError] = []
+    meter = handler(customer=from_context("customer"), on_error=told.append)
+    Budget(meter, SpendLimit("tokens", 0)).check(Facts(context=Detached()))
+    assert [str(error) for error in told] == ["Whose limit it is could not be looked up: KeyError."]
+    with pytest.raises(LedgerError, match="could not be looked up: KeyError"):
+        Budget(meter, SpendLimit("tokens", 0), on_failure="stop").check(Facts(context=Detached()))

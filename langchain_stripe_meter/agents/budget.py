@@ -257,7 +257,12 @@ class Budget:
         if account is not None:
             raise ConfigurationError("account= goes with a 'cus_…' id or a Reference: a run has the account it bills.")
         facts = customer or self.facts_at_start((var_child_runnable_config.get() or {}).get("metadata"))
-        account, who = self._meter._recorder.payer(facts)
+        try:
+            account, who = self._meter._recorder.payer(facts)
+        except MeteringError:
+            raise
+        except Exception as error:  # its text is not repeated: it may quote who that is
+            raise LedgerError(f"Whose limit it is could not be looked up: {type(error).__name__}.") from error
         return None if isinstance(who, Skip) else Spender(who, facts, account)
 
 
