@@ -124,10 +124,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         check_tenant(tenant)
         check_on_error(on_error)
-        check_webhook_secret(webhook_secret)
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
-        self._webhook_secret, self._on_error = webhook_secret, on_error
+        self._webhook_secret, self._on_error = check_webhook_secret(webhook_secret), on_error
         self._stripe_account = check_account(stripe_account or "")
         self._has_tenants = tenant is not None
         self._ages = Ages(self._ledger, on_error, billing_day)

@@ -169,7 +169,7 @@ def test_an_on_error_that_cannot_be_called_is_refused(recording: Recording, on_e
         recording(on_error=on_error)
 
 
-@pytest.mark.parametrize("secret", ["abc", "sk_test_canary", 5, b"whsec_canary"])
+@pytest.mark.parametrize("secret", ["abc", "sk_test_canary", 5, b"whsec_canary", "whsec_", " whsec_ \n", " "])
 def test_a_webhook_secret_that_is_none_is_refused_and_not_repeated(recording: Recording, secret: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"webhook_secret= .*whsec_") as caught:
         recording(webhook_secret=secret)

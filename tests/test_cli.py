@@ -25,6 +25,7 @@ from typer.testing import CliRunner, Result
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead, list_meters, static
 from langchain_stripe_meter.cli import app
+from langchain_stripe_meter.cli.shared import in_commands
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
@@ -277,7 +278,7 @@ def test_verify_agrees_or_names_the_difference(sandbox: StripeSandbox, recorded:
     assert "was delivered or cancelled within the last two hours" in call("verify").stdout
     sandbox.reject(sandbox.events[0].identifier)
     assert as_json("verify")[0]["agrees"]
-    two_hours_pass()
+    time_passes(hours=2)
     differs = as_json("verify", code=1)[0]
     assert (differs["at_stripe"], differs["difference"], differs["agrees"]) == ("0", "-100", False)
     result = call("verify", code=1)
@@ -289,10 +290,10 @@ def test_verify_agrees_or_names_the_difference(sandbox: StripeSandbox, recorded:
     assert "more than" not in said
 
 
-def two_hours_pass() -> None:
+def time_passes(hours: int) -> None:
     """Since what is in the ledger was delivered."""
     with closing(Ledger(os.environ["STRIPE_METER_LEDGER"])) as ledger, ledger.write() as connection:
-        connection.execute(update(events).values(settled_at=events.c.settled_at - 7200))
+        connection.execute(update(events).values(settled_at=events.c.settled_at - hours * 3600))
 
 
 def test_verify_says_where_an_excess_may_come_from_and_what_to_do(sandbox: StripeSandbox, recorded: None) -> None:
@@ -307,13 +308,45 @@ def test_verify_says_where_an_excess_may_come_from_and_what_to_do(sandbox: Strip
     assert "less than" not in said
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Correct it: correct(...).", "Correct it: stripe-meter correct."),
+        ("Look (verify()); then write_off() it.", "Look (stripe-meter verify); then stripe-meter write-off it."),
+        ("settle_doubt() them, leads.capture() it", "stripe-meter doubtful settle them, stripe-meter leads capture it"),
+        ("one of email=, phone= and session=.", "one of --email, --phone and --session."),
+        ("since=5 and account='acct_1'", "--since 5 and --account 'acct_1'"),
+        ("stripe_account='acct_1', tenant=, flush()", "stripe_account='acct_1', tenant=, flush()"),
+        ("incorrect(), a=b&name=Ann", "incorrect(), a=b&name=Ann"),
+    ],
+)
+def test_words_of_python_are_told_as_commands(said: str, told: str) -> None:
+    assert in_commands(said) == told
+
+
+def test_what_is_told_on_the_command_line_names_commands(
+    sandbox: StripeSandbox, recorded: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    call("deliver", "--once")
+    time_passes(hours=25)
+    too_old = call("cancel", as_json("tail")[0]["identifier"], code=2).stderr
+    assert "Correct the customer's total instead: stripe-meter correct." in " ".join(too_old.split())
+    assert json.loads(call("forget", "--json", code=2).stdout)["error"].startswith("stripe-meter forget takes")
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer="cus_1", deliver=False) as handler:
+        handler.record_usage({"input_tokens": 1}, id="old", at=sandbox.now() - 35 * 86_400 + 600)
+    assert "stripe-meter retime it or stripe-meter write-off it" in as_json("status")["alarms"][0]
+    call("deliver", "--once")
+    assert "stripe-meter retime it" in caplog.text
+    assert "retime()" not in caplog.text
+
+
 def test_verify_takes_a_beginning_and_an_end(sandbox: StripeSandbox, recorded: None) -> None:
     call("deliver", "--once")
     now = sandbox.now()
     assert as_json("verify", "--since", str(now - 600), "--until", str(now + 600))[0]["at_stripe"] == "100"
     assert as_json("verify", "--until", str(now - 600)) == []
     assert (
-        "until=5 must be at least a minute after since=5"
+        "--until 5 must be at least a minute after --since 5"
         in call("verify", "--since", "5", "--until", "5", code=2).stderr
     )
 

@@ -136,7 +136,7 @@ def test_an_alarm_of_age_names_how_much_is_how_old_on_which_meters() -> None:
     )
     assert sentence(spans(NOON)[0], [Late("t", 5, 0, 0)]) == (
         "Undelivered usage is older than 34 days: 5 on t. It is not sent, for Stripe refuses it at 35 days: retime() "
-        "it or write it off."
+        "it or write_off() it."
     )
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from langchain_stripe_meter.audit.windows import tell_late, tell_rejected
+from langchain_stripe_meter.core.events import check_webhook_secret
 from langchain_stripe_meter.core.totals import GONE_CODES, Report
 from langchain_stripe_meter.errors import (
     ConfigurationError,
@@ -79,13 +80,15 @@ class Webhooks:
     ) -> None:
         self._ledger = ledger
         self._gateway = gateway
-        self._secret = secret or os.environ.get("STRIPE_WEBHOOK_SECRET") or ""
         self._on_error = on_error
         self._wake = wake
-        if not self._secret.strip():
+        variable = "STRIPE_WEBHOOK_SECRET"
+        known = check_webhook_secret(secret) or check_webhook_secret(os.environ.get(variable), f"${variable}")
+        if known is None:
             raise ConfigurationError(
                 "Webhooks need their signing secret. Set $STRIPE_WEBHOOK_SECRET or pass webhook_secret='whsec_…'."
             )
+        self._secret = known
 
     def __repr__(self) -> str:
         return f"Webhooks({self._ledger!r})"
@@ -209,4 +212,7 @@ def check_request(raw_body: bytes, signature: str | None, now: int) -> None:
     if not any(_SIGNATURE.fullmatch(part) for part in parts):
         raise InvalidValueError("The Stripe-Signature header has no signature (v1=).")
     if abs(int(dates[0][1]) - now) > TOLERANCE:
-        raise InvalidValueError(f"The webhook's date is more than {TOLERANCE} seconds from now.")
+        raise InvalidValueError(
+            f"The webhook's date is more than {TOLERANCE} seconds from now. If Stripe sent it just now, set this "
+            "server's clock."
+        )

@@ -21,6 +21,7 @@ from langchain_stripe_meter.cli.shared import (
     console,
     errors,
     fail,
+    in_commands,
     missing_file,
     new_ledger,
     open_gateway,
@@ -88,7 +89,8 @@ def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_js
         from langchain_stripe_meter.audit.chores import Ages
         from langchain_stripe_meter.ledger import views
 
-        known = asdict(views.status(opened)) | {"alarms": Ages(opened, billing_day=billing_day).standing()}
+        alarms = tuple(map(in_commands, Ages(opened, billing_day=billing_day).standing()))
+        known = asdict(views.status(opened)) | {"alarms": alarms}
         for of_a_handler in ("open_runs", "abandoned", "unrecorded", "unrecorded_amounts"):
             del known[of_a_handler]
         record({**known, "why_skipped": views.why_skipped(opened)}, as_json=as_json)

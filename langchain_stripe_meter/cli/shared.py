@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -21,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError, logger
 from langchain_stripe_meter.ledger import DEFAULT_LEDGER
 
 if TYPE_CHECKING:
@@ -50,13 +52,35 @@ _COLOURS = {"ok": "green", "delivered": "green", "warn": "yellow", "held": "yell
             "fail": "red", "rejected": "red", "skipped": "dim"}  # fmt: skip
 
 
+_COMMANDS = {
+    **{name: name for name in ("assign", "cancel", "correct", "forget", "prune", "retime", "retry", "verify")},
+    "write_off": "write-off", "settle_doubt": "doubtful settle", "leads.capture": "leads capture",
+}  # fmt: skip
+_CALL = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, _COMMANDS))})\((?:\.\.\.)?\)")
+_ARGUMENT = re.compile(r"(?<![\w&?])(account|customer|email|id|name|phone|reason|session|since|until)=(?=(\S?))")
+
+
+def in_commands(said: str) -> str:
+    """What is said to who writes Python (``correct()``, ``reason=``), as commands and their options."""
+    said = _CALL.sub(lambda found: f"stripe-meter {_COMMANDS[found[1]]}", said)
+    return _ARGUMENT.sub(lambda found: f"--{found[1]}" + (" " if found[2] and found[2] not in ",.;:)" else ""), said)
+
+
+def _log_in_commands(record: logging.LogRecord) -> bool:
+    record.msg, record.args = in_commands(record.getMessage()), None
+    return True
+
+
 @contextmanager
 def clear_errors(*, as_json: bool) -> Iterator[None]:
-    """A ``MeteringError`` becomes one sentence and exit code 2."""
+    """A ``MeteringError`` becomes one sentence and exit code 2; what is told of the work meanwhile names commands."""
+    logger.addFilter(_log_in_commands)
     try:
         yield
     except MeteringError as error:
-        fail(str(error), as_json=as_json)
+        fail(in_commands(str(error)), as_json=as_json)
+    finally:
+        logger.removeFilter(_log_in_commands)
 
 
 def fail(message: str, code: int = 2, *, as_json: bool = False) -> NoReturn:

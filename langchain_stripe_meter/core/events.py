@@ -252,13 +252,17 @@ def check_tenant(tenant: object) -> None:
         raise ConfigurationError("tenant= takes a plain function; an async one would never be awaited.")
 
 
-def check_webhook_secret(secret: object) -> None:
-    """None (or ``""``), or a signing secret as Stripe makes them; it is never repeated."""
-    if secret not in (None, "") and not (isinstance(secret, str) and secret.startswith("whsec_")):
+def check_webhook_secret(secret: object, name: str = "webhook_secret=") -> str | None:
+    """A signing secret as Stripe makes them, without space around it; None (or ``""``) stays None. Never repeated."""
+    if secret in (None, ""):
+        return None
+    stripped = secret.strip() if isinstance(secret, str) else ""
+    if not stripped.removeprefix("whsec_") or not stripped.startswith("whsec_"):
         raise ConfigurationError(
-            "webhook_secret= takes the signing secret of the webhook's endpoint, which Stripe begins with 'whsec_', or "
-            "None for $STRIPE_WEBHOOK_SECRET. (An API key is none.)"
+            f"{name} must be the signing secret of the webhook's endpoint, 'whsec_' and what Stripe puts behind it. "
+            "(An API key is none.)"
         )
+    return stripped
 
 
 def seconds(moment: datetime | int, name: str) -> int:

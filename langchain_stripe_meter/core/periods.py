@@ -196,7 +196,7 @@ def sentence(span: Span, late: Iterable[Late]) -> str:
         said = f"Undelivered usage is older than {span.threshold}: {what}."
         if span.crossed_after < HELD_DAYS * DAY:
             return f"{said} Stripe refuses it at 35 days."
-        return f"{said} It is not sent, for Stripe refuses it at 35 days: retime() it or write it off."
+        return f"{said} It is not sent, for Stripe refuses it at 35 days: retime() it or write_off() it."
     when = datetime.fromtimestamp(span.ends, UTC).strftime("%Y-%m-%d %H:%M UTC")
     verb = "closes" if span.threshold == "closing" else "closed"
     return f"A billing period {verb} at {when}, and usage of it is undelivered: {what}."
