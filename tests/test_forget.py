@@ -21,6 +21,7 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
+from langchain_stripe_meter.ledger.keeping import prune
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.resolving import remember
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
@@ -113,6 +114,14 @@ def test_what_points_to_a_customer_goes_and_what_was_billed_to_it_stays(ledger: 
     done = forget(ledger, customer="cus_2")
     assert (done.leads, done.readings, done.traces) == (0, 0, 1)
     assert "cus_2" in dump(ledger)
+    kept = "1 reading still carries cus_2. It is Stripe's own id, and stays beside the amounts until they are pruned, "
+    assert (done.complete, done.advice) == (True, f"{kept}then in the sums of days.")
+    ledger.record([Entry("more", "tokens", Decimal(9), 1, ReadingState.WRITTEN_OFF, "cus_2")])
+    prune(ledger)
+    again = forget(ledger, customer="cus_2")
+    assert (again.traces, again.complete) == (0, True)
+    assert again.advice.startswith("2 readings still carry cus_2.")
+    assert forget(ledger, customer="cus_3").advice == "Nothing in this ledger named whom you asked for."
 
 
 def test_the_session_of_skipped_runs_is_forgotten_with_it(ledger: Ledger) -> None:

@@ -16,10 +16,11 @@ from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import check_customer_id
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.core.tenants import session_digest
+from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
 from langchain_stripe_meter.ledger.resolving import FOLDED, known_by, secret_of
-from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
+from langchain_stripe_meter.ledger.schema import acts, leads, payers, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import NotebookTable
 from langchain_stripe_meter.reentry import inside
@@ -34,7 +35,7 @@ class Forgotten(NotebookTable):
     """How many ``leads`` were erased, how many ``readings`` lost their name, how many other ``traces`` went.
 
     ``complete`` is False where the files may still hold the erased bytes; ``advice`` then says what to do. It also says
-    so where nothing named the person.
+    so where nothing named the person, and how many readings carry a ``customer``'s id, which is Stripe's and stays.
     """
 
     leads: int
@@ -88,10 +89,11 @@ def forget(
         renamed = _unname(connection, person)
         traces = _erase_traces(connection, person, accounts, secret)
         write_act(connection, "forgotten", f"{renamed} readings", "a person was erased", ledger.now())
+        kept = _carrying(connection, person.customer) if person.customer else ""
     advice = _scrub(ledger, person)
-    if not (advice or found or renamed or traces):
-        return Forgotten(0, 0, 0, complete=True, advice="Nothing in this ledger named whom you asked for.")
-    return Forgotten(found, renamed, traces, not advice, advice)
+    if not (advice or kept or found or renamed or traces):
+        kept = "Nothing in this ledger named whom you asked for."
+    return Forgotten(found, renamed, traces, not advice, f"{advice} {kept}".strip())
 
 
 def _gather(connection: Connection, person: _Person) -> int:
@@ -170,6 +172,19 @@ def _erase_traces(connection: Connection, person: _Person, accounts: set[str], s
         told = acts.c.detail.icontains(said, autoescape=True)
         count += connection.execute(update(acts).where(told).values(detail=None)).rowcount
     return count
+
+
+def _carrying(connection: Connection, customer: str) -> str:
+    """How much stays under the customer's id, and why; nothing where nothing does."""
+    count = connection.execute(select(func.count()).where(readings.c.customer == customer)).scalar_one()
+    summed = select(func.sum(pruned.c.readings)).where(pruned.c.customer == customer)
+    count += int(connection.execute(summed).scalar() or 0)
+    if not count:
+        return ""
+    return (
+        f"{counted(count, 'reading')} still {'carries' if count == 1 else 'carry'} {customer}. It is Stripe's own id, "
+        "and stays beside the amounts until they are pruned, then in the sums of days."
+    )
 
 
 # -- the files themselves
