@@ -190,7 +190,7 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     options = config.option
     is_whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS and not (options.keyword or options.markexpr)
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(count, MOST_PROCESSES) if is_whole and count > 1 else 0
+    return min(count + 1, MOST_PROCESSES) if is_whole and count > 1 else 0  # one more: each waits half of its time
 
 
 def pytest_collection_finish() -> None:
