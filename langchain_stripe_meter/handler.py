@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -352,7 +352,7 @@ def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
 
 @dataclass(eq=False)
 class _Block:
-    """One ``with stripe_meter(...)`` block; without its ``handler`` once it was left."""
+    """One ``with stripe_meter(...)`` block; without its ``handler`` once it was left out of order."""
 
     handler: StripeMeterCallbackHandler | None
     around: _Block | None
@@ -392,6 +392,7 @@ def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCal
     try:
         yield handler
     finally:
-        block.handler = None
-        with suppress(ValueError):  # entered in a context that is out of reach
+        try:
             blocks.innermost.reset(token)
+        except ValueError:  # entered in a context that is out of reach, where the block must not go on
+            block.handler = None

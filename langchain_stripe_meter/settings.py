@@ -293,10 +293,11 @@ def _explain(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"] if not _is_branch(part))
     kind = error["type"]
     if kind == "model_type":
-        message = _TABLES[error["ctx"]["class_name"]]
+        message = _TABLES.get(error["ctx"]["class_name"], "it takes a table")
     else:
         message = _REMEDIES.get(kind, str(error["msg"]).removeprefix("Value error, "))
     # Nobody knows what the value of an unknown setting is, or what stands in a table's place: a key, or a person.
     known = kind not in ("extra_forbidden", "model_type") and not _PERSONAL & set(error["loc"])
+    known = known and "@" not in str(error["input"])
     value = f" = {error['input']!r}" if known and isinstance(error["input"], str | int | float) else ""
     return f"{where or 'the settings'}{value}: {message}".rstrip(".")

@@ -318,6 +318,7 @@ def test_verify_says_where_an_excess_may_come_from_and_what_to_do(sandbox: Strip
         ("since=5 and account='acct_1'", "--since 5 and --account 'acct_1'"),
         ("stripe_account='acct_1', tenant=, flush()", "stripe_account='acct_1', tenant=, flush()"),
         ("incorrect(), a=b&name=Ann", "incorrect(), a=b&name=Ann"),
+        ("no ledger at /a/name=x/id=3.db", "no ledger at /a/name=x/id=3.db"),
     ],
 )
 def test_words_of_python_are_told_as_commands(said: str, told: str) -> None:

@@ -19,6 +19,7 @@ from langchain_stripe_meter.core.customers import (
     Disbelieved,
     Facts,
     FirstOf,
+    FromSignedToken,
     Reference,
     Skip,
     Static,
@@ -32,6 +33,7 @@ from langchain_stripe_meter.core.customers import (
     static,
 )
 from langchain_stripe_meter.core.tenants import needs_lookup
+from langchain_stripe_meter.core.tokens import Secrets
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 KEY = "stripe_customer_id"
@@ -317,7 +319,7 @@ def test_the_first_source_that_names_somebody_decides_and_all_reasons_are_kept()
     assert skip == Skip("the authenticated user has no 'a'; metadata has no 'b'")
 
 
-@pytest.mark.parametrize("value", [" ", "cus-ann", "ann@example.com", 7, ["cus_1"]])
+@pytest.mark.parametrize("value", ["cus-ann", "ann@example.com", 7, ["cus_1"]])
 @pytest.mark.parametrize("source", [from_metadata(KEY), from_auth_user(KEY), from_context(KEY)])
 def test_who_is_named_wrongly_is_nobodys_to_pay_for_whatever_comes_next(source: CustomerSource, value: Any) -> None:
     skip = who(first_of(source, "cus_house"), metadata={KEY: value}, auth_user={KEY: value}, context={KEY: value})
@@ -348,8 +350,18 @@ def test_a_client_of_a_server_does_not_ride_free_on_a_claim_that_is_none() -> No
     assert who(everything, **facts) == Disbelieved("the customer's id is malformed")
     assert who(everything, **facts, auth_user=known) == Reference("id", "cus_1")
     assert who(everything, **facts, lead={"t": own}.get) == Reference("email", "ann@example.com")
-    its_own = first_of(from_auth_user(KEY), from_lead())
-    assert isinstance(who(its_own, **facts, lead={"t": own}.get, auth_user={KEY: "nonsense"}), Disbelieved)
+    its_own = first_of(from_auth_user(KEY), from_lead(), "cus_house")
+    anonymous = {**facts, "auth_user": {KEY: "anonymous"}}
+    assert who(its_own, **anonymous, lead={"t": own}.get) == Reference("email", "ann@example.com")
+    assert isinstance(who(its_own, **anonymous), Disbelieved)
+
+
+@pytest.mark.parametrize("blank", [None, "", " ", "\n", False, 0, b"", [], {}])
+def test_a_blank_claims_nothing_so_the_next_source_decides(blank: Any) -> None:
+    sources = (from_metadata(KEY), from_context(KEY), from_auth_user(KEY), FromSignedToken(KEY, Secrets("x" * 32)))
+    for source in sources:
+        facts: dict[str, Any] = {"metadata": {KEY: blank}, "context": {KEY: blank}, "auth_user": {KEY: blank}}
+        assert who(first_of(source, "cus_house"), **facts) == Reference("id", "cus_house")
 
 
 def test_whom_the_application_named_pays_though_another_is_named_wrongly() -> None:

@@ -138,7 +138,7 @@ def test_what_cannot_be_somebody_is_refused_without_its_value(by: Any, value: ob
     [
         (lambda: Reference(IMPOSSIBLE, "1"),
          "A customer is identified by id, email, name, phone, not by 'impossible'."),
-        (static, "static() takes exactly one of id=, email=, name= and phone=."),
+        (static, "static() takes exactly one of id, email, name and phone."),
         (lambda: from_lead(IMPOSSIBLE), "from_lead(by='impossible'): use 'email', 'name' or 'phone'."),
         (lambda: static(name="Ann", region="DE"),
          "region='DE' is for phone numbers; a customer known by name has none."),
@@ -166,7 +166,7 @@ def test_a_source_that_makes_no_sense_is_named_with_those_that_do(make: Callable
          "the context comes from the client of an agent server"),
         (from_lead(), Facts(), "the lead has no email"),
         (from_lead("name"), Facts({"lead": {"name": ""}}), "the lead has no name"),
-        (from_lead("phone"), Facts({"lead": {"phone": 0}}), "the customer's phone is malformed"),
+        (from_lead("phone"), Facts({"lead": {"phone": 7}}), "the customer's phone is malformed"),
         (from_lead("phone"), Facts({"thread_id": "t"}, on_server=True),
          "no lead with phone was captured by the server"),
     ],

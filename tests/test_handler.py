@@ -183,6 +183,23 @@ def test_a_block_in_a_generator_that_was_left_meters_nothing_further(shop: Shop,
     assert shop.billed("cus_2") == {}
 
 
+def test_a_task_that_was_begun_in_a_block_is_metered_to_its_end(shop: Shop, server: OpenAIServer) -> None:
+    async def main() -> None:
+        left = asyncio.Event()
+
+        async def job() -> None:
+            await left.wait()
+            await server.chat().ainvoke("Hi", paid_by("cus_1"))
+
+        with stripe_meter(shop.handler):
+            task = asyncio.create_task(job())
+        left.set()
+        await task
+
+    asyncio.run(main())
+    assert shop.billed() == ONE_ANSWER
+
+
 def test_a_block_may_be_left_in_another_context_than_it_was_entered_in(shop: Shop, server: OpenAIServer) -> None:
     """As FastAPI does with a dependency that yields."""
 

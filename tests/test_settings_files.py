@@ -246,3 +246,10 @@ def test_a_field_that_its_source_does_not_read_is_refused_by_name(customer: dict
 def test_credits_need_no_table_where_every_model_is_worth_the_same() -> None:
     settings = MeteringSettings.model_validate({"meters": [{"kind": "credits", "event_name": "c", "default": 1}]})
     assert settings.meters[0].build() == Credits("c", {}, default=1)
+
+
+def test_an_address_in_a_wrong_place_is_not_repeated(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"meters": [{"kind": "tokens", "event_name": "t"}], "on_unidentified": "ann@b.example"}))
+    with pytest.raises(ConfigurationError, match="on_unidentified: Input should be 'skip' or 'raise'"):
+        MeteringSettings.from_file(path)

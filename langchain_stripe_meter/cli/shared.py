@@ -57,7 +57,7 @@ _COMMANDS = {
     "write_off": "write-off", "settle_doubt": "doubtful settle", "leads.capture": "leads capture",
 }  # fmt: skip
 _CALL = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, _COMMANDS))})\((?:\.\.\.)?\)")
-_ARGUMENT = re.compile(r"(?<![\w&?])(account|customer|email|id|name|phone|reason|session|since|until)=(?=(\S?))")
+_ARGUMENT = re.compile(r"(?<![\w&?/.-])(account|customer|email|id|name|phone|reason|session|since|until)=(?=(\S?))")
 
 
 def in_commands(said: str) -> str:

@@ -156,7 +156,7 @@ class Facts:
         trusted = trust_client or not self.on_server
         for key in ("session_id", "thread_id", "conversation_id") if trusted else ("thread_id",):
             value = self.metadata.get(key)
-            if not _is_absent(value):
+            if value is not None and value != "":
                 return str(value)
         return None
 
@@ -273,11 +273,10 @@ class FirstOf:
     def identify(self, facts: Facts) -> Reference | Skip:
         reasons, doubted = [], None
         for source in sorted(self.sources, key=lambda one: facts.named is not None and type(one) is not FromAuthUser):
-            is_ours = facts.on_server and _is_servers_word(source)
-            if doubted is not None and not is_ours:
+            if doubted is not None and not (facts.on_server and _is_servers_word(source)):
                 continue
             who = source.identify(facts)
-            if isinstance(who, Reference) or (is_ours and isinstance(who, Disbelieved)):
+            if isinstance(who, Reference):
                 return who
             doubted = who if isinstance(who, Disbelieved) else doubted
             reasons.append(who.reason)
@@ -316,7 +315,8 @@ def _customer(id: str) -> Reference | Skip:
 
 
 def _is_absent(value: Any) -> bool:
-    return value is None or value == ""
+    """A blank of whatever kind claims nothing."""
+    return value is None or (isinstance(value, str | bytes | int | list | dict) and not str(value or "").strip())
 
 
 def _reference(by: By, value: Any, region: str | None = None) -> Reference | Skip:
@@ -339,7 +339,7 @@ def static(
     ``phone`` without a leading ``+`` is dialled."""
     given = [(by, value) for by, value in zip(_FIELDS, (id, email, name, phone), strict=True) if value is not None]
     if len(given) != 1:
-        raise ConfigurationError("static() takes exactly one of id=, email=, name= and phone=.")
+        raise ConfigurationError("static() takes exactly one of id, email, name and phone.")
     by, value = given[0]
     return Static(Reference(by, normalise(by, value, _phone_region(by, region))))
 
