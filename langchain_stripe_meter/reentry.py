@@ -102,7 +102,8 @@ def _leave(generator: Callable[[], Any], _kind: Any, error: BaseException | None
         else:
             generator().throw(error)
     except BaseException as raised:
-        if raised is not error:
+        in_disguise = isinstance(error, StopIteration) and raised.__cause__ is error  # a generator may not raise it
+        if error is None or (raised is not error and not in_disguise):
             raise
         error.__traceback__ = traceback  # without the generator's own lines
     return False

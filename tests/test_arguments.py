@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import pytest
 from metering import Shop
+from sqlalchemy import update
 
 from langchain_stripe_meter import Credits, Messages, StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.agents import sign_customer
@@ -28,6 +29,7 @@ from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.ledger import resolving
 from langchain_stripe_meter.ledger.resolving import Unknown
+from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.views import tail
 
 USAGE = {"input_tokens": 5}
@@ -141,6 +143,15 @@ def test_an_id_whose_usage_a_person_gave_to_somebody_else_may_be_repeated(record
     meter.record_usage(USAGE, id="job", customer="cus_1")
     (row,) = tail(meter._ledger, 10)
     assert (row.customer, row.value) == ("cus_2", 5)
+
+
+def test_an_id_whose_usage_was_held_and_given_to_nobody_still_stands_for_it(recording: Recording) -> None:
+    meter = recording()
+    meter.record_usage(USAGE, id="job", customer="cus_1")
+    with meter._ledger.deliver_lane().transaction() as connection:
+        connection.execute(update(readings).values(tries=1, state="held"))
+    with pytest.raises(ConfigurationError, match="another id"):
+        meter.record_usage(USAGE, id="job", customer="cus_2")
 
 
 def test_no_part_of_what_is_refused_for_its_id_is_recorded(recording: Recording) -> None:

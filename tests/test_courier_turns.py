@@ -177,6 +177,10 @@ def test_an_identifier_that_stripe_had_before_this_ledger_sent_it_is_told_and_co
     assert (shop.states(), shop.billed(), shop.billed("cus_2")) == ({"run": "delivered"}, 0, 7)
     (told,) = shop.errors
     assert str(told).startswith("Stripe had a meter event run already, which this ledger never sent.")
+    use_elsewhere(shop, "next")
+    shop.record("next", value=4)
+    shop.answered()
+    assert len(shop.errors) == 1  # all of a restored database would say the same
 
 
 @pytest.mark.parametrize("customer", ["cus_1", "cus_2"])

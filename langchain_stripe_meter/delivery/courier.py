@@ -79,6 +79,7 @@ class Courier:
         self.delivered = self.rejected = 0
         self._starting = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._told_foreign = False
         self._wake = Bell()
         self._closing = threading.Event()
         self._deadline = 0.0
@@ -308,12 +309,16 @@ class Courier:
             self._clocks.compare(outcome.date, claimed.attempt.sent_at, now)
         if state in (EventState.REJECTED, EventState.DOUBTFUL):
             self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
-        if outcome.move is Move.DUPLICATE and state is EventState.DELIVERED and claimed.attempt.is_first:
+        is_foreign = outcome.move is Move.DUPLICATE and state is EventState.DELIVERED and claimed.attempt.is_first
+        if is_foreign and not self._told_foreign:
+            self._told_foreign = True  # once: all events of a database that was restored are like this one
             said = f"Stripe had a meter event {claimed.event.identifier} already, which this ledger never sent."
             self._report(
                 StripeError(
-                    f"{said} It counts as delivered, but is billed as whoever sent it said: if that was for something "
-                    "else, correct() the customer's total, and give each application ids of its own."
+                    f"{said} It counts as delivered, but is billed as whoever sent it said. If this ledger was "
+                    "restored from a backup, that was itself: run stripe-meter ledger restored. If another application "
+                    "sent it for something else, correct() the customer's total, and give each ids of its own. "
+                    "Further ones are not told."
                 )
             )
         if state is EventState.WITHDRAWN and claimed.line not in self._gone:  # it is tried again every hour

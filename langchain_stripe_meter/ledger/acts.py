@@ -33,13 +33,13 @@ from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, 
 from langchain_stripe_meter.ledger.epoch import restored_up_to
 from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, CANCELLED, acts, events, readings
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
-from langchain_stripe_meter.ledger.store import Entry, Ledger, check_same, insert_or_ignore, write_act
+from langchain_stripe_meter.ledger.store import ASSIGNED, Entry, Ledger, check_same, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
 CANCEL_SECONDS = 86_400
 """Stripe cancels an event within 24 hours of receiving it."""
 REFUSED = "cancel refused"
-ASSIGNED, CORRECTED, RETIMED, WRITTEN_OFF = "assigned", "corrected", "re-timed", "written off"
+CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
 UNEXPLAINED = "unexplained"
 MAX_REASON = 300
 _IDS_AT_ONCE = 10_000

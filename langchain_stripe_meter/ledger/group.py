@@ -65,8 +65,15 @@ class GroupCommit(Generic[T]):
 
     def _submit(self, items: Sequence[T]) -> None:
         if not self._jobs and not self._leader.locked():  # nobody else is here: nothing to group
-            with self._leader:  # unlike an acquire(), this can not be interrupted after the lock is taken
-                self._write(items)
+            try:
+                with self._leader:  # unlike an acquire(), this can not be interrupted after the lock is taken
+                    self._write(items)
+            except Exception:
+                raise
+            except BaseException:  # Ctrl-C, maybe while somebody else was faster
+                self._jobs.append(_Job(items))
+                self._wake_helper()
+                raise
             return
         job = _Job(items)
         try:

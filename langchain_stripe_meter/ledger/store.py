@@ -28,6 +28,8 @@ from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.schema import acts, notes, readings
 from langchain_stripe_meter.reentry import block, inside
 
+ASSIGNED = "assigned"
+"""The act of a person who said who pays for what was held; its detail begins with that customer."""
 LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
 
@@ -309,7 +311,7 @@ def check_same(connection: Connection, entries: Sequence[Entry], id: str) -> Non
         if row is None:
             continue
         known: list[tuple[Any, Any]] = [(row.value and Decimal(row.value), entry.value)]
-        if not row.tries and entry.value is not None:
+        if entry.value is not None and not (row.tries and _was_assigned(connection, row.customer)):
             told = entry.reference.text if entry.reference else None
             known += [(row.customer, entry.customer), (row.reference, told)]
         if any(None not in (theirs, ours) and theirs != ours for theirs, ours in known):
@@ -317,6 +319,12 @@ def check_same(connection: Connection, entries: Sequence[Entry], id: str) -> Non
                 f"The id {id!r:.120} stands for {row.value} of {row.customer or 'somebody else'} on {row.event_name}. "
                 "Give this one another id."
             )
+
+
+def _was_assigned(connection: Connection, customer: str | None) -> bool:
+    """Whether a person has ever said of something that was held that ``customer`` pays."""
+    said = acts.c.detail.startswith(customer or "", autoescape=True)
+    return connection.execute(select(acts.c.id).where(acts.c.act == ASSIGNED, said).limit(1)).first() is not None
 
 
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
