@@ -19,7 +19,7 @@ from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, views
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import Rejection, StripeSandbox
+from langchain_stripe_meter.sandbox import Rejection, StripeSandbox, drop_answer
 
 ERROR_REPORT = "v1.billing.meter.error_report_triggered"
 
@@ -66,6 +66,20 @@ class Books:
         """Once around, a minute later."""
         self.sandbox.advance(seconds=CHORES_SECONDS)
         self.courier.turn()
+
+    def reject_before_it_is_sent_again(self, key: str) -> Rejection:
+        """Stripe rejects what it took and whose answer was lost; then it is away for an hour, and calls it a
+        duplicate."""
+        self.sandbox.fail(drop_answer())
+        self.record(key)
+        while not self.sandbox.events or self.courier.in_flight:
+            self.courier.turn()
+        (rejection,) = self.sandbox.reject(key)
+        with self.sandbox.outage():
+            self.sandbox.advance(hours=1)
+            self.courier.turn()
+        self.deliver()
+        return rejection
 
     def take(self, *rejections: Rejection) -> list[WebhookResult]:
         """Their webhooks, as Stripe sends them."""

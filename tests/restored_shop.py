@@ -16,6 +16,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.epoch import backup
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.sandbox import StripeSandbox
 
@@ -50,6 +51,14 @@ class Shop:
         if ends:
             courier.close(5)
         gateway.close()
+
+    def send_since_a_backup(self) -> None:
+        """``first`` is sent and ``second`` recorded when the backup is taken, and then ``second`` is sent."""
+        self.record("first")
+        self.deliver()
+        self.record("second")
+        backup(self.ledger, self.copy)
+        self.deliver()
 
     def restore(self, *, sidecar: bool = True) -> None:
         """As the README says it."""

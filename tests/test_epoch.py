@@ -82,11 +82,7 @@ def test_what_was_sent_after_the_backup_is_not_billed_again_whenever_it_is_resto
 
 
 def test_what_a_restore_put_in_doubt_says_why(shop: Shop, caplog: pytest.LogCaptureFixture) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.record("second")
-    backup(shop.ledger, shop.copy)
-    shop.deliver()
+    shop.send_since_a_backup()
     shop.sandbox.advance(hours=30)
     shop.restore()
     shop.deliver()
@@ -231,11 +227,7 @@ def test_events_that_were_sealed_before_the_backup_are_in_doubt_too(shop: Shop) 
 
 
 def test_what_is_young_at_the_restore_but_too_old_when_stripe_is_back_is_in_doubt(shop: Shop) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.record("second")
-    backup(shop.ledger, shop.copy)
-    shop.deliver()
+    shop.send_since_a_backup()
     shop.sandbox.advance(hours=22)
     shop.restore()
     with shop.sandbox.outage():

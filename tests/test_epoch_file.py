@@ -20,7 +20,7 @@ from sqlalchemy import event
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, backup, compare, sidecar_path
+from langchain_stripe_meter.ledger.epoch import Epoch, Sidecar, compare, sidecar_path
 
 
 @pytest.fixture
@@ -138,11 +138,7 @@ def test_killed_anywhere_while_a_ledger_is_made_and_its_first_epoch_begins_raise
 
 
 def test_killed_anywhere_while_a_restore_is_noticed_does_not_forget_it(shop: Shop, dying: Callable[[int], int]) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.record("second")
-    backup(shop.ledger, shop.copy)
-    shop.deliver()
+    shop.send_since_a_backup()
     shop.sandbox.advance(hours=30)
     genuine, at, code = shop.sidecar.read_bytes(), 0, -signal.SIGKILL
     while code < 0:
@@ -194,11 +190,7 @@ def test_where_the_file_cannot_be_written_usage_is_recorded_and_sent_and_it_is_t
 
 
 def test_a_restore_is_dealt_with_even_where_the_file_cannot_be_written(shop: Shop) -> None:
-    shop.record("first")
-    shop.deliver()
-    shop.record("second")
-    backup(shop.ledger, shop.copy)
-    shop.deliver()
+    shop.send_since_a_backup()
     shop.sandbox.advance(hours=30)
     shop.restore()
     (shop.path.parent / "ledger.db.epoch.new").mkdir()

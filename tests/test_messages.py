@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -190,24 +190,26 @@ def test_an_answer_that_its_reader_left_was_answered(
     assert billed["tokens"] >= 1
 
 
+async def cancelled_once(stream: AsyncIterator[Any], has_come: Callable[[Any], object]) -> None:
+    """Read a stream in a task that is cancelled when this has come."""
+    arrived = asyncio.Event()
+
+    async def read() -> None:
+        async for one in stream:
+            if has_come(one):
+                arrived.set()
+
+    task = asyncio.create_task(read())
+    await arrived.wait()
+    task.cancel()
+    await asyncio.wait([task])
+
+
 @pytest.mark.parametrize("make", [OpenAIServer.chat, chain_of], ids=["model", "chain"])
 def test_a_cancelled_stream_is_no_message_but_what_came_is_billed(make: Any, shop: Shop, server: OpenAIServer) -> None:
     server.reply(Reply("one two three", gate=threading.Event()))
 
-    async def main() -> None:
-        arrived = asyncio.Event()
-
-        async def read() -> None:
-            async for chunk in make(server).astream("Count!", shop.config()):
-                if chunk.text:
-                    arrived.set()
-
-        task = asyncio.create_task(read())
-        await arrived.wait()
-        task.cancel()
-        await asyncio.wait([task])
-
-    asyncio.run(main())
+    asyncio.run(cancelled_once(make(server).astream("Count!", shop.config()), lambda chunk: chunk.text))
     assert set(shop.billed()) == {"tokens"}
     assert unanswered(shop) == {"messages": 1, "credits": 10}
 
@@ -242,23 +244,9 @@ def test_an_agent_cancelled_in_its_second_call_is_one_message_that_was_not_answe
 ) -> None:
     server.reply(ASK_TOOL, Reply("one two three", gate=threading.Event()))
 
-    async def main() -> None:
-        arrived = asyncio.Event()
-
-        async def read() -> None:
-            config = shop.config()
-            async for piece, _ in create_agent(server.chat(), [look_up]).astream(
-                QUESTION, config, stream_mode="messages"
-            ):
-                if "one" in piece.text:
-                    arrived.set()
-
-        task = asyncio.create_task(read())
-        await arrived.wait()
-        task.cancel()
-        await asyncio.wait([task])
-
-    asyncio.run(main())
+    agent = create_agent(server.chat(), [look_up])
+    pieces = agent.astream(QUESTION, shop.config(), stream_mode="messages")
+    asyncio.run(cancelled_once(pieces, lambda piece: "one" in piece[0].text))
     assert set(shop.billed()) == {"tokens"}
     assert unanswered(shop) == {"messages": 1, "credits": 10}
 

@@ -129,15 +129,7 @@ def test_a_report_that_overtakes_the_events_own_answer_waits_for_it(books: Books
 
 def test_a_report_of_what_was_sent_again_while_stripe_still_knew_it_is_about_all_its_sends(books: Books) -> None:
     """The answer was lost, and Stripe was away for a while: what it then answered as a duplicate is what it names."""
-    books.sandbox.fail(drop_answer())
-    books.record("run-1")
-    while not books.sandbox.events or books.courier.in_flight:
-        books.courier.turn()
-    (rejection,) = books.sandbox.reject("run-1")
-    with books.sandbox.outage():
-        books.sandbox.advance(hours=1)
-        books.courier.turn()
-    books.deliver()
+    rejection = books.reject_before_it_is_sent_again("run-1")
     (result,) = books.take(rejection)
     assert (result.rejected, books.states()) == (("run-1",), {"run-1": "rejected"})
     sealing.retry(books.ledger)

@@ -15,7 +15,7 @@ from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
 from langchain_stripe_meter.delivery.courier import CHORES_SECONDS
 from langchain_stripe_meter.ledger import acts, sealing
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.sandbox import drop_answer, server_error
+from langchain_stripe_meter.sandbox import server_error
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -227,15 +227,7 @@ def test_what_was_sent_again_while_stripe_still_knew_it_is_looked_for_where_a_re
     books: Books,
 ) -> None:
     books.sandbox.error_samples = 0
-    books.sandbox.fail(drop_answer())
-    books.record("run-1")
-    while not books.sandbox.events or books.courier.in_flight:
-        books.courier.turn()
-    (rejection,) = books.sandbox.reject("run-1")
-    with books.sandbox.outage():
-        books.sandbox.advance(hours=1)
-        books.courier.turn()
-    books.deliver()
+    rejection = books.reject_before_it_is_sent_again("run-1")
     books.take(rejection)
     look_twice(books)
     assert books.states() == {"run-1": "rejected"}
