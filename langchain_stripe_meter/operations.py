@@ -189,10 +189,9 @@ class Operations:
     def retime(self, held: views.Readings, at: datetime | int | None = None, *, not_billed: bool = False) -> int:
         """Bill usage that is held because it is older than 34 days, as usage of ``at`` (default now).
 
-        ``held`` is as for ``assign``.
-        All of it or, with an error that names what cannot be, nothing. Returns how many readings moved. What comes from
-        a backup may have been billed before that was restored: it takes ``not_billed=True``, your word that Stripe has
-        none of it.
+        ``held`` is as for ``assign``. All of it or, with an error that names what cannot be, nothing. Returns how many
+        readings moved. What comes from a backup may have been billed before that was restored: it takes
+        ``not_billed=True``, your word that Stripe has none of it.
         """
         when = None if at is None else seconds(at, "at")
         return self._moved(decisions.retime(self._ledger, held, when, not_billed=not_billed))

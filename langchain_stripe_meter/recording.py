@@ -17,7 +17,7 @@ from typing import Any, Literal
 from uuid import uuid4
 
 from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
-from langchain_stripe_meter.core.events import check_timestamp, derive_identifier
+from langchain_stripe_meter.core.events import check_timestamp
 from langchain_stripe_meter.core.meters import Call, Meter
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
@@ -254,25 +254,25 @@ class Recorder:
             if not is_known(observed):
                 call = self._complete(call, run, observed)
             if call is not None:
-                recorded, run.billed = run.billed if ending.is_rest else None, call
+                recorded = run.billed if ending.is_rest else None
                 made = self._of_run(run, run.facts, "call", call, recorded)
-                entries += made if recorded is None else [self._like_its_estimate(run, entry) for entry in made]
+                entries += made if recorded is None else self._like_its_estimate(run, made)
+                run.billed, run.billed_as = call, made[0].key if made else None
         if ending.message is not None:
             call, facts = ending.message
             made = self._of_run(run.top, facts, "message", call)
             entries += [of_nobody(one, _CANCELLED) for one in made] if ending.unanswered else made
 
-    def _like_its_estimate(self, run: Run, rest: Entry) -> Entry:
+    def _like_its_estimate(self, run: Run, rest: Sequence[Entry]) -> Sequence[Entry]:
         """What a call came to beyond its estimate is for whoever has that by now, a person or nobody included."""
-        key = derive_identifier(key_of(run), rest.event_name, rest.dimensions, rest.account)
         try:
-            estimate = self.ledger.reading(key)
+            estimate = self.ledger.reading(run.billed_as) if run.billed_as else None
         except LedgerError:
-            return replace(of_nobody(rest, _UNSEEN), state=ReadingState.HELD)
+            return [replace(of_nobody(one, _UNSEEN), state=ReadingState.HELD) for one in rest]
         if estimate is None:
             return rest
         place = self.place_of_lead(run.facts) if estimate["session"] else None
-        return following(rest, estimate, session=place and place[1])
+        return [following(one, estimate, session=place and place[1]) for one in rest]
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""

@@ -30,6 +30,7 @@ from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.ledger import resolving
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.schema import readings
+from langchain_stripe_meter.ledger.store import ASSIGNED, write_act
 from langchain_stripe_meter.ledger.views import tail
 
 USAGE = {"input_tokens": 5}
@@ -150,6 +151,7 @@ def test_an_id_whose_usage_was_held_and_given_to_nobody_still_stands_for_it(reco
     meter.record_usage(USAGE, id="job", customer="cus_1")
     with meter._ledger.deliver_lane().transaction() as connection:
         connection.execute(update(readings).values(tries=1, state="held"))
+        write_act(connection, ASSIGNED, "1 held readings", "cus_12, 5", meter._ledger.now())  # somebody else's
     with pytest.raises(ConfigurationError, match="another id"):
         meter.record_usage(USAGE, id="job", customer="cus_2")
 

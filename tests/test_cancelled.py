@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -180,27 +180,56 @@ def test_it_takes_back_what_the_estimate_had_too_much(tmp_path: Path) -> None:
     assert min(value or 0 for _, _, value, _ in rows) < 0
 
 
-@pytest.mark.parametrize(("captured", "bill_from"), [(None, None), ("now", "now"), ("first", "first_message")])
-def test_the_rest_goes_wherever_its_estimate_went(tmp_path: Path, captured: str | None, bill_from: Any) -> None:
+def outlived(handler: StripeMeterCallbackHandler, meanwhile: Callable[[], object], usage: Any) -> list[Row]:
+    """A message is cancelled; after ``meanwhile``, the call that it left tells its ``usage``."""
+    message, call, metadata = uuid4(), uuid4(), {"session_id": "s", "ls_provider": "openai", "ls_model_name": "gpt-4o"}
+    handler.on_chain_start({}, {}, run_id=message, metadata=metadata)
+    handler.on_chat_model_start({}, [[HumanMessage(WORDS)]], run_id=call, parent_run_id=message, metadata=metadata)
+    chunk = ChatGenerationChunk(message=AIMessageChunk(WORDS))
+    handler.on_llm_new_token(WORDS, run_id=call, parent_run_id=message, chunk=chunk)
+    handler.on_chain_error(asyncio.CancelledError(), run_id=message)
+    meanwhile()
+    last = AIMessage("x", usage_metadata=usage)
+    handler.on_llm_end(LLMResult(generations=[[ChatGeneration(message=last)]]), run_id=call, parent_run_id=message)
+    return tail(handler._ledger, 10)
+
+
+@pytest.fixture
+def by_lead(tmp_path: Path) -> Iterator[Callable[[Tokens], StripeMeterCallbackHandler]]:
+    made: list[StripeMeterCallbackHandler] = []
+
+    def make(meter: Tokens) -> StripeMeterCallbackHandler:
+        ledger = f"sqlite:///{tmp_path}/l.db"
+        made.append(StripeMeterCallbackHandler(meter, customer=from_lead("email"), deliver=False, ledger=ledger))
+        return made[-1]
+
+    yield make
+    for handler in made:
+        handler.close()
+
+
+@pytest.mark.parametrize("bill_from", [None, "now", "first_message"])
+def test_the_rest_goes_wherever_its_estimate_went(by_lead: Any, bill_from: Any) -> None:
     """Nobody is credited, or billed a part of, what somebody else was billed or nobody was."""
-    with StripeMeterCallbackHandler(
-        Tokens("t"), customer=from_lead("email"), deliver=False, ledger=f"sqlite:///{tmp_path}/l.db"
-    ) as handler:
-        message, call, metadata = uuid4(), uuid4(), {"session_id": "s"}
-        handler.on_chain_start({}, {}, run_id=message, metadata=metadata)
-        handler.on_chat_model_start({}, [[HumanMessage(WORDS)]], run_id=call, parent_run_id=message, metadata=metadata)
-        chunk = ChatGenerationChunk(message=AIMessageChunk(WORDS))
-        handler.on_llm_new_token(WORDS, run_id=call, parent_run_id=message, chunk=chunk)
-        handler.on_chain_error(asyncio.CancelledError(), run_id=message)
-        if captured:
+    handler = by_lead(Tokens("t"))
+
+    def capture() -> None:
+        if bill_from:
             handler.leads.capture("s", email="ann@example.com", bill_from=bill_from)
-        last = AIMessage("x", usage_metadata={"input_tokens": 300, "output_tokens": 20, "total_tokens": 320})
-        handler.on_llm_end(LLMResult(generations=[[ChatGeneration(message=last)]]), run_id=call, parent_run_id=message)
-        rows = tail(handler._ledger, 10)
-        assert sum(row.value or 0 for row in rows) == 320
-        assert {row.state for row in rows} == {"recorded" if captured == "first" else "skipped"}
-        if captured is None:
-            assert handler.leads.capture("s", email="ann@example.com", bill_from="first_message") == 2
+
+    rows = outlived(handler, capture, {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320})
+    assert sum(row.value or 0 for row in rows) == 320
+    assert {row.state for row in rows} == {"recorded" if bill_from == "first_message" else "skipped"}
+    if bill_from is None:
+        assert handler.leads.capture("s", email="ann@example.com", bill_from="first_message") == 2
+
+
+def test_so_does_a_kind_of_tokens_of_which_the_estimate_knew_nothing(by_lead: Any) -> None:
+    handler = by_lead(Tokens("t", split=True))
+    usage = {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320, "input_token_details": {"cache_read": 200}}
+    rows = outlived(handler, lambda: handler.leads.capture("s", email="ann@example.com"), usage)
+    assert sum(row.value or 0 for row in rows) == 320
+    assert {row.state for row in rows} == {"skipped"}
 
 
 def test_an_estimate_that_was_right_is_followed_by_nothing(tmp_path: Path) -> None:

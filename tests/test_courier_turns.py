@@ -169,8 +169,9 @@ def use_elsewhere(shop: StillShop, identifier: str) -> None:
 
 
 def test_an_identifier_that_stripe_had_before_this_ledger_sent_it_is_told_and_counts_as_delivered(
-    shop: StillShop,
+    shop: StillShop, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level("INFO", logger="langchain_stripe_meter")
     use_elsewhere(shop, "run")
     shop.record("run", value=4)
     shop.answered()
@@ -181,6 +182,7 @@ def test_an_identifier_that_stripe_had_before_this_ledger_sent_it_is_told_and_co
     shop.record("next", value=4)
     shop.answered()
     assert len(shop.errors) == 1  # all of a restored database would say the same
+    assert "a meter event next already, which this ledger never sent" in caplog.text
 
 
 @pytest.mark.parametrize("customer", ["cus_1", "cus_2"])

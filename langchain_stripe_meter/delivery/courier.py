@@ -182,12 +182,10 @@ class Courier:
         for item in claimed:
             self._sending[item.lease] = item
             self._dispatch(item)
-        if (
-            not self._watches_after - CHORES_SECONDS <= now < self._watches_after
-        ):  # also while Stripe cannot be reached: that is when usage grows old
+        if _is_due(self._watches_after, now):  # also while Stripe cannot be reached: that is when usage grows old
             self._watches_after = now + CHORES_SECONDS
             self._do(self._watches, now)
-        if checked and not self._chores_after - CHORES_SECONDS <= now < self._chores_after:
+        if checked and _is_due(self._chores_after, now):
             self._chores_after = now + CHORES_SECONDS
             self._do(self._chores, now)
         return moved + len(claimed)
@@ -309,22 +307,25 @@ class Courier:
             self._clocks.compare(outcome.date, claimed.attempt.sent_at, now)
         if state in (EventState.REJECTED, EventState.DOUBTFUL):
             self._report(StripeError(f"Meter event {claimed.event.identifier} is {state}: {outcome.message}"))
-        is_foreign = outcome.move is Move.DUPLICATE and state is EventState.DELIVERED and claimed.attempt.is_first
-        if is_foreign and not self._told_foreign:
-            self._told_foreign = True  # once: all events of a database that was restored are like this one
-            said = f"Stripe had a meter event {claimed.event.identifier} already, which this ledger never sent."
-            self._report(
-                StripeError(
-                    f"{said} It counts as delivered, but is billed as whoever sent it said. If this ledger was "
-                    "restored from a backup, that was itself: run stripe-meter ledger restored. If another application "
-                    "sent it for something else, correct() the customer's total, and give each ids of its own. "
-                    "Further ones are not told."
-                )
-            )
+        if outcome.move is Move.DUPLICATE and state is EventState.DELIVERED and claimed.attempt.is_first:
+            self._tell_foreign(claimed.event.identifier)
         if state is EventState.WITHDRAWN and claimed.line not in self._gone:  # it is tried again every hour
             self._gone[claimed.line] = True
             what = f"Usage of {claimed.event.customer} on {claimed.event.event_name}"
             self._report(StripeError(f"{what} is held: {outcome.message.rstrip('.')}. See: stripe-meter held"))
+
+    def _tell_foreign(self, identifier: str) -> None:
+        """Told once, for all events of a database that was restored are alike; all of them are in the log's details."""
+        said = f"Stripe had a meter event {identifier} already, which this ledger never sent."
+        if self._told_foreign:
+            logger.info("stripe-meter: %s", said)
+            return
+        self._told_foreign = True
+        self._report(StripeError(
+            f"{said} It counts as delivered, but is billed as whoever sent it said. If this ledger was restored from a "
+            "backup, that was itself: run stripe-meter ledger restored. If another application sent it for something "
+            "else, correct() the customer's total, and give each ids of its own. Further ones are only logged (INFO)."
+        ))  # fmt: skip
 
     def _look_up(self, now: int) -> int:
         """Settle whom readings name by e-mail, name or phone, as far as it is known; ask Stripe for the others."""
@@ -377,6 +378,11 @@ class Courier:
         self._sent += [(claimed, lost) for claimed in self._sending.values()]
         self._sending.clear()
         self._settle()
+
+
+def _is_due(after: int, now: int) -> bool:
+    """Whether it is time again; also where that was set by a clock that was ahead."""
+    return not after - CHORES_SECONDS <= now < after
 
 
 def _not_done(job: Job) -> Result:

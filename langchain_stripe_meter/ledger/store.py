@@ -323,7 +323,7 @@ def check_same(connection: Connection, entries: Sequence[Entry], id: str) -> Non
 
 def _was_assigned(connection: Connection, customer: str | None) -> bool:
     """Whether a person has ever said of something that was held that ``customer`` pays."""
-    said = acts.c.detail.startswith(customer or "", autoescape=True)
+    said = (acts.c.detail + ",").startswith(f"{customer},", autoescape=True)
     return connection.execute(select(acts.c.id).where(acts.c.act == ASSIGNED, said).limit(1)).first() is not None
 
 
