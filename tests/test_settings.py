@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 from pydantic import ValidationError
 
 from langchain_stripe_meter import MeteringSettings, from_lead, from_metadata, static
@@ -40,6 +41,12 @@ def test_settings_survive_json_unchanged() -> None:
     settings = MeteringSettings.model_validate(FULL)
     assert MeteringSettings.model_validate_json(settings.model_dump_json()) == settings
     assert json.loads(settings.model_dump_json())["meters"][0]["weights"]["cache_read"] == "0.1"
+
+
+def test_settings_survive_toml_unchanged() -> None:
+    settings = MeteringSettings.model_validate({**FULL, "on_unidentified": "cus_2", "stripe_account": "acct_1"})
+    text = tomli_w.dumps(settings.model_dump(mode="json", exclude_none=True))
+    assert MeteringSettings.model_validate(tomllib.loads(text)) == settings
 
 
 def test_settings_can_be_written_as_toml() -> None:
