@@ -350,6 +350,8 @@ def test_a_client_of_a_server_does_not_ride_free_on_a_claim_that_is_none() -> No
     assert who(everything, **facts) == Disbelieved("the customer's id is malformed")
     assert who(everything, **facts, auth_user=known) == Reference("id", "cus_1")
     assert who(everything, **facts, lead={"t": own}.get) == Reference("email", "ann@example.com")
+    another_claim = first_of(claims, from_context(KEY, trust_client=True), from_auth_user(KEY))
+    assert who(another_claim, **facts, context={KEY: "cus_2"}, auth_user=known) == Reference("id", "cus_1")
     its_own = first_of(from_auth_user(KEY), from_lead(), "cus_house")
     anonymous = {**facts, "auth_user": {KEY: "anonymous"}}
     assert who(its_own, **anonymous, lead={"t": own}.get) == Reference("email", "ann@example.com")

@@ -100,6 +100,17 @@ def test_usage_and_its_correction_in_one_minute_tell_nothing() -> None:
     assert "corrections" in str(decide(facts, Look(Decimal(1)), NOW).reason)
 
 
+@pytest.mark.parametrize(
+    ("doubt", "delivered", "at_stripe"),
+    [("10", ["30", "-10"], "30"), ("0.5", ["0.5", "30"], "30.5"), ("-10", ["30", "10"], "30")],
+)
+def test_a_sum_that_delivered_usage_in_the_place_of_the_doubt_would_explain_is_a_persons(
+    doubt: str, delivered: list[str], at_stripe: str
+) -> None:
+    facts = doubts_of([Decimal(doubt)], [Decimal(value) for value in delivered], Decimal(at_stripe))
+    assert decide(facts, Look(Decimal(at_stripe)), NOW).move is None
+
+
 @pytest.mark.parametrize("delivered", [0, 7])
 def test_a_doubt_about_nothing_is_no_doubt(delivered: int) -> None:
     facts = doubts_of([Decimal(0)], Decimal(delivered), Decimal(delivered))

@@ -306,6 +306,14 @@ def test_what_had_produced_nothing_when_its_message_was_cut_may_still_end_and_an
     assert (len(runs), runs.take_lost()) == (0, [])
 
 
+def test_each_call_that_a_cut_message_waits_for_counts_as_abandoned(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    for name in ("first", "second"):
+        start(runs, name, "root", call=True)
+    runs.cut(root, NOW)
+    assert runs.abandoned == 2
+
+
 def test_what_is_never_told_after_its_message_was_cut_is_let_go_a_while_later(runs: OpenRuns) -> None:
     root = start(runs, "root")
     start(runs, "call", start(runs, "step", "root").id, call=True)
@@ -417,6 +425,8 @@ def test_what_was_let_go_may_say_that_it_ended_once_and_for_a_while(runs: OpenRu
     assert runs.end("first", NOW + 9) is first
     assert (first.ended, runs.abandoned) == (NOW, 1)
     assert runs.end("first", NOW + 9) is None
+    runs.sweep(NOW + ORPHANED_AFTER - 1)
+    assert runs.was_let_go("second")
     runs.sweep(NOW + ORPHANED_AFTER)
     assert not runs.was_let_go("second")
     assert (runs.end("second", NOW + ORPHANED_AFTER), runs.abandoned) == (None, 1)

@@ -42,6 +42,13 @@ def test_stripes_sums_may_lack_what_was_just_delivered_but_have_nothing_more(
     assert held_against(at_stripe, delivered=6, just_delivered=4, pending=9)[0] == difference
 
 
+@pytest.mark.parametrize("amount", ["0.5", "1", "-0.5", "-1"])
+def test_whatever_is_on_its_way_widens_what_is_possible_in_its_own_direction_alone(amount: str) -> None:
+    found = Known()
+    found.add(Decimal(amount), "sending", is_settled=False)
+    assert (found.least, found.most) == (min(Decimal(amount), Decimal(0)), max(Decimal(amount), Decimal(0)))
+
+
 def test_where_nothing_was_delivered_stripe_must_have_nothing() -> None:
     assert held_against(0, held=5)[0] == 0
     assert held_against(1, held=5)[0] == 1

@@ -111,6 +111,20 @@ def test_a_report_may_have_details_of_either_side_of_both_or_of_none() -> None:
     assert usage_from_metadata(report | inputs | outputs) == Usage(9, 8, cache_read=3, reasoning=2)
 
 
+@pytest.mark.parametrize(
+    ("read", "input", "output"),
+    [
+        (usage_from_metadata, "input_tokens", "output_tokens"),
+        (usage_from_token_usage, "prompt_tokens", "completion_tokens"),
+    ],
+)
+def test_a_total_without_parts_contradicts_them_and_one_part_is_enough(read: Any, input: str, output: str) -> None:
+    for parts in ({input: 0, output: 1}, {input: 1, output: 0}):
+        assert read({**parts, "total_tokens": 1}).total == 1
+    with pytest.raises(UsageError, match="total_tokens = 1, but input = 0 and output = 0"):
+        read({input: 0, output: 0, "total_tokens": 1})
+
+
 def test_a_sum_that_nobody_knows_stays_unknown() -> None:
     usage = usage_from_metadata({"input_tokens": 7})
     assert usage == Usage(7, None)
