@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from conftest import run_sql, wait_until
+from psycopg import _cursor_base as cursors
 from sqlalchemy import Connection, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 
@@ -57,6 +58,29 @@ def cut_all_connections(url: str) -> None:
             "WHERE pid <> pg_backend_pid() AND datname = current_database()"
         )
     engine.dispose()
+
+
+class TimeLimitError(Exception):
+    """What a signal's handler raises wherever it strikes, such as Celery's soft time limit."""
+
+
+def test_a_time_limit_that_strikes_where_a_transaction_begins_spoils_none_after_it(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute: Any = cursors.execute
+
+    def strike_once(*args: Any) -> Generator[Any, Any, Any]:
+        monkeypatch.undo()
+        yield from execute(*args)
+        raise TimeLimitError
+
+    ledger.set_note("number", "0")
+    monkeypatch.setattr(cursors, "execute", strike_once)  # its answer is there, and psycopg about to look at it
+    with pytest.raises(TimeLimitError):
+        ledger.set_note("number", "1")
+    for number in range(10):  # what psycopg has seen so often, it prepares: not four statements
+        ledger.set_note("number", str(number))
+    assert ledger.note("number") == "9"
 
 
 def test_an_operator_migrates_and_until_then_the_ledger_says_how(postgres_server: str) -> None:

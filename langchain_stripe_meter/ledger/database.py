@@ -40,7 +40,6 @@ from langchain_stripe_meter.reentry import block, inside
 
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
-
 STOPPED_SECONDS = 60
 """How long a transaction on PostgreSQL may do nothing: a process that was stopped within one would block the others."""
 _TURN = 7382910545
@@ -120,6 +119,9 @@ class Lane:
             self.drop()
             connection = self.connection
             connection.exec_driver_sql(begin)
+        except BaseException:  # psycopg may count what a time limit cut short, and would soon prepare it, in vain
+            self.drop()
+            raise
         return connection
 
     def _begin_on_postgres(self, *, shared: bool) -> str:
