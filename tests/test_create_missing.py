@@ -161,6 +161,14 @@ def test_a_customer_whose_address_has_the_same_capitals_pays_whoever_has_it_in_l
     assert desk.status.delivered == 2
 
 
+def test_an_address_in_lower_case_is_looked_for_on_the_account_whose_usage_it_is(desk: Desk) -> None:
+    theirs = desk.sandbox.connect("acct_1Other").create_customer(email="eve@example.com")
+    lookups, gateway = Lookups(desk.ledger, create_missing=False), desk.courier().gateway
+    eve = Reference("email", "Eve@example.com")
+    assert lookups.ask(gateway, Unknown("", eve)) == ([], None)
+    assert theirs in str(lookups.ask(gateway, Unknown("acct_1Other", eve)).why)
+
+
 def test_what_stripe_says_of_the_address_in_lower_case_names_nobody(desk: Desk) -> None:
     desk.sandbox.fail(
         refuse(400, message="Invalid email address: eve@example.com"), path=CUSTOMERS,

@@ -22,6 +22,7 @@ from langchain_stripe_meter.delivery.guard import (
     Clocks,
 )
 from langchain_stripe_meter.delivery.lookups import FOUND_SECONDS, LOOKUPS_AT_ONCE, MISSING_SECONDS, Lookups
+from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUPS_PAUSE
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import sealing, views
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, RESOLVE_AT_MOST, Unknown
@@ -448,12 +449,24 @@ def test_new_usage_of_a_missing_meter_is_held_without_asking_stripe_each_time(sh
         shop.record(f"run-{number}", event_name="missing")
         shop.answered()
         later(shop, 5)
-    assert (shop.asked(METERS), shop.status.held) == (1, 5)
+    assert (shop.asked(METERS), shop.status.held, len(shop.errors)) == (1, 5, 1)
     shop.sandbox.create_meter("missing")
     sealing.retry(shop.ledger)
     for _ in range(2):
         shop.answered()
     assert shop.sandbox.billed("missing", "cus_1") == 5
+
+
+def test_usage_that_keeps_coming_does_not_put_off_the_next_look_at_its_missing_meter(shop: StillShop) -> None:
+    shop.record("first", event_name="missing")
+    shop.answered()
+    later(shop, HELD_RETRY[0] - 1)
+    shop.record("second", event_name="missing")
+    shop.answered()
+    assert shop.asked(METERS) == 1
+    later(shop, 1)
+    shop.answered()
+    assert shop.asked(METERS) == 2
 
 
 # -- who is looked up
@@ -481,6 +494,12 @@ def test_lookups_that_stripe_does_not_answer_for_one_account_rest_on_that_accoun
     shop.answered()
     assert shop.billed(customer) == 1
     assert of_account(shop) == LOOKUPS_AT_ONCE
+    later(shop, LOOKUPS_PAUSE - 1)
+    shop.answered()
+    assert of_account(shop) == LOOKUPS_AT_ONCE
+    later(shop, 1)
+    shop.answered()
+    assert of_account(shop) > LOOKUPS_AT_ONCE
 
 
 def test_those_of_a_closed_account_do_not_keep_others_from_being_looked_up(shop: StillShop) -> None:
