@@ -19,6 +19,7 @@ from langchain_stripe_meter.core.meters import (
     Meter,
     Reading,
     Tokens,
+    dimensions_of,
     plain_model,
     round_digits,
     token_billing_model,
@@ -107,6 +108,11 @@ def test_the_applications_decimal_context_does_not_change_a_bill() -> None:
     bills = [value_of(meter, call) for meter in meters]
     with localcontext(Context(prec=3)):
         assert [value_of(meter, call) for meter in meters] == bills
+
+
+def test_only_split_tokens_bring_payload_keys_of_their_own() -> None:
+    assert dimensions_of(Tokens("t", split=True)) == ("model", "token_type")
+    assert dimensions_of(Tokens("t")) == dimensions_of(Messages("m")) == ()
 
 
 @given(usages())

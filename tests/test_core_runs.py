@@ -234,8 +234,8 @@ def test_a_message_whose_tool_works_for_hours_is_one_message(runs: OpenRuns) -> 
 def test_a_long_message_is_not_abandoned_while_things_happen_inside_it(runs: OpenRuns) -> None:
     root, now = start(runs, "root"), NOW
     node = start(runs, "node", "root")
-    for n in range(20):
-        call = start(runs, f"call {n}", "node", call=True, at=now)
+    while now <= NOW + 2 * STEP_ABANDONED_AFTER:
+        call = start(runs, f"call at {now}", "node", call=True, at=now)
         now += ABANDONED_AFTER // 2
         end(runs, call, answer=ANSWER, at=now)
         now += ABANDONED_AFTER // 4

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from langchain_stripe_meter.core.usage import KINDS, Usage, completed, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.core.usage import (
+    KINDS,
+    Usage,
+    completed,
+    text_of,
+    thoughts_of,
+    usage_from_metadata,
+    usage_from_token_usage,
+)
 from langchain_stripe_meter.errors import UsageError
 
 counts = st.integers(0, 10**9)
@@ -213,3 +221,19 @@ def test_an_estimate_stands_alone_where_nothing_was_reported() -> None:
 def test_where_nothing_came_the_estimate_adds_nothing() -> None:
     assert completed(Usage(5, 0), Usage(9, 0, estimated=True)) == Usage(5, 0)
     assert completed(Usage(5, None), Usage(9, 0, estimated=True)) == Usage(5, 0, estimated=True)
+
+
+def test_content_blocks_hold_text_and_thoughts_and_whatever_else_says_nothing() -> None:
+    blocks = [
+        {"type": "text", "text": "Hel"},
+        {"type": "thinking", "thinking": "Hm"},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": ", so"}, {"text": ", then"}]},
+        {"type": "reasoning", "reasoning": "."},
+        {"type": "text", "text": "lo", "thinking": "no thought"},
+        {"type": "image", "summary": [{"text": "nor this"}]},
+        {"type": "text", "text": None},
+        "bare",
+    ]
+    assert (text_of(blocks), thoughts_of(blocks)) == ("Hello", "Hm, so, then.")
+    for nothing in (None, "Hello", [], {"type": "text", "text": "Hello"}):
+        assert (text_of(nothing), thoughts_of(nothing)) == ("", "")
