@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,20 @@ def test_a_month_is_one_of_utc_wherever_the_machine_stands() -> None:
     april = seconds("2027-04-01")
     assert Period("month").bounds(april - 1) == (seconds("2027-03-01"), april)
     assert Period("month").bounds(april) == (april, seconds("2027-05-01"))
+
+
+@pytest.mark.usefixtures("far_west")
+@pytest.mark.parametrize(
+    ("per", "start", "end"), [("day", "2027-04-01", "2027-04-02"), ("week", "2027-03-29", "2027-04-05")]
+)
+def test_days_and_weeks_from_monday_are_those_of_utc(per: Any, start: str, end: str) -> None:
+    first, after = seconds(start), seconds(end)
+    assert [Period(per).bounds(at) for at in (first, after - 1)] == [(first, after)] * 2
+    assert Period(per).bounds(after)[0] == after
+
+
+def test_all_time_is_one_period() -> None:
+    assert [Period("ever").bounds(at) for at in (0, seconds("2027-04-01"))] == [(0, None)] * 2
 
 
 @pytest.mark.parametrize("hours", [1, 5, 36])

@@ -306,6 +306,25 @@ def test_what_had_produced_nothing_when_its_message_was_cut_may_still_end_and_an
     assert (len(runs), runs.take_lost()) == (0, [])
 
 
+def test_what_had_answered_a_cancelled_message_is_told_once_and_nothing_where_nothing_had(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    assert runs.take_unanswered(root) is None
+    call = start(runs, "call", "root", call=True)
+    for expected in ((ANSWER, call.facts), None):
+        runs.answered(call, ANSWER)
+        assert runs.take_unanswered(root) == expected
+
+
+@pytest.mark.parametrize("first", [{"input_tokens": 3, "output_tokens": 0}, {"input_tokens": 0, "output_tokens": 2}])
+def test_of_the_reports_amid_a_stream_the_first_that_says_anything_is_kept(
+    runs: OpenRuns, first: dict[str, int]
+) -> None:
+    call = start(runs, "call", call=True)
+    for report in ({"input_tokens": 0, "output_tokens": 0}, first, {"input_tokens": 9, "output_tokens": 9}):
+        runs.receive("call", "", report)
+    assert call.reported is first
+
+
 def test_each_call_that_a_cut_message_waits_for_counts_as_abandoned(runs: OpenRuns) -> None:
     root = start(runs, "root")
     for name in ("first", "second"):
