@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import re
+from datetime import UTC, datetime
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -22,13 +24,17 @@ from langchain_stripe_meter.core.events import (
     check_dimensions,
     check_event_name,
     check_identifier,
+    check_on_error,
+    check_tenant,
     check_timestamp,
     check_value,
+    check_webhook_secret,
     derive_identifier,
     number_text,
+    seconds,
     significant_digits,
 )
-from langchain_stripe_meter.errors import InvalidValueError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 PLAIN_NUMBER = re.compile(r"-?(0|[1-9]\d*)(\.\d*[1-9])?\Z", re.ASCII)
 NOW = 1_780_000_000
@@ -327,3 +333,64 @@ def test_an_event_cannot_be_made_against_stripes_limits(change: dict[str, Any]) 
     MeterEvent(**good)
     with pytest.raises(InvalidValueError):
         MeterEvent(**{**good, **change})
+
+
+# -- what an application hands over
+
+
+async def awaited(_: object) -> None: ...
+
+
+class Awaited:
+    async def __call__(self, _: object) -> None: ...
+
+
+since = partial(seconds, name="since")
+SECRET_TOLD = (
+    "must be the signing secret of the webhook's endpoint, 'whsec_' and what Stripe puts behind it. (An API key is "
+    "none.)"
+)
+
+
+TENANT_TOLD = (
+    "tenant= takes a function from a run's facts to its Tenant, or None, not str. For one account, use "
+    "stripe_account='acct_…'."
+)
+
+
+@pytest.mark.parametrize(
+    ("check", "value", "told"),
+    [
+        (check_on_error, 7, "on_error= takes a function of one MeteringError, or None, not int."),
+        (check_on_error, awaited, "on_error= takes a plain function; an async one would never be awaited."),
+        (check_on_error, Awaited(), "on_error= takes a plain function; an async one would never be awaited."),
+        (
+            check_tenant,
+            "acct_1",
+            TENANT_TOLD,
+        ),
+        (check_tenant, awaited, "tenant= takes a plain function; an async one would never be awaited."),
+        (check_webhook_secret, 7, f"webhook_secret= {SECRET_TOLD}"),
+        (check_webhook_secret, "whsec_", f"webhook_secret= {SECRET_TOLD}"),
+        (check_webhook_secret, "rk_test_whsec_1", f"webhook_secret= {SECRET_TOLD}"),
+        (since, None, "since= takes a datetime with a time zone or Unix seconds (an int), not None."),
+        (since, 10**11 + 1, "since=100000000001 is too far away for Unix seconds; are these milliseconds?"),
+        (
+            since,
+            datetime(2027, 1, 2),  # noqa: DTZ001 - that is the mistake
+            "since=datetime.datetime(2027, 1, 2, 0, 0) has no time zone; use datetime(..., tzinfo=timezone.utc).",
+        ),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_with_what_to_pass_instead(check: Any, value: Any, told: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        check(value)
+    assert str(caught.value) == told
+
+
+def test_what_can_be_meant_is_taken() -> None:
+    for check in (check_on_error, check_tenant):
+        for value in (None, print):
+            check(value)
+    assert [check_webhook_secret(secret) for secret in (None, "", " whsec_1\n")] == [None, None, "whsec_1"]
+    assert [seconds(moment, "at") for moment in (10**11, datetime(1970, 1, 2, tzinfo=UTC))] == [10**11, 86_400]
