@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from conftest import wait_until
-from courier_shop import EVENTS, StillShop, of
+from courier_shop import EVENTS, StillShop, of, payer
 
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS
@@ -382,3 +382,11 @@ def test_a_process_in_a_container_that_shares_the_hosts_name_has_another_owner()
     assert theirs[1] == "1"
     assert theirs[0].split("|")[:2] == ours[0].split("|")[:2]
     assert theirs[0] != ours[0]
+
+
+def test_with_one_request_at_a_time_each_customer_has_a_turn(shop: StillShop) -> None:
+    courier = shop.another_courier(concurrency=1)
+    shop.record(*(f"run-{number}" for number in range(5)))
+    shop.record("other", customer="cus_2")
+    shop.drive(courier)
+    assert [payer(request) for request in shop.sent()].index("cus_2") <= 1
