@@ -328,6 +328,11 @@ def test_who_is_named_wrongly_is_nobodys_to_pay_for_whatever_comes_next(source: 
     assert who(before, metadata={KEY: value}, auth_user={KEY: value}, context={KEY: value}) == skip
 
 
+def test_a_reference_is_read_back_from_what_the_ledger_writes_with_colons_in_it() -> None:
+    for reference in (Reference("name", "Ann: of the Hill"), Reference("id", "cus_1"), Reference("email", "a@b.com")):
+        assert Reference.of(reference.text) == reference
+
+
 def test_a_lead_that_cannot_be_one_is_nobody_so_the_next_source_decides() -> None:
     for lead in ({"email": "ann"}, {"email": 7}, {}):
         assert who(first_of(from_lead(), "cus_house"), metadata={"lead": lead}) == Reference("id", "cus_house")

@@ -374,6 +374,7 @@ TENANT_TOLD = (
         (check_webhook_secret, "whsec_", f"webhook_secret= {SECRET_TOLD}"),
         (check_webhook_secret, "rk_test_whsec_1", f"webhook_secret= {SECRET_TOLD}"),
         (since, None, "since= takes a datetime with a time zone or Unix seconds (an int), not None."),
+        (since, "2027", "since= takes a datetime with a time zone or Unix seconds (an int), not str."),
         (since, 10**11 + 1, "since=100000000001 is too far away for Unix seconds; are these milliseconds?"),
         (
             since,
