@@ -144,6 +144,14 @@ def make_entry(use: Use, who: Reference | Skip, reading: Reading, account: str =
     )  # fmt: skip
 
 
+def estimates_of(run: Run, rest: Entry) -> list[str]:
+    """The identifiers of what ``run`` was taken to come to, the likest to ``rest`` first: a person may have settled
+    each meter and kind of tokens by itself."""
+    own = derive_identifier(key_of(run), rest.event_name, rest.dimensions, rest.account)
+    by_likeness = sorted(run.billed_as, key=lambda one: (one.key != own, one.event_name != rest.event_name))
+    return [one.key for one in by_likeness]
+
+
 def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> Entry:
     """The same usage, for whoever has the ``other`` reading, as the ledger has that. Where nobody has, a lead that is
     captured for ``session`` may claim both."""

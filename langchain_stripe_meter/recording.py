@@ -37,6 +37,7 @@ from langchain_stripe_meter.counting import (
     Use,
     amounts_of,
     estimated,
+    estimates_of,
     following,
     is_known,
     key_of,
@@ -256,23 +257,23 @@ class Recorder:
             if call is not None:
                 recorded = run.billed if ending.is_rest else None
                 made = self._of_run(run, run.facts, "call", call, recorded)
-                entries += made if recorded is None else self._like_its_estimate(run, made)
-                run.billed, run.billed_as = call, made[0].key if made else None
+                entries += made if recorded is None else [self._like_its_estimate(run, one) for one in made]
+                run.billed, run.billed_as = call, made
         if ending.message is not None:
             call, facts = ending.message
             made = self._of_run(run.top, facts, "message", call)
             entries += [of_nobody(one, _CANCELLED) for one in made] if ending.unanswered else made
 
-    def _like_its_estimate(self, run: Run, rest: Sequence[Entry]) -> Sequence[Entry]:
+    def _like_its_estimate(self, run: Run, rest: Entry) -> Entry:
         """What a call came to beyond its estimate is for whoever has that by now, a person or nobody included."""
         try:
-            estimate = self.ledger.reading(run.billed_as) if run.billed_as else None
+            estimate = next(filter(None, map(self.ledger.reading, estimates_of(run, rest))), None)
         except LedgerError:
-            return [replace(of_nobody(one, _UNSEEN), state=ReadingState.HELD) for one in rest]
+            return replace(of_nobody(rest, _UNSEEN), state=ReadingState.HELD)
         if estimate is None:
             return rest
         place = self.place_of_lead(run.facts) if estimate["session"] else None
-        return [following(one, estimate, session=place and place[1]) for one in rest]
+        return following(rest, estimate, session=place and place[1])
 
     def _complete(self, call: Call, run: Run, observed: Observed) -> Call | None:
         """Apply ``on_missing_usage`` to a call whose usage nobody reported in full."""

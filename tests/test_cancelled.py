@@ -14,8 +14,10 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableLambda
+from sqlalchemy import update
 
 from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.views import Row, tail
 
 BEGIN = AIMessageChunk("", usage_metadata={"input_tokens": 4321, "output_tokens": 1, "total_tokens": 4322})
@@ -230,6 +232,22 @@ def test_so_does_a_kind_of_tokens_of_which_the_estimate_knew_nothing(by_lead: An
     rows = outlived(handler, lambda: handler.leads.capture("s", email="ann@example.com"), usage)
     assert sum(row.value or 0 for row in rows) == 320
     assert {row.state for row in rows} == {"skipped"}
+
+
+def test_on_each_meter_the_rest_goes_where_its_estimate_on_that_meter_went(tmp_path: Path) -> None:
+    """A person may have given one meter's usage to somebody else."""
+    meters, ledger = (Tokens("a"), Tokens("b", split=True)), f"sqlite:///{tmp_path}/l.db"
+    with StripeMeterCallbackHandler(*meters, customer="cus_1", deliver=False, ledger=ledger) as handler:
+
+        def assign() -> None:
+            with handler._ledger.deliver_lane().transaction() as connection:
+                connection.execute(update(readings).where(readings.c.event_name == "a").values(state="held"))
+            assert handler.assign(handler.held()[0], "cus_2") == 1
+
+        details = {"input_token_details": {"cache_read": 200}}
+        rows = outlived(handler, assign, {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320, **details})
+    assert {(row.event_name, row.customer) for row in rows} == {("a", "cus_2"), ("b", "cus_1")}
+    assert [sum(row.value or 0 for row in rows if row.event_name == name) for name in "ab"] == [320, 320]
 
 
 def test_an_estimate_that_was_right_is_followed_by_nothing(tmp_path: Path) -> None:

@@ -350,8 +350,6 @@ SECRET_TOLD = (
     "must be the signing secret of the webhook's endpoint, 'whsec_' and what Stripe puts behind it. (An API key is "
     "none.)"
 )
-
-
 TENANT_TOLD = (
     "tenant= takes a function from a run's facts to its Tenant, or None, not str. For one account, use "
     "stripe_account='acct_…'."
@@ -364,11 +362,7 @@ TENANT_TOLD = (
         (check_on_error, 7, "on_error= takes a function of one MeteringError, or None, not int."),
         (check_on_error, awaited, "on_error= takes a plain function; an async one would never be awaited."),
         (check_on_error, Awaited(), "on_error= takes a plain function; an async one would never be awaited."),
-        (
-            check_tenant,
-            "acct_1",
-            TENANT_TOLD,
-        ),
+        (check_tenant, "acct_1", TENANT_TOLD),
         (check_tenant, awaited, "tenant= takes a plain function; an async one would never be awaited."),
         (check_webhook_secret, 7, f"webhook_secret= {SECRET_TOLD}"),
         (check_webhook_secret, "whsec_", f"webhook_secret= {SECRET_TOLD}"),

@@ -6,7 +6,7 @@ no interrupt left it waiting; the call that succeeded last is the one that answe
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,8 +32,8 @@ class Run:
     """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
     ``user`` is whom an agent server authenticated where a step began. ``interrupted`` marks a message that is not
     answered for now, and ``waits_in`` the run in which it waits or failed. ``late`` marks a call of a message that was
-    cancelled: it counts as abandoned, unless its end is told after all. ``billed`` is what a call was recorded as, by
-    ``billed_as``, the first of its identifiers; ``begun`` of a message what a cancelled call had begun to answer."""
+    cancelled: it counts as abandoned, unless its end is told after all. ``billed`` is what a call was recorded as, in
+    the readings ``billed_as``; ``begun`` of a message what a cancelled call had begun to answer."""
 
     id: Hashable
     started: int
@@ -52,7 +52,7 @@ class Run:
     taken: bool = False
     late: bool = False
     billed: Call | None = field(default=None, repr=False)
-    billed_as: str | None = None
+    billed_as: Sequence[Any] = field(default=(), repr=False)
     ended: int | None = None
     parent: Run | None = field(default=None, repr=False)
     user: Any = field(default=None, repr=False)
