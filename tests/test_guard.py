@@ -274,6 +274,21 @@ def test_an_account_stays_closed_with_few_questions_and_burns_no_attempt(keyed: 
     assert shop.states()["ours"] == "delivered"
 
 
+def test_an_account_that_opened_and_is_closed_again_is_told_again(keyed: StillShop) -> None:
+    connect(keyed)
+    for number in (1, 2):
+        close_account(keyed)
+        keyed.record(f"theirs-{number}", account=THEIRS)
+        keyed.courier.gateway.forget_meters(THEIRS)
+        keyed.answered()
+        assert (keyed.states()[f"theirs-{number}"], len(keyed.errors)) == ("held", number)
+        keyed.sandbox.clear_faults()
+        later(keyed, HELD_RETRY[0])
+        for _ in range(2):
+            keyed.answered()
+        assert keyed.states()[f"theirs-{number}"] == "delivered"
+
+
 def test_a_retry_asks_at_once_whether_an_account_is_open_again(keyed: StillShop) -> None:
     shop = keyed
     connected = connect(shop)
