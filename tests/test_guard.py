@@ -342,6 +342,18 @@ def test_a_key_that_is_refused_pauses_everything_and_one_closed_account_does_not
     assert shop.status.paused is None
 
 
+def test_a_key_that_is_refused_when_it_asks_for_meters_pauses_everything(shop: StillShop) -> None:
+    shop.sandbox.fail(refuse(401, message="Expired API Key provided."), path=METERS)
+    shop.record("run")
+    shop.answered()
+    assert shop.states() == {"run": "resolved"}
+    assert "Expired API Key" in str(shop.status.paused)
+    assert len(shop.errors) == 1
+    later(shop, PAUSE_SECONDS)
+    shop.answered()
+    assert (shop.states(), shop.status.paused) == ({"run": "delivered"}, None)
+
+
 @pytest.mark.parametrize("account", [THEIRS, ""])
 @pytest.mark.parametrize("status", [400, 404])
 def test_an_account_whose_meters_stripe_will_not_list_is_held_told_once_and_waits_alone(
@@ -528,6 +540,7 @@ def test_those_of_a_closed_account_do_not_keep_others_from_being_looked_up(shop:
         shop.answered()
     assert shop.billed(customer) == 1
     assert (shop.status.held, of_account(shop)) == (LOOKUPS_AT_ONCE + 2, LOOKUPS_AT_ONCE)
+    assert all("HTTP 403" in held.reason for held in views.held(shop.ledger))
     assert len(shop.errors) == 1
 
 
