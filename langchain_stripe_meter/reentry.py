@@ -1,21 +1,27 @@
 """What garbage collection starts in the midst of our own code waits until that code is done.
 
-The collector may run at any allocation, also where this thread holds one of our locks or has a transaction open. If it
-collects a stream that somebody left, LangChain reports that stream's end at once, on the same thread. Locks that may be
+A collection may begin at any allocation, also where this thread holds one of our locks or has a transaction open. If it
+finds a stream that somebody left, LangChain reports that stream's end at once, on the same thread. Locks that may be
 taken twice would not do: the same dictionary would change under its own loop, and a transaction begin inside another.
+And LangGraph waits there for the nodes of that stream, whose ends may be waiting, on other threads, for what this one
+holds. So Python begins no collection by itself while any thread is inside; where one was asked for, its events wait.
 """
 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, suppress
 from functools import partial, wraps
 from queue import Empty, SimpleQueue
+from threading import get_ident
 from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import ref
+
+from langchain_stripe_meter.forks import renew_after_fork
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -35,6 +41,42 @@ class _Place(threading.local):
 _place = _Place()
 
 
+class _Collector:
+    """Python's own, which begins nothing by itself while any of the ``busy`` threads is inside."""
+
+    def __init__(self) -> None:
+        self.busy: set[int] = set()
+        self._is_paused = False  # by us: an application that wants no collections is not given any
+        renew_after_fork(self)
+
+    def pause(self, thread: int) -> None:
+        self.busy.add(thread)
+        if gc.isenabled():
+            gc.disable()
+            self._is_paused = True
+
+    def resume(self) -> None:
+        """Collect again when nobody is inside. Where the threads take turns without end, do what was put off here,
+        where this one holds nothing."""
+        if not self._is_paused:
+            return
+        if not self.busy:
+            self._is_paused = False  # no other thread comes in before the next line is done, since nothing is called
+            gc.enable()
+            return
+        (young, middle, _), (most, most_middle, _) = gc.get_count(), gc.get_threshold()
+        if young > most > 0:
+            gc.collect(1 if middle > most_middle else 0)
+
+    def after_fork(self) -> None:
+        """The threads that were inside are the parent's."""
+        self.busy.clear()
+        self.resume()
+
+
+_collector = _Collector()
+
+
 def is_inside() -> bool:
     """Whether this thread was interrupted inside our code."""
     return _place.inside
@@ -45,13 +87,14 @@ def within(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     place = _place
     if place.inside:
         return function(*args, **kwargs)
-    place.inside = True
+    place.inside, thread = True, get_ident()
     try:
+        _collector.pause(thread)
         return function(*args, **kwargs)
-    finally:  # the first thing done here can not be interrupted by Ctrl-C: nothing is called before it
+    finally:  # the first things done here can not be interrupted by Ctrl-C: nothing of Python's is called before them
         place.inside = False
-        if not place.waiting.empty():
-            _carry_out(place.waiting)
+        _collector.busy.discard(thread)
+        _left(place)
 
 
 def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
@@ -60,13 +103,14 @@ def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None
     if place.inside:
         place.waiting.put(partial(event, *args, **kwargs))
         return
-    place.inside = True  # from here on as in within(); a call fewer in every event
+    place.inside, thread = True, get_ident()  # from here on as in within(); a call fewer in every event
     try:
+        _collector.pause(thread)
         event(*args, **kwargs)
     finally:
         place.inside = False
-        if not place.waiting.empty():
-            _carry_out(place.waiting)
+        _collector.busy.discard(thread)
+        _left(place)
 
 
 class _Exit(partial[bool]):
@@ -129,24 +173,34 @@ def inside() -> Generator[None, None, None]:
     if _place.inside:
         yield
         return
-    _place.inside = True
+    _place.inside, thread = True, get_ident()
     try:
+        _collector.pause(thread)
         yield
     finally:
         _place.inside = False
-        if not _place.waiting.empty():
-            _carry_out(_place.waiting)
+        _collector.busy.discard(thread)
+        _left(_place)
+
+
+def _left(place: _Place) -> None:
+    if not place.waiting.empty():
+        _carry_out(place.waiting)
+    _collector.resume()
 
 
 def _carry_out(waiting: SimpleQueue[Callable[[], None]]) -> None:
     """Do what waited; on a thread of its own where an event loop runs in this one, which must not block."""
     while not waiting.empty():
-        _place.inside = True
+        _place.inside, thread = True, get_ident()
         try:
+            _collector.pause(thread)
             if asyncio._get_running_loop() is None or not _start_thread(waiting):
                 _do_all(waiting)
         finally:
             _place.inside = False
+            _collector.busy.discard(thread)
+            _collector.resume()
         if asyncio._get_running_loop() is not None:
             return
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import gc
+import os
 import random
 import signal
 import threading
@@ -230,6 +231,102 @@ def test_a_stream_collected_by_a_loop_inside_our_code_is_recorded_by_another_thr
     assert done(work)
     assert where == ["stripe-meter-late"]
     assert sum(billed(handler)["tokens"]) == 1
+
+
+# -- what Python collects by itself
+
+
+class Waits:
+    """As LangGraph does for a stream that somebody left: its end waits until a node, on another thread, has answered.
+
+    It can only be found by a collection.
+    """
+
+    def __init__(self, node: Callable[[], object], ended: list[bool]) -> None:
+        self.itself, self.node, self.ended = self, node, ended
+
+    def __del__(self) -> None:
+        node = threading.Thread(target=self.node, daemon=True)
+        node.start()
+        node.join(10)
+        self.ended.append(not node.is_alive())
+
+
+@pytest.fixture
+def by_itself() -> Iterator[None]:
+    """Python collects when it has made 700 objects more."""
+    with inside():
+        gc.enable()
+        gc.collect()
+    yield
+    gc.disable()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_nothing_is_collected_where_its_end_would_wait_for_us(handler: StripeMeterCallbackHandler) -> None:
+    ended, kept = list[bool](), list[list[int]]()
+    insert, answer = handler._ledger._insert, partial(Model().invoke, "hi", {"callbacks": [handler]})
+
+    def writing(driver: Any, rows: Any) -> None:
+        if not ended and threading.current_thread() is threading.main_thread():
+            Waits(answer, ended)
+            kept.extend([] for _ in range(2000))
+        insert(driver, rows)
+
+    handler._ledger._insert = writing
+    answer()
+    kept.append([])
+    assert ended == [True]
+    assert billed(handler)["tokens"] == [False] * 3
+    assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_while_others_are_inside_whoever_leaves_collects_what_was_put_off() -> None:
+    leave, ended = threading.Event(), list[bool]()
+
+    def stay() -> None:
+        with inside():
+            leave.wait(60)
+
+    other = threading.Thread(target=stay)
+    other.start()
+    wait_until(lambda: not gc.isenabled())
+    Waits(int, ended)
+    kept = [[] for _ in range(2000)]
+    assert ended == []
+    within(len, kept)
+    assert ended == [True]
+    leave.set()
+    other.join()
+    assert gc.isenabled()
+
+
+def test_an_application_that_wants_no_collections_is_given_none(handler: StripeMeterCallbackHandler) -> None:
+    Model().invoke("hi", {"callbacks": [handler]})
+    assert not gc.isenabled()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_a_child_collects_whoever_of_its_parents_threads_was_inside() -> None:
+    leave = threading.Event()
+
+    def stay() -> None:
+        with inside():
+            leave.wait(60)
+
+    other = threading.Thread(target=stay)
+    other.start()
+    wait_until(lambda: not gc.isenabled())
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if gc.isenabled() else 1)
+    leave.set()
+    other.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+# -- group commits and interrupts
 
 
 def test_what_interrupts_a_group_commit_is_written_after_it() -> None:
