@@ -47,6 +47,7 @@ class _Collector:
     def __init__(self) -> None:
         self.busy: set[int] = set()
         self._is_paused = False  # by us: an application that wants no collections is not given any
+        self._is_collecting = False
         renew_after_fork(self)
 
     def pause(self, thread: int) -> None:
@@ -56,22 +57,40 @@ class _Collector:
             self._is_paused = True
 
     def resume(self) -> None:
-        """Collect again when nobody is inside. Where the threads take turns without end, do what was put off here,
-        where this one holds nothing."""
-        if not self._is_paused:
-            return
+        """Collect again when nobody is inside. What was put off is done by a thread that nobody waits for, and this one
+        may be a node of the graph whose stream is found."""
+        young, most = gc.get_count()[0], gc.get_threshold()[0]
+        if self._is_paused and not (young > most > 0 and self._start()):
+            self._enable()
+
+    def _enable(self) -> None:
         if not self.busy:
             self._is_paused = False  # no other thread comes in before the next line is done, since nothing is called
             gc.enable()
-            return
-        (young, middle, _), (most, most_middle, _) = gc.get_count(), gc.get_threshold()
-        if young > most > 0:
-            gc.collect(1 if middle > most_middle else 0)
+
+    def _start(self) -> bool:
+        if not self._is_collecting:
+            self._is_collecting = True
+            try:
+                threading.Thread(target=self._collect, name="stripe-meter-garbage", daemon=True).start()
+            except BaseException as error:  # also Ctrl-C
+                self._is_collecting = False
+                if not isinstance(error, RuntimeError):
+                    raise
+                return False  # the interpreter is shutting down and starts no threads
+        return True
+
+    def _collect(self) -> None:
+        gc.collect(1 if gc.get_count()[1] > gc.get_threshold()[1] else 0)
+        self._is_collecting = False
+        self._enable()
 
     def after_fork(self) -> None:
         """The threads that were inside are the parent's."""
         self.busy.clear()
-        self.resume()
+        self._is_collecting = False
+        if self._is_paused:
+            self._enable()
 
 
 _collector = _Collector()

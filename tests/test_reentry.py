@@ -275,14 +275,14 @@ def test_nothing_is_collected_where_its_end_would_wait_for_us(handler: StripeMet
 
     handler._ledger._insert = writing
     answer()
-    kept.append([])
+    wait_until(lambda: ended)
     assert ended == [True]
     assert billed(handler)["tokens"] == [False] * 3
     assert gc.isenabled()
 
 
 @pytest.mark.usefixtures("by_itself")
-def test_while_others_are_inside_whoever_leaves_collects_what_was_put_off() -> None:
+def test_while_others_are_inside_what_was_put_off_is_collected_when_one_leaves() -> None:
     leave, ended = threading.Event(), list[bool]()
 
     def stay() -> None:
@@ -296,10 +296,38 @@ def test_while_others_are_inside_whoever_leaves_collects_what_was_put_off() -> N
     kept = [[] for _ in range(2000)]
     assert ended == []
     within(len, kept)
-    assert ended == [True]
+    wait_until(lambda: ended)
+    assert not gc.isenabled()
     leave.set()
     other.join()
     assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_what_was_put_off_does_not_make_a_node_wait_for_itself() -> None:
+    ended, kept = list[bool](), list[list[int]]()
+
+    class Left:
+        """A stream that somebody left, whose end waits for the node that is collecting it."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            node.join(10)
+            ended.append(not node.is_alive())
+
+    def answer() -> None:
+        with inside():
+            Left()
+            kept.extend([] for _ in range(2000))
+        kept.extend([] for _ in range(2000))
+
+    node = threading.Thread(target=answer)
+    node.start()
+    wait_until(lambda: ended)
+    assert ended == [True]
+    wait_until(gc.isenabled)
 
 
 def test_an_application_that_wants_no_collections_is_given_none(handler: StripeMeterCallbackHandler) -> None:
