@@ -111,6 +111,11 @@ async def bad_request_after(client: Writer, forward: Forward) -> None:
     client.write(page("400 Bad Request"))
 
 
+async def redirect_after(client: Writer, forward: Forward) -> None:
+    await forward()
+    client.write(b"HTTP/1.1 302 Found\r\nLocation: /v1/billing/meter_events\r\nContent-Length: 0\r\n\r\n")
+
+
 async def not_found_instead(client: Writer, _forward: Forward) -> None:
     client.write(page("404 Not Found"))
 

@@ -8,13 +8,15 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import stripe
 import tcp_proxy
 from faults import deliver, settled
 from sqlalchemy import select
 from tcp_proxy import FaultProxy, Misdeed
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.events import MeterEvent
+from langchain_stripe_meter.core.states import Move, ReadingState
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway import client
 from langchain_stripe_meter.gateway.client import Gateway
@@ -37,13 +39,14 @@ UNKNOWN: dict[str, Misdeed] = {
     "a web page for an answer, and Stripe has nothing": tcp_proxy.page_instead,
     "502 from a box on the way, after Stripe accepted": tcp_proxy.bad_gateway_after,
     "400 from a box on the way, after Stripe accepted": tcp_proxy.bad_request_after,
+    "a redirect from a box on the way, after Stripe accepted": tcp_proxy.redirect_after,
     "404 from a box on the way, and Stripe has nothing": tcp_proxy.not_found_instead,
     "the answer to somebody else's request": tcp_proxy.answer_of_another_event,
     "no answer until the time is up, after Stripe accepted": tcp_proxy.black_hole_after,
     "no answer until the time is up, and Stripe has nothing": tcp_proxy.black_hole_before,
 }
 ACCEPTED = {"reset_after", "cut_in_the_head", "cut_in_the_body", "garbage", "page_after", "bad_gateway_after",
-            "bad_request_after",             "black_hole_after"}  # fmt: skip
+            "bad_request_after", "redirect_after", "black_hole_after"}  # fmt: skip
 
 
 @pytest.fixture
@@ -155,3 +158,19 @@ def test_a_page_of_a_box_on_the_way_does_not_mean_that_stripe_knows_no_such_cust
             gateway.billed(meter.id, "cus_0", 0, 60)
         assert gateway.billed(meter.id, "cus_nobody", 0, 60) is None
         gateway.close()
+
+
+@pytest.mark.parametrize("given", ["key", "client"])
+def test_what_stripe_says_to_a_redirect_is_no_answer_about_the_event(sandbox: StripeSandbox, given: str) -> None:
+    """A client that is given follows it, with a GET for an address that Stripe does not have."""
+    usage = MeterEvent("ai_tokens", "cus_0", Decimal(1), "run-0", sandbox.now())
+    with FaultProxy(port_of(sandbox)) as proxy:
+        client = stripe.StripeClient(sandbox.api_key, base_addresses={"api": proxy.url})
+        gateway = Gateway(sandbox.api_key if given == "key" else client, api_base=proxy.url)
+        proxy.plan = [tcp_proxy.redirect_after]
+        assert gateway.send(usage, "0").move is Move.UNKNOWN
+        assert gateway.send(usage, "1").move is Move.DUPLICATE
+        gateway.close()
+    assert [request.method for request in sandbox.requests if request.path == "/v1/billing/meter_events"] == (
+        ["POST", "POST"] if given == "key" else ["POST", "GET", "POST"]
+    )

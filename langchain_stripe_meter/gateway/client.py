@@ -92,6 +92,22 @@ def _quietly() -> Iterator[None]:
         _QUIET.ours.now = before
 
 
+class _Session(threading.local):
+    """Each thread's connection, which follows no redirect: a POST would be followed by a GET, and what Stripe says to
+    that is no answer about the event."""
+
+    def __init__(self) -> None:
+        import requests
+
+        self._own = requests.Session()
+
+    def request(self, *arguments: Any, **options: Any) -> Any:
+        return self._own.request(*arguments, **options | {"allow_redirects": False})
+
+    def close(self) -> None:
+        self._own.close()
+
+
 class Gateway:
     """Stripe, as the ledger needs it. Any thread may call it; each thread gets its own connection.
 
@@ -134,7 +150,8 @@ class Gateway:
         import stripe
 
         stripe.enable_telemetry = False  # it would write a file under the user's ~/.config
-        http = stripe.RequestsClient(timeout=(CONNECT_SECONDS, READ_SECONDS))
+        session: Any = _Session()
+        http = stripe.RequestsClient(timeout=(CONNECT_SECONDS, READ_SECONDS), session=session)
         base = self._api_base
         addresses: Any = {"api": base, "meter_events": base} if base else None
         return stripe.StripeClient(self._given, max_network_retries=0, base_addresses=addresses, http_client=http)

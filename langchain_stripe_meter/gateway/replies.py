@@ -22,6 +22,8 @@ TOLERANCE = 300
 _GONE_CODES = ("archived_meter", "no_meter", "meter_event_customer_not_found")
 _GONE_WORDS = ("No such customer", "No such meter", "No active meter")
 _AHEAD = "minutes in the future"
+_ELSEWHERE = "Unrecognized request URL"
+"""What Stripe says to another request than ours: a redirect on the way has made a GET of it."""
 _SECRET = re.compile(r"\b([srp]k_(?:test|live)_)\w+")
 _EMAIL = re.compile(r"[^\s'\"<>]+@[^\s'\"<>]+")
 _NOTHING_SENT = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ConnectTimeout", "gaierror",
@@ -66,6 +68,7 @@ def _move(error: stripe.StripeError, account: str) -> Move:
         return Move.UNSEAL
     final = 400 <= status < 500 and status not in _NOT_FINAL and not isinstance(error, stripe.IdempotencyError)
     final = final and _header(error.headers, "stripe-should-retry") != "true" and code_of(error) not in _NOT_FINAL_CODES
+    final = final and _ELSEWHERE not in str(error.user_message or error)
     return Move.REFUSED if final and has_words(error) else Move.UNKNOWN
 
 
