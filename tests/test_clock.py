@@ -6,21 +6,23 @@ import logging
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import assert_invariant
 from courier_shop import EVENTS, Shop, of
 from sqlalchemy import insert, select
 
-from langchain_stripe_meter.audit.chores import Doubts
-from langchain_stripe_meter.core.doubts import LOOK_AGAIN
+from langchain_stripe_meter.audit.chores import Doubts, chores
+from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
 from langchain_stripe_meter.core.events import FUTURE_LIMIT
 from langchain_stripe_meter.core.states import CLOCK_MARGIN, MAX_WISH, Move, Outcome, ReadingState
+from langchain_stripe_meter.delivery.courier import Chore, Courier
 from langchain_stripe_meter.delivery.guard import Clocks
-from langchain_stripe_meter.ledger import outbox, sealing, views
+from langchain_stripe_meter.ledger import outbox, recalling, sealing, views
 from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
-from langchain_stripe_meter.sandbox import rate_limited
+from langchain_stripe_meter.sandbox import drop_request, rate_limited
 
 NOW, DAY = 1_800_000_000, 86_400
 
@@ -125,6 +127,88 @@ def test_chores_go_on_after_a_clock_was_ahead(shop: SkewedShop) -> None:
     assert len(done) == 4
 
 
+def chores_of(shop: SkewedShop, **options: Any) -> Courier:
+    """A courier with all of its chores."""
+    todo: list[Chore] = []
+    courier = shop.another_courier(chores=todo)
+    todo += chores(shop.ledger, courier.gateway, **options)
+    return courier
+
+
+def doubt_while_ahead(shop: SkewedShop) -> None:
+    """The clock is ten days ahead while an outcome is unknown, and while the same minute's usage is delivered."""
+    shop.sandbox.fail(drop_request(), path=EVENTS)
+    shop.record("run", value=3)
+    at = shop.ledger.now()
+    while not shop.sent() or shop.courier.in_flight:
+        shop.courier.turn()
+    shop.courier.turn()
+    shop.skew = 10 * DAY
+    shop.record("same-minute", at=at)
+    shop.drive()
+    assert shop.states() == {"run": "doubtful", "same-minute": "delivered"}
+    shop.skew = 0
+
+
+def test_what_a_clock_that_was_ahead_left_in_doubt_is_settled_as_soon_as_anything_is(shop: SkewedShop) -> None:
+    doubt_while_ahead(shop)
+    courier, began = chores_of(shop), shop.sandbox.now()
+    while shop.states()["run"] == "doubtful":
+        courier.turn()
+        shop.sandbox.advance(seconds=LOOK_AGAIN)
+        assert shop.sandbox.now() < began + SUMS_LAG + 5 * LOOK_AGAIN
+    shop.drive(courier)
+    assert (set(shop.states().values()), shop.billed()) == ({"delivered"}, 4)
+    assert_invariant(shop.ledger, shop.sandbox, settled=True)
+
+
+def test_a_clock_that_is_behind_makes_no_doubt_older_than_it_is(shop: SkewedShop) -> None:
+    """Stripe's date says that it is behind; else the sums would be believed, once it is right, before they can be."""
+    doubt_while_ahead(shop)
+    began = shop.sandbox.now()
+    for courier in (chores_of(shop), chores_of(shop)):
+        courier.turn()
+        with shop.ledger.read() as connection:
+            moments = [
+                moment for row in connection.execute(select(events.c.sent_at, events.c.settled_at)) for moment in row
+            ]
+        assert began <= min(moments) <= max(moments) <= shop.sandbox.now()
+        shop.skew = -10 * DAY
+
+
+def test_what_was_too_old_only_for_a_clock_that_was_ahead_is_billed_after_all(shop: SkewedShop) -> None:
+    now = shop.ledger.now()
+    shop.record("old", at=now - 35 * DAY)
+    shop.record("pending", value=3)
+    shop.sandbox.fail(rate_limited(), path=EVENTS, times=None)
+    shop.drive(seconds=10)
+    shop.skew = 40 * DAY
+    shop.record("resolved", value=2, at=now)
+    shop.drive()
+    assert set(shop.states().values()) == {"held"}
+    shop.sandbox.clear_faults()
+    courier = chores_of(shop)
+    for shop.skew in (-10 * DAY, 0):  # by a clock that is behind, the old one would be young
+        for _ in range(5):
+            courier.turn()
+        shop.sandbox.advance(seconds=60)
+    shop.drive(courier)
+    assert shop.states() == {"old": "held", "pending": "delivered", "resolved": "delivered"}
+    assert shop.billed() == 5
+
+
+def test_a_clock_that_is_ahead_prunes_nothing_that_is_young_by_stripes(shop: SkewedShop) -> None:
+    shop.record("run")
+    shop.drive()
+    shop.skew = 45 * DAY
+    chores_of(shop, prune_after_days=40).turn()
+    assert shop.states() == {"run": "delivered"}
+    shop.skew = 0
+    shop.sandbox.advance(seconds=45 * DAY)
+    chores_of(shop, prune_after_days=40).turn()
+    assert shop.states() == {}
+
+
 @pytest.mark.parametrize("database", ["sqlite", "postgresql"])
 def test_a_time_counts_as_a_wrong_clocks_once_nothing_could_lie_as_far_ahead(
     request: pytest.FixtureRequest, tmp_path: Path, database: str
@@ -141,7 +225,7 @@ def test_a_time_counts_as_a_wrong_clocks_once_nothing_could_lie_as_far_ahead(
             connection.execute(insert(events).values(event | due))
             leased = {"identifier": f"lease-{ahead}", "lease_until": lease + ahead}
             connection.execute(insert(events).values(event | sending | leased))
-        outbox.recall(connection, NOW)
+        recalling.recall(connection, NOW)
         assert outbox.reap(connection, NOW) == 1
         dues = [select(events.c.due).where(IS_PENDING, events.c.attempts == 0), select(readings.c.due)]
         assert [sorted(connection.execute(each).scalars()) for each in dues] == [[NOW, longest]] * 2

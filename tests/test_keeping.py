@@ -349,7 +349,7 @@ def test_a_chore_prunes_a_little_at_a_time_and_rests_when_it_is_through(
     monkeypatch.setattr(keeping, "CHORE_SECONDS", -1)  # one step at a time
     on_file.record([reading(f"old-{number}", OLD) for number in range(1200)])
     settle(on_file)
-    chore, left = PruneChore(on_file, 40), []
+    chore, left = PruneChore(on_file, 40, on_file.now), []
     for minute in range(60):
         chore(NOW + minute * 60)
         left.append(rows(on_file))
@@ -363,6 +363,17 @@ def test_a_chore_prunes_a_little_at_a_time_and_rests_when_it_is_through(
     for minute in range(20):
         chore(NOW + 2 * 3600 + minute * 60)
     assert rows(on_file) == 0
+
+
+def test_a_chore_prunes_what_is_old_by_stripes_clock_too(on_file: Ledger) -> None:
+    on_file.record([reading("sent", OLD), reading("skipped", NOW, state=ReadingState.SKIPPED)])
+    settle(on_file)
+    date: list[int | None] = [None, NOW, NOW, NOW + 50 * DAY]
+    chore, left = PruneChore(on_file, 40, lambda: date.pop(0)), []
+    for now in (NOW, NOW + 50 * DAY, NOW + 1, NOW + 50 * DAY):  # the second time, it is ahead
+        chore(now)
+        left.append(rows(on_file))
+    assert left == [3, 1, 1, 0]
 
 
 def test_the_handler_prunes_on_request(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy import Connection, event, insert, update
 
 from langchain_stripe_meter.core.states import Move, Outcome, ReadingState
-from langchain_stripe_meter.ledger import doubts, outbox, reports, resolving, sealing, views
+from langchain_stripe_meter.ledger import doubts, outbox, recalling, reports, resolving, sealing, views
 from langchain_stripe_meter.ledger.reports import Window
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Entry, Ledger
@@ -29,6 +29,7 @@ QUESTIONS: dict[str, tuple[Callable[[Connection], object], list[str]]] = {
     "whether anything is in doubt": (lambda known: doubts.any_due(known, NOW), [ATTENTION]),
     "how much is in doubt": (views.attention, [ATTENTION]),
     "the minutes of doubts": (doubts.facts, [f"{ATTENTION} {MINUTE}"]),
+    "what a wrong clock left in doubt": (lambda known: recalling.recall_rest(known, NOW), [f"{ATTENTION} {MINUTE}"]),
 }  # fmt: skip
 
 
@@ -86,7 +87,8 @@ COURIERS: dict[str, Callable[[Connection], object]] = {
     "what can be sealed": lambda known: sealing.seal(known, NOW, None, [""]),
     "whether anything is pending": views.pending,
     "whose courier died": lambda known: outbox.reap(known, NOW),
-    "what a wrong clock put off": lambda known: outbox.recall(known, NOW),
+    "what a wrong clock put off": lambda known: recalling.recall(known, NOW),
+    "what a wrong clock left": lambda known: recalling.recall_rest(known, NOW),
     "what can be sent": lambda known: (sealing.seal(known, NOW), outbox.claim(known, 8, NOW)),
     "what is due next": outbox.next_due,
 }
@@ -163,7 +165,7 @@ def test_on_postgresql_a_claim_steps_through_the_index_of_who_waits(postgres_url
         event.listen(connection, "before_cursor_execute", lambda *told: asked.append((told[2], told[3])))
         assert len(outbox.claim(connection, 8, NOW)) == 8
         outbox.next_due(connection)
-        outbox.recall(connection, NOW)
+        recalling.recall(connection, NOW)
         wanted = [(text, bound) for text, bound in asked if "FROM events" in text]
         plans = [plan_of(connection, text, bound) for text, bound in wanted]
     ledger.close()

@@ -1,5 +1,5 @@
-"""What a courier does every minute beside delivering: it ends doubts, follows up error reports, tells what grows old,
-and prunes.
+"""What a courier does every minute beside delivering: it ends doubts, follows up error reports, puts right what a wrong
+clock has left, tells what grows old, and prunes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from langchain_stripe_meter.core.periods import Late, Span, check_billing_day, s
 from langchain_stripe_meter.errors import AgeAlarm, OnError, StripeError, tell
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
 from langchain_stripe_meter.gateway.meters import billed_on
-from langchain_stripe_meter.ledger import doubts, keeping
+from langchain_stripe_meter.ledger import doubts, keeping, recalling
 from langchain_stripe_meter.ledger.doubts import Place
 from langchain_stripe_meter.ledger.store import Ledger
 
@@ -99,6 +99,22 @@ def _order(facts: Facts) -> tuple[bool, int]:
     return first.awaits_person, first.seen_at or 0
 
 
+# -- a clock that was ahead
+
+
+class Recall:
+    """Puts right what a clock that was ahead has left behind, unless Stripe's own date says that ours is behind now."""
+
+    def __init__(self, ledger: Ledger, gateway: Gateway) -> None:
+        self._ledger = ledger
+        self._gateway = gateway
+
+    def __call__(self, now: int) -> None:
+        """Put right what there is."""
+        with self._ledger.deliver_lane().transaction(shared=True) as connection:
+            recalling.recall_rest(connection, max(now, self._gateway.date or now))
+
+
 # -- ages: an alarm is told once, by whichever process sees it first
 
 
@@ -160,5 +176,5 @@ def chores(
     prune_after_days: int | None = None,
 ) -> list[Callable[[int], None]]:
     """For ``Courier(chores=...)``; ``ConfigurationError`` where ``prune_after_days`` is less than 36."""
-    pruning = [] if prune_after_days is None else [keeping.PruneChore(ledger, prune_after_days)]
-    return [Doubts(ledger, gateway), Windows(ledger, gateway, on_error).chore, *pruning]
+    pruning = [] if prune_after_days is None else [keeping.PruneChore(ledger, prune_after_days, lambda: gateway.date)]
+    return [Recall(ledger, gateway), Doubts(ledger, gateway), Windows(ledger, gateway, on_error).chore, *pruning]

@@ -19,7 +19,7 @@ from langchain_stripe_meter.delivery.lookups import Answer, Lookups
 from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, logger, place_of, tell
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import outbox, sealing
+from langchain_stripe_meter.ledger import outbox, recalling, sealing
 from langchain_stripe_meter.ledger.outbox import Claimed, Line
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
@@ -173,7 +173,7 @@ class Courier:
         slots = self._pace.slots(len(self._sending), now)
         with self.ledger.deliver_lane().transaction(shared=True) as connection:
             moved += outbox.reap(connection, now)
-            outbox.recall(connection, now)
+            recalling.recall(connection, now)
             moved += sealing.seal(connection, now, self._roll_up, ready) if checked else 0
             resting: list[Line | str] = [*self._pace.at_rest(now), *self._guard.closed(now)]
             claimed = outbox.claim(connection, slots, now, resting, self._round)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import threading
@@ -20,6 +19,7 @@ from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, StripeError
 from langchain_stripe_meter.forks import renew_after_fork
+from langchain_stripe_meter.gateway.connection import Session, quietly
 from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:
@@ -66,48 +66,6 @@ class MeterInfo:
         return None
 
 
-class _Quiet(logging.Filter):
-    """Keeps what the client libraries say of our requests out of the log: their addresses and bodies name people."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ours = threading.local()
-        for name in ("stripe", "urllib3.connectionpool"):
-            logging.getLogger(name).addFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.WARNING or not getattr(self.ours, "now", False)
-
-
-_QUIET = _Quiet()
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    before = getattr(_QUIET.ours, "now", False)
-    _QUIET.ours.now = True
-    try:
-        yield
-    finally:
-        _QUIET.ours.now = before
-
-
-class _Session(threading.local):
-    """Each thread's connection, which follows no redirect: a POST would be followed by a GET, and what Stripe says to
-    that is no answer about the event."""
-
-    def __init__(self) -> None:
-        import requests
-
-        self._own = requests.Session()
-
-    def request(self, *arguments: Any, **options: Any) -> Any:
-        return self._own.request(*arguments, **options | {"allow_redirects": False})
-
-    def close(self) -> None:
-        self._own.close()
-
-
 class Gateway:
     """Stripe, as the ledger needs it. Any thread may call it; each thread gets its own connection.
 
@@ -119,6 +77,8 @@ class Gateway:
         self._given = check_key(stripe)
         self._api_base = api_base or os.environ.get("STRIPE_METER_API_BASE") or None
         self._meters: TTLCache[str, dict[str, MeterInfo] | None] = TTLCache(ACCOUNTS_CACHED, METERS_CACHED_SECONDS)
+        self.date: int | None = None
+        """The latest that Stripe has dated an answer, by its own clock, in Unix seconds: it is later than that now."""
         self.after_fork()
         renew_after_fork(self)
 
@@ -150,7 +110,7 @@ class Gateway:
         import stripe
 
         stripe.enable_telemetry = False  # it would write a file under the user's ~/.config
-        session: Any = _Session()
+        session: Any = Session()
         http = stripe.RequestsClient(timeout=(CONNECT_SECONDS, READ_SECONDS), session=session)
         base = self._api_base
         addresses: Any = {"api": base, "meter_events": base} if base else None
@@ -187,7 +147,7 @@ class Gateway:
             answer = made.to_dict()
             if answer.get("identifier") != event.identifier:
                 return Outcome(Move.UNKNOWN, "Stripe answered 2xx with a body that is not this event"), {}
-            return Outcome(Move.ACCEPTED, date=_date(made)), answer
+            return Outcome(Move.ACCEPTED, date=self._dated(made)), answer
         except StripeError as error:  # the meter could not be read, so nothing was sent
             outcome = self.outcome_of(error, event.account)
             return replace(outcome, move=_UNSENT.get(outcome.move, outcome.move)), {}
@@ -208,6 +168,14 @@ class Gateway:
         cause = error.__cause__
         return classify(cause if isinstance(error, StripeError) and isinstance(cause, Exception) else error, account)
 
+    def _dated(self, answer: Any) -> int | None:
+        from langchain_stripe_meter.gateway.replies import date_of
+
+        date = date_of(getattr(answer.last_response, "headers", None))
+        if date is not None:
+            self.date = max(date, self.date or date)
+        return date
+
     def _create(self, event: MeterEvent, info: MeterInfo | None, options: Any) -> Any:
         keys = (info.customer_key, info.value_key) if info else ("stripe_customer_id", "value")
         params: Any = {
@@ -217,7 +185,7 @@ class Gateway:
             "payload": event.payload(*keys),
         }
         on = on_account(event.account)
-        with _quietly():
+        with quietly():
             return self.client.v1.billing.meter_events.create(params, options | on)
 
     def meter(self, event_name: str, account: str = "") -> MeterInfo | None:
@@ -273,7 +241,9 @@ class Gateway:
         """The account that the key belongs to; None where Stripe does not show it to this key."""
         try:
             with as_stripe_error("read the account"):
-                return str(self.client.v1.accounts.retrieve_current().id)
+                account = self.client.v1.accounts.retrieve_current()
+            self._dated(account)
+            return str(account.id)
         except StripeError as error:
             if _said(error) in (400, 403, 404):
                 return None
@@ -346,12 +316,6 @@ def _said(error: StripeError) -> int | None:
     return getattr(said, "http_status", None) if has_words(said) else None
 
 
-def _date(answer: Any) -> int | None:
-    from langchain_stripe_meter.gateway.replies import date_of
-
-    return date_of(getattr(answer.last_response, "headers", None))
-
-
 def on_account(account: str) -> Any:
     """Options of a request that concerns a connected account."""
     return {"stripe_account": account} if account else {}
@@ -393,7 +357,7 @@ def as_stripe_error(doing: str) -> Iterator[None]:
     from langchain_stripe_meter.gateway.replies import advise
 
     try:
-        with _quietly():
+        with quietly():
             yield
     except stripe.StripeError as error:
         raise StripeError(f"Stripe did not let us {doing}: {advise(error)}") from error

@@ -74,7 +74,7 @@ def prune(ledger: Ledger, older_than_days: int = 40, *, progress: Progress | Non
     again; see ``shrink``. A run that is recorded again after its row was pruned is recorded as new.
     """
     total = Pruned()
-    for done, (looked_at, all_) in _steps(ledger, older_than_days):
+    for done, (looked_at, all_) in _steps(ledger, older_than_days, ledger.now()):
         total += done
         if progress is not None:
             progress(looked_at, all_)
@@ -92,11 +92,16 @@ def shrink(ledger: Ledger) -> None:
 
 
 class PruneChore:
-    """Prunes a little whenever a courier calls it; starts over an hour after it came to the end."""
+    """Prunes a little whenever a courier calls it; starts over an hour after it came to the end.
 
-    def __init__(self, ledger: Ledger, older_than_days: int) -> None:
+    Nothing is old for it before it is by ``stripes_date`` too (Unix seconds; None: not known yet): a run whose row a
+    clock that is ahead had pruned would be billed again when it is repeated.
+    """
+
+    def __init__(self, ledger: Ledger, older_than_days: int, stripes_date: Callable[[], int | None]) -> None:
         self._ledger = ledger
         self._days = check_days(older_than_days)
+        self._stripes_date = stripes_date
         self._after = 0
         self.after_fork()
         renew_after_fork(self)
@@ -107,9 +112,10 @@ class PruneChore:
 
     def __call__(self, now: int) -> None:
         """Prune for about a second."""
-        if now < self._after:
+        date = self._stripes_date()
+        if date is None or self._after - CHORE_EVERY <= now < self._after:
             return
-        steps = self._steps = self._steps or _steps(self._ledger, self._days)
+        steps = self._steps = self._steps or _steps(self._ledger, self._days, min(now, date))
         deadline = time.monotonic() + CHORE_SECONDS
         try:
             for _ in steps:
@@ -134,9 +140,9 @@ def check_days(days: int) -> int:
     return days
 
 
-def _steps(ledger: Ledger, older_than_days: int) -> Iterator[tuple[Pruned, tuple[int, int]]]:
+def _steps(ledger: Ledger, older_than_days: int, now: int) -> Iterator[tuple[Pruned, tuple[int, int]]]:
     """Each step is one transaction, or one look at rows of which none is final."""
-    before = ledger.now() - check_days(older_than_days) * DAY
+    before = now - check_days(older_than_days) * DAY
     final_events = and_(_FINAL_EVENTS, events.c.at < before, func.coalesce(events.c.settled_at, 0) < before)
     final_readings = and_(_FINAL_READINGS, readings.c.event_id.is_(None), readings.c.at < before)
     spans = [_span(ledger, events), _span(ledger, readings)]
@@ -150,7 +156,7 @@ def _steps(ledger: Ledger, older_than_days: int) -> Iterator[tuple[Pruned, tuple
         for portion in _portions([(one, 1) for one in ids]):
             yield _in_one_go(ledger, _prune_readings, portion, final_readings), (seen + looked_at, all_)
         yield Pruned(), (seen + looked_at, all_)
-    unused = ledger.now() - LEAD_DAYS * DAY
+    unused = now - LEAD_DAYS * DAY
     for remove, older in ((_prune_notifications, before), (_prune_acts, before), (_prune_leads, unused)):
         while (done := _in_one_go(ledger, remove, older)) != Pruned():
             yield done, (all_, all_)

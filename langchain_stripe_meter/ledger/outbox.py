@@ -19,8 +19,6 @@ from sqlalchemy import (
     Connection,
     ScalarSelect,
     Select,
-    Table,
-    Update,
     and_,
     bindparam,
     func,
@@ -36,7 +34,6 @@ from sqlalchemy import (
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
     CLOCK_MARGIN,
-    LONGEST_WAIT,
     STALE_AFTER,
     Attempt,
     EventState,
@@ -48,7 +45,6 @@ from langchain_stripe_meter.core.states import (
     safe_window,
     settle,
 )
-from langchain_stripe_meter.ledger.resolving import HELD
 from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
 from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
 
@@ -372,21 +368,6 @@ def _is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _put_off(table: Table, condition: ColumnElement[bool]) -> Update:
-    too_late = and_(condition, table.c.due > bindparam("latest"))
-    mine = select(table.c.id).where(too_late).with_for_update(skip_locked=True)
-    return update(table).where(table.c.id.in_(mine)).values(due=bindparam("at_once"))
-
-
-_PUT_OFF = _put_off(events, and_(IS_PENDING)), _put_off(readings, HELD)
-
-
-def recall(connection: Connection, now: int) -> None:
-    """What a clock that was ahead has put off, for longer than anything waits, is due now."""
-    for statement in _PUT_OFF:
-        connection.execute(statement, {"latest": now + LONGEST_WAIT, "at_once": now})
 
 
 def next_due(connection: Connection) -> int | None:

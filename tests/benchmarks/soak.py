@@ -77,7 +77,7 @@ def soak(folder: Path, runs: int, *, memory: float, seed: int = 1, burst: int = 
         handler = StripeMeterCallbackHandler(Tokens("ai_tokens"), ledger=url, deliver=False, clock=sandbox.now)
         ledger: Ledger = handler._ledger
         gateway = Gateway(sandbox.api_key, api_base=sandbox.url)
-        courier = Courier(ledger, gateway, roll_up=60, chores=[PruneChore(ledger, 40)])
+        courier = Courier(ledger, gateway, roll_up=60, chores=[PruneChore(ledger, 40, lambda: gateway.date)])
         began, bursts = time.monotonic(), max(runs // burst, 1)
         figures.rss_start = rss()
         for number in range(bursts):
