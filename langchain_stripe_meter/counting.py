@@ -13,7 +13,7 @@ from langchain_stripe_meter.core.customers import Facts, Reference, Skip
 from langchain_stripe_meter.core.events import derive_identifier, number_text
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
-from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import completed
 from langchain_stripe_meter.core.values import EXACT, valueclass
@@ -154,9 +154,13 @@ def estimates_of(run: Run, rest: Entry) -> list[str]:
 
 def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> Entry:
     """The same usage, for whoever has the ``other`` reading, as the ledger has that. Where nobody has, a lead that is
-    captured for ``session`` may claim both."""
+    captured for ``session`` may claim both. Where a person has taken the other back, nobody is billed or credited
+    without that person's word."""
     if other["state"] == ReadingState.SKIPPED:
         return replace(of_nobody(entry, other["reason"]), session=session)
+    if other["state"] == ReadingState.WRITTEN_OFF or other["event_state"] == EventState.WRITTEN_OFF:
+        reason = f"its estimate {other['key']} was cancelled or written off: write this off too, or assign it"
+        return replace(of_nobody(entry, reason), state=ReadingState.HELD)
     customer, named = other["customer"], other["reference"]
     reference = Reference.of(named) if named and not customer else None
     known = ReadingState.RESOLVED if customer else ReadingState.RECORDED if reference else ReadingState.HELD

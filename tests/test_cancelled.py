@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from auditing import Books
 from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
@@ -248,6 +249,33 @@ def test_on_each_meter_the_rest_goes_where_its_estimate_on_that_meter_went(tmp_p
         rows = outlived(handler, assign, {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320, **details})
     assert {(row.event_name, row.customer) for row in rows} == {("a", "cus_2"), ("b", "cus_1")}
     assert [sum(row.value or 0 for row in rows if row.event_name == name) for name in "ab"] == [320, 320]
+
+
+@pytest.mark.parametrize("taken_back", ["cancelled", "written off"])
+def test_the_rest_of_what_a_person_took_back_waits_for_a_person(tmp_path: Path, taken_back: str) -> None:
+    """Else the customer, who was not billed the estimate, would be credited what it had too much."""
+    with Books(tmp_path) as books, StripeMeterCallbackHandler(
+        Tokens("ai_tokens"), customer="cus_1", ledger=books.ledger.database.url.render_as_string(),
+        stripe=books.gateway.client, clock=books.ledger.now,
+    ) as handler:  # fmt: skip
+
+        def take_back() -> None:
+            if taken_back == "cancelled":
+                assert handler.flush(30).delivered == 1
+                handler.cancel(tail(handler._ledger, 1)[0].identifier)
+                return
+            books.sandbox.deactivate_meter("ai_tokens")
+            assert handler.flush(30).held == 1
+            handler.write_off(handler.held(), reason="goodwill")
+            books.sandbox.reactivate_meter("ai_tokens")
+
+        rows = outlived(handler, take_back, {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})
+        handler.retry()
+        assert handler.flush(30).held == 1
+        assert sorted((row.state, (row.value or 0) < 0) for row in rows) == [("held", True), ("written_off", False)]
+        assert "cancelled or written off" in str(handler.held()[0].reason)
+        assert books.billed() == 0
+        handler.write_off(handler.held(), reason="as its estimate")
 
 
 def test_an_estimate_that_was_right_is_followed_by_nothing(tmp_path: Path) -> None:
