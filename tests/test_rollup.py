@@ -18,7 +18,7 @@ from langchain_stripe_meter.ledger import acts, views
 from langchain_stripe_meter.ledger.sealing import rolled_up
 from langchain_stripe_meter.sandbox import drop_answer
 
-MINUTE = 60
+MINUTE, DAY = 60, 86_400
 
 
 @pytest.fixture
@@ -58,6 +58,18 @@ def test_what_differs_in_minute_kind_or_sign_is_not_added_up(shop: Shop) -> None
     pass_the_minute(shop)
     assert len(shop.sandbox.events) == 4
     assert shop.billed() == 2
+
+
+def test_a_span_ends_at_midnight_so_that_nothing_is_billed_for_another_day_or_month(shop: Shop) -> None:
+    midnight = (shop.sandbox.now() // DAY + 1) * DAY
+    span = next(seconds for seconds in range(3000, 3600) if 300 <= midnight % seconds <= seconds - 300)
+    shop.sandbox.set_time(midnight + 200)
+    shop.record("before", at=midnight - 1)
+    shop.record("after", value=10, at=midnight)
+    shop.record("too", value=5, at=midnight + 200)
+    shop.sandbox.advance(seconds=2 * span)
+    shop.drive(shop.another_courier(roll_up=span))
+    assert [(one.value, one.timestamp) for one in shop.sandbox.events] == [(1, midnight - 1), (15, midnight)]
 
 
 def test_a_lost_answer_to_a_rolled_up_event_is_asked_for_again_and_bills_once(shop: Shop) -> None:

@@ -22,6 +22,7 @@ from langchain_stripe_meter.core.events import (
     number_text,
     significant_digits,
 )
+from langchain_stripe_meter.core.periods import DAY
 from langchain_stripe_meter.core.states import (
     STALE_AFTER,
     EventState,
@@ -129,12 +130,14 @@ def _seal(
 
 
 def rolled_up(rows: Iterable[Row], seconds: int | None) -> list[list[Row]]:
-    """Readings that become one event: of one customer, meter, kind and span. Corrections stay by themselves."""
+    """Readings that become one event: of one customer, meter, kind and span, which ends at midnight (UTC) at the
+    latest, as a billing period may. Corrections stay by themselves."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         alone = seconds is None or Decimal(row["value"]) <= 0
         same = (row["account"], row["customer"], row["event_name"], row["dimensions"])
-        groups.setdefault((row["id"],) if alone else (*same, row["at"] // (seconds or 1)), []).append(row)
+        span = (row["at"] // DAY, row["at"] // (seconds or 1))
+        groups.setdefault((row["id"],) if alone else (*same, *span), []).append(row)
     return [part for group in groups.values() for part in _billable(group)]
 
 
