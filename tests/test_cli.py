@@ -230,6 +230,20 @@ def test_a_run_of_held_readings_is_shown_and_assigned_as_a_range(sandbox: Stripe
     assert sandbox.billed("ai_tokens", "cus_1") == 30
 
 
+def test_held_shows_the_connected_account_where_there_is_one(sandbox: StripeSandbox, recorded: None) -> None:
+    call("deliver", "--once")
+    assert "account" not in call("held").stdout.splitlines()[0]
+    sandbox.connect("acct_1Other").create_meter("ai_tokens")
+    with StripeMeterCallbackHandler(
+        Tokens("ai_tokens"), customer=static(email="bob@example.com"), stripe_account="acct_1Other", deliver=False
+    ) as handler:
+        handler.record_usage({"input_tokens": 9}, id="job-3")
+    call("deliver", "--once")
+    assert [line.split()[0] for line in call("held").stdout.splitlines() if "acct_1Other" in line] == ["3"]
+    assert [one["account"] for one in as_json("held")] == ["", "acct_1Other"]
+    assert "acct_1Other and the key's own" in call("assign", "2-3", "--customer", "cus_1", code=2).stderr
+
+
 def test_assign_says_what_is_missing_or_no_id(sandbox: StripeSandbox, recorded: None) -> None:
     assert "--customer" in call("assign", "2", code=2).stderr
     assert "'two'" in call("assign", "two", "--customer", "cus_1", code=2).stderr

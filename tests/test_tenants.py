@@ -278,6 +278,24 @@ def test_only_what_has_no_account_is_given_one(platform: Platform) -> None:
         assert handler.assign(held, "cus_1", account=ANNA) == 1
 
 
+def test_people_of_one_address_on_two_accounts_are_held_apart_and_assigned_apart(platform: Platform) -> None:
+    for account, used in ((BERT, 70), (ANNA, 5)):
+        with platform.handler(customer=static(email="eve@example.com"), stripe_account=account) as handler:
+            handler.record_usage({"input_tokens": used}, id="job")
+            handler.flush()
+            groups = handler.held()
+    assert [(one.account, one.value) for one in groups] == [(BERT, 70), (ANNA, 5)]
+    assert BERT in groups._repr_html_()
+    for both in (groups, [number for one in groups for number in one.ids]):
+        with pytest.raises(ConfigurationError, match=f"cus_1.*{ANNA} and {BERT}"):
+            handler.assign(both, "cus_1")
+    assert handler.held() == groups
+    with platform.handler(customer="cus_1") as handler:
+        assert handler.assign(groups[1], "cus_1") == 1
+        assert handler.flush().held == 1
+    assert platform.billed() == (0, 5, 0)
+
+
 def test_without_its_tenant_usage_without_a_run_is_refused_so_that_the_job_can_tell_it_again(
     platform: Platform,
 ) -> None:

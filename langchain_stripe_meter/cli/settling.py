@@ -32,7 +32,8 @@ def held(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
         from langchain_stripe_meter.ledger import views
 
         found = views.held(opened)
-        rows(found, as_json=as_json, empty="Nothing is held.")
+        hide = () if any(one.account for one in found) else ("account",)
+        rows(found, as_json=as_json, empty="Nothing is held.", hide=hide)
         if found and not as_json:
             console.print(views.WHAT_TO_RUN, soft_wrap=True)
 

@@ -261,8 +261,8 @@ def assign(
     ``tenant=`` could not tell it.
 
     Returns how many moved. A reading that still lacks its customer or its amount stays held. Raises, by name, and
-    changes nothing where one is not held (``IllegalMoveError``), or is not there or lacks its account
-    (``ConfigurationError``).
+    changes nothing where one is not held (``IllegalMoveError``), is not there or lacks its account, or where one
+    customer would pay on several accounts (``ConfigurationError``).
     """
     if customer is None and value is None:
         raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
@@ -272,8 +272,15 @@ def assign(
         changes |= {"customer": check_customer_id(customer), "reference": None}
     amount = None if value is None else number_text(check_value(value))
     with ledger.write() as connection:
-        for row in _readings(connection, ids):
+        rows = _readings(connection, ids)
+        for row in rows:
             _check_assigned(row, account, customer)
+        accounts = sorted({row.account or "the key's own" for row in rows})
+        if customer is not None and account is None and len(accounts) > 1:
+            raise ConfigurationError(
+                f"{customer} is a customer of one account, but these readings are of {' and '.join(accounts)}. Assign "
+                "those of each account by themselves."
+            )
         moved = sum(_assign(connection, part, changes, amount) for part in _parts(ids))
         said = ", ".join(str(one) for one in (customer, amount, account) if one)
         write_act(connection, ASSIGNED, f"{len(ids)} held readings", said, ledger.now())
@@ -363,8 +370,7 @@ def write_off(ledger: Ledger, what: Readings | str | Iterable[Held | int | str],
 
 def _held_reading(connection: Connection, name: str) -> Any:
     """The reading of this name, unless what it became decides."""
-    row = connection.execute(select(readings).where(readings.c.key == name)).first()
-    return row if row is not None and row.event_id is None else None
+    return connection.execute(select(readings).where(readings.c.key == name, readings.c.event_id.is_(None))).first()
 
 
 def _write_off_event(connection: Connection, identifier: str, reason: str, now: int) -> None:

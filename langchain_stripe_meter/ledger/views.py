@@ -104,7 +104,8 @@ class Status(NotebookTable):
 class Held(NotebookTable):
     """One group of held readings: ``ids`` of the readings, what they wait for, and how much they come to.
 
-    ``reference`` is how the customer was named; ``value`` is None where no amount is known.
+    ``reference`` is how the customer was named; ``value`` is None where no amount is known; ``account`` is the
+    connected account whose usage it is ("" for the key's own).
     """
 
     ids: tuple[int, ...]
@@ -113,6 +114,7 @@ class Held(NotebookTable):
     customer: str | None
     value: Decimal | None
     reason: str
+    account: str = ""
 
 
 class HeldList(list[Held]):
@@ -201,6 +203,9 @@ _ESTIMATED = select(func.count()).where(readings.c.estimated == 1)
 _SAID = select(notes.c.name, notes.c.value).where(notes.c.name.in_(_SHOWN))
 _AHEAD = select(func.count()).where(OPEN_READINGS, readings.c.state == "resolved", readings.c.at > bindparam("latest"))
 _PRUNED = select(func.sum(pruned.c.readings))
+_ROWS = select(readings, events.c.state.label("event_state"), events.c.error).select_from(
+    readings.outerjoin(events, events.c.id == readings.c.event_id)
+)
 
 
 def counts(connection: Connection) -> Mapping[str, int]:
@@ -301,7 +306,7 @@ def held(ledger: Ledger) -> HeldList:
     groups: dict[tuple[Any, ...], list[Any]] = {}
     with ledger.read() as connection:
         for row in connection.execute(query):
-            key = (row.event_name, row.reference, row.customer, row.reason, row.value is None)
+            key = (row.account, row.event_name, row.reference, row.customer, row.reason, row.value is None)
             groups.setdefault(key, []).append(row)
     return HeldList(_held(rows) for rows in groups.values())
 
@@ -310,25 +315,20 @@ def _held(rows: list[Any]) -> Held:
     first = rows[0]
     value = None if first.value is None else exact_sum(Decimal(row.value) for row in rows)
     ids = tuple(row.id for row in rows)
-    return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "")
-
-
-def _rows_query() -> Any:
-    joined = readings.outerjoin(events, events.c.id == readings.c.event_id)
-    return select(readings, events.c.state.label("event_state"), events.c.error).select_from(joined)
+    return Held(ids, first.event_name, first.reference, first.customer, value, first.reason or "", first.account)
 
 
 def tail(ledger: Ledger, most: int = 20) -> list[Row]:
     """The newest readings, oldest first."""
     with ledger.read() as connection:
-        rows = connection.execute(_rows_query().order_by(readings.c.id.desc()).limit(most)).all()
+        rows = connection.execute(_ROWS.order_by(readings.c.id.desc()).limit(most)).all()
     return [_row(row) for row in reversed(rows)]
 
 
 def every(ledger: Ledger) -> Iterator[Row]:
     """All readings, oldest first, without holding them all in memory."""
     with ledger.read() as connection:
-        for row in connection.execution_options(yield_per=1000).execute(_rows_query().order_by(readings.c.id)):
+        for row in connection.execution_options(yield_per=1000).execute(_ROWS.order_by(readings.c.id)):
             yield _row(row)
 
 
