@@ -66,8 +66,9 @@ class Operations:
         """Erase a person from the ledger and its files: leads, names on waiting usage, and what points to them.
 
         Amounts are kept: usage that waited for the person is held without a name. Look at the report's ``complete``:
-        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again. ``region``
-        (``"DE"``) is where a phone without a leading ``+`` is dialled, by default that of ``from_lead``.
+        while others read a SQLite ledger, its log may keep the bytes, and it says to do this again. A ``session`` is
+        looked for on every account. ``region`` (``"DE"``) is where a phone without a leading ``+`` is dialled, by
+        default that of ``from_lead``.
         """
         region = region or lead_region(self.customer)
         return forget(

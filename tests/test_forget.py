@@ -133,6 +133,20 @@ def test_the_session_of_skipped_runs_is_forgotten_with_it(ledger: Ledger) -> Non
         assert Leads(ledger).capture(SESSION, **captured) == 0
 
 
+def test_a_session_is_one_persons_on_its_own_account_alone_unless_it_is_what_was_asked_for(ledger: Ledger) -> None:
+    captured, bob = Leads(ledger), "bob@example.com"
+    captured.capture("s1", email=MAIL, account="acct_1")
+    for session in ("s1", "s2"):
+        captured.capture(session, email=bob, account="acct_2")
+    ledger.record([named("bobs", Reference("email", bob), account="acct_2")])
+    captured.record([named("skipped", None, ReadingState.SKIPPED, session="s1", account="acct_3")])
+    done = forget(ledger, email=MAIL)
+    assert (done.leads, done.readings) == (1, 0)
+    assert captured.find("s1", "acct_2") == captured.find("s2", "acct_2") == {"email": bob}
+    asked = forget(ledger, session="s1")
+    assert (asked.leads, asked.readings) == (2, 2)
+
+
 def test_what_a_person_led_to_on_a_connected_account_goes_also_when_its_readings_were_pruned(ledger: Ledger) -> None:
     Leads(ledger).capture(SESSION, email=MAIL, name=NAME, account="acct_shop")
     with ledger.deliver_lane().transaction() as connection:

@@ -47,10 +47,12 @@ class Forgotten(NotebookTable):
 
 @dataclass(slots=True)
 class _Person:
-    """Everything by which the ledger may know somebody; ``names`` are those that only their leads tell."""
+    """Everything by which the ledger may know somebody; ``names`` are those that only their leads tell, ``session`` is
+    the one that was asked for, and ``sessions`` are all of theirs, each with its account."""
 
     references: set[Reference] = field(default_factory=set, repr=False)
     names: set[Reference] = field(default_factory=set, repr=False)
+    session: str | None = field(default=None, repr=False)
     sessions: set[tuple[str, str]] = field(default_factory=set, repr=False)
     customer: str | None = None
 
@@ -67,8 +69,8 @@ def forget(
 ) -> Forgotten:
     """Erase whoever has this e-mail, phone, name, session or customer, and what their leads tie to them.
 
-    An e-mail is looked for without regard to upper and lower case. ``region`` (``"DE"``) is where a phone without a
-    leading ``+`` is dialled.
+    An e-mail is looked for without regard to upper and lower case, a session on every account. ``region`` (``"DE"``)
+    is where a phone without a leading ``+`` is dialled.
 
     Raises ``ConfigurationError`` where nobody is named, ``LedgerError`` where the database cannot be written. Doing it
     again is harmless, and finishes what was incomplete.
@@ -83,7 +85,7 @@ def forget(
     with ledger.write() as connection:
         accounts = _accounts(connection)  # before rows go that tell of them
         if session is not None:
-            person.sessions = {(account, session) for account in accounts}
+            person.session, person.sessions = session, {(account, session) for account in accounts}
         found = _gather(connection, person)
         person.references |= _spellings(connection, person)
         renamed = _unname(connection, person)
@@ -102,8 +104,8 @@ def _gather(connection: Connection, person: _Person) -> int:
     An e-mail or a number is one person's, so it leads on to their other sessions; a name may be several people's.
     """
     erased, known = 0, -1
-    while known != len(person.references) + len(person.sessions):
-        known = len(person.references) + len(person.sessions)
+    while known != len(person.references):
+        known = len(person.references)
         for row in connection.execute(select(leads).where(_whose(person))).all():
             person.sessions.add((row.account, row.session))
             for one in _told(row):
@@ -118,10 +120,11 @@ def _told(lead: Row[Any]) -> list[Reference]:
 
 
 def _whose(person: _Person) -> ColumnElement[bool]:
-    asked = person.references
-    exact = [_same(leads.c[one.by], one.value, one.by) for one in asked]
-    sessions = [leads.c.session == session for _, session in person.sessions]
-    return or_(*exact, *sessions) if exact or sessions else leads.c.session.is_(None)
+    """Another account's session of the same name is somebody else's, unless the name is what was asked for."""
+    told = [_same(leads.c[one.by], one.value, one.by) for one in person.references]
+    if person.session is not None:
+        told.append(leads.c.session == person.session)
+    return or_(*told) if told else leads.c.session.is_(None)
 
 
 def _same(column: ColumnElement[str], value: str, by: By) -> ColumnElement[bool]:
