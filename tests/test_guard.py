@@ -13,6 +13,7 @@ from conftest import wait_until
 from courier_shop import EVENTS, StillShop, of
 
 from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.states import MAX_DELAY
 from langchain_stripe_meter.delivery.guard import (
     ACCOUNT,
     LISTING_DELAY,
@@ -527,6 +528,47 @@ def test_lookups_that_stripe_does_not_answer_for_one_account_rest_on_that_accoun
     later(shop, 1)
     shop.answered()
     assert of_account(shop) > LOOKUPS_AT_ONCE
+
+
+def record_somebodies(shop: StillShop, count: int) -> None:
+    """Usage of so many people of whom Stripe's search fails, while it still lists customers by e-mail."""
+    shop.sandbox.fail(refuse(500), path=f"{CUSTOMERS}/search", times=None)
+    for number in range(count):
+        shop.record(f"named-{number}", reference=Reference("name", f"Somebody {number}"))
+
+
+def test_those_whose_lookups_keep_failing_are_asked_last_and_ever_more_seldom_and_told_once(shop: StillShop) -> None:
+    customer = shop.sandbox.create_customer(email=ANN.value)
+    record_somebodies(shop, LOOKUPS_AT_ONCE)
+    shop.record("run", reference=ANN)
+    shop.answered()
+    later(shop, LOOKUPS_PAUSE)
+    shop.answered()
+    assert shop.billed(customer) == 1
+    for _ in range(200):
+        later(shop, LOOKUPS_PAUSE)
+        shop.answered()
+    assert shop.asked(f"{CUSTOMERS}/search") <= 12 * LOOKUPS_AT_ONCE
+    assert len(shop.errors) == 1
+    shop.sandbox.clear_faults()
+    later(shop, MAX_DELAY)
+    shop.answered()
+    assert shop.status.held == LOOKUPS_AT_ONCE
+    shop.sandbox.fail(refuse(500), path=CUSTOMERS)
+    shop.record("another", reference=Reference("email", "bob@example.com"))
+    shop.answered()
+    assert len(shop.errors) == 2
+
+
+def test_however_many_lookups_fail_somebody_new_is_looked_up(shop: StillShop) -> None:
+    customer = shop.sandbox.create_customer(email=ANN.value)
+    record_somebodies(shop, RESOLVE_AT_MOST + 1)
+    for _ in range(RESOLVE_AT_MOST // LOOKUPS_AT_ONCE + 1):
+        shop.answered()
+        later(shop, LOOKUPS_PAUSE)
+    shop.record("run", reference=ANN)
+    shop.answered()
+    assert shop.billed(customer) == 1
 
 
 def test_those_of_a_closed_account_do_not_keep_others_from_being_looked_up(shop: StillShop) -> None:

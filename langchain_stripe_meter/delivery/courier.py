@@ -230,8 +230,10 @@ class Courier:
                 self._guard.refused(asked.account, said.message)
                 self._found.append((asked, Answer([], said.message)))
                 return
-            self._lookups.failed(asked.account, now)
-            self._report(answer)
+            if self._lookups.failed(asked, now):
+                self._report(answer)
+            else:
+                logger.info("stripe-meter: %s", answer)
 
     def _settle(self) -> int:
         """Store what the answers came to. They are kept until the ledger has them: it may be busy, or full."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import islice
 from typing import NamedTuple
 
-from cachetools import TTLCache
+from cachetools import LRUCache, TTLCache
 from sqlalchemy import Connection
 
 from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.core.states import Move
+from langchain_stripe_meter.core.states import MAX_DELAY, Move, backoff
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.customers import create_customer, find_recent
 from langchain_stripe_meter.ledger import resolving
-from langchain_stripe_meter.ledger.resolving import Unknown, digest, secret_of
+from langchain_stripe_meter.ledger.resolving import RESOLVE_AT_MOST, Unknown, digest, secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 
 LOOKUPS_AT_ONCE = 4
@@ -26,6 +27,8 @@ CACHED_AT_MOST = 10_000
 FOUND_SECONDS = 300
 MISSING_SECONDS = 30
 """How long somebody whom Stripe does not know is not asked for again."""
+FAILED_SECONDS = 86_400
+"""How long it is remembered that a lookup failed: in so long, each of ``CACHED_AT_MOST`` can be asked for again."""
 
 
 class Answer(NamedTuple):
@@ -33,6 +36,13 @@ class Answer(NamedTuple):
 
     customers: list[str]
     why: str | None = None
+
+
+class _Failure(NamedTuple):
+    """Stripe did not answer for somebody, so many times, who is not asked for again until then (Unix seconds)."""
+
+    tries: int = 0
+    until: int = 0
 
 
 class Lookups:
@@ -47,6 +57,8 @@ class Lookups:
         self._secret: bytes | None = None
         self._found: TTLCache[Unknown, str] = TTLCache(CACHED_AT_MOST, FOUND_SECONDS, ledger.now)
         self._missing: TTLCache[Unknown, Answer] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
+        self._failed: TTLCache[Unknown, _Failure] = TTLCache(CACHED_AT_MOST, FAILED_SECONDS, ledger.now)
+        self._told: LRUCache[str, bool] = LRUCache(CACHED_AT_MOST)
         self._rests: dict[str, int] = {}
         self.asking: set[Unknown] = set()
 
@@ -54,13 +66,15 @@ class Lookups:
         """How many readings could be settled from memory, and whom to ask Stripe for now.
 
         ``closed`` are the accounts that are not to be asked, and why. Who was not found lately, or is on such an
-        account, is asked for all the same where somebody wants it done again.
+        account, is asked for all the same where somebody wants it done again. Those whose lookup failed are asked
+        last, and take no place from others meanwhile.
         """
         self._rests = {account: until for account, until in self._rests.items() if now < until <= now + PAUSE_SECONDS}
         if self._secret is None:  # in a transaction of its own
             self._secret = secret_of(self._ledger)
         with self._ledger.deliver_lane().transaction(shared=True) as connection:
-            waiting = resolving.unresolved(connection, now, list(self._rests))
+            most = RESOLVE_AT_MOST + len(self._failed)
+            waiting = resolving.unresolved(connection, now, list(self._rests), most)
         known: dict[Unknown, Answer] = {}
         for one, again in waiting.items():
             if one in self._found:
@@ -70,14 +84,23 @@ class Lookups:
             elif one in self._missing and not again:
                 known[one] = self._missing[one]
         moved = self._settle_known(known, now) if known else 0
-        new = [one for one in waiting if one not in known and one not in self.asking]
-        asked = new[: LOOKUPS_AT_ONCE - len(self.asking)]
+        new = [one for one in waiting if one not in known and one not in self.asking and not self._waits(one, now)]
+        asked = sorted(new, key=lambda one: self._failure(one).tries)[: LOOKUPS_AT_ONCE - len(self.asking)]
         self.asking.update(asked)
         return moved, asked
 
     def _settle_known(self, known: Mapping[Unknown, Answer], now: int) -> int:
+        """Settle as many as a transaction should; the others are next."""
         with self._ledger.deliver_lane().transaction() as connection:
-            return sum(_settle(connection, one, answer, now) for one, answer in known.items())
+            settled = islice(known.items(), RESOLVE_AT_MOST)
+            return sum(_settle(connection, one, answer, now) for one, answer in settled)
+
+    def _failure(self, one: Unknown) -> _Failure:
+        return self._failed.get(one, _Failure())
+
+    def _waits(self, one: Unknown, now: int) -> bool:
+        """Whether somebody's lookup failed a short while ago; what a clock said that was ahead does not count."""
+        return now < self._failure(one).until <= now + MAX_DELAY
 
     def ask(self, gateway: Gateway, asked: Unknown) -> Answer:
         """Ask Stripe; any thread may. Raises ``StripeError``, which does not repeat who was asked for.
@@ -120,11 +143,21 @@ class Lookups:
             self._found[asked] = answer.customers[0]
         elif not answer.customers:
             self._missing[asked] = answer
+        self._failed.pop(asked, None)
+        self._told.pop(asked.account, None)
         return _settle(connection, asked, answer, now)
 
-    def failed(self, account: str, now: int) -> None:
-        """Stripe did not answer: ask again later."""
+    def failed(self, asked: Unknown, now: int) -> bool:
+        """Stripe did not answer: ask again later, the later the more often it did not.
+
+        Returns whether that is news: the first time for somebody, and for the account since Stripe last answered there.
+        """
+        tries, account = self._failure(asked).tries + 1, asked.account
         self._rests[account] = now + PAUSE_SECONDS
+        self._failed[asked] = _Failure(tries, now + backoff(tries, asked.reference.text))
+        is_news = tries == 1 and account not in self._told
+        self._told[account] = True
+        return is_news
 
     def forget(self, customer: str) -> None:
         """Stripe no longer has this customer."""

@@ -17,6 +17,7 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Connection,
+    Integer,
     Select,
     and_,
     bindparam,
@@ -69,18 +70,21 @@ def _by(column: Column[str], condition: ColumnElement[bool]) -> Select[Any]:
 
 _NOT_AT_REST = readings.c.account.not_in(bindparam("resting", expanding=True))
 _NAMED, _NAMED_DUE = (
-    _by(readings.c.reference, and_(condition, _NOT_AT_REST)).limit(RESOLVE_AT_MOST)
+    _by(readings.c.reference, and_(condition, _NOT_AT_REST)).limit(bindparam("most", type_=Integer))
     for condition in (RECORDED, and_(_due(_NOW), readings.c.reference.is_not(None)))
 )
 
 
-def unresolved(connection: Connection, now: int, resting: Sequence[str] = ()) -> dict[Unknown, bool]:
+def unresolved(
+    connection: Connection, now: int, resting: Sequence[str] = (), most: int = RESOLVE_AT_MOST
+) -> dict[Unknown, bool]:
     """Who must be looked up at Stripe now, oldest first, and whether somebody wants it done again at once: usage that
-    was held before and is on its way again. Accounts that are ``resting`` are left out."""
+    was held before and is on its way again. Accounts that are ``resting`` are left out; of what is held, and of what
+    is not, there are at ``most`` so many."""
     found: dict[tuple[str, str | None], bool] = {}
-    for row in connection.execute(_NAMED, {"resting": resting}):
+    for row in connection.execute(_NAMED, {"resting": resting, "most": most}):
         found[row.account, row.reference] = row.tries > 0
-    for row in connection.execute(_NAMED_DUE, {"now": now, "resting": resting}):
+    for row in connection.execute(_NAMED_DUE, {"now": now, "resting": resting, "most": most}):
         found.setdefault((row.account, row.reference), False)
     asked = (((account, _reference(connection, told)), again) for (account, told), again in found.items())
     return {Unknown(account, reference): again for (account, reference), again in asked if reference is not None}
