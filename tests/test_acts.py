@@ -26,6 +26,7 @@ from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, 
 from langchain_stripe_meter.gateway.meters import cancel as ask_stripe
 from langchain_stripe_meter.ledger import acts, epoch, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings
+from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import drop_answer, drop_request, hang, refuse, server_error
 
@@ -321,6 +322,21 @@ def test_what_is_not_held_cannot_be_assigned_and_then_nothing_is(books: Books) -
     )
     refused(books, ConfigurationError, "no reading 999", acts.assign, [*held, 999], "cus_2")
     assert acts.assign(books.ledger, [*held, held[0]], "cus_2") == 2
+
+
+def test_who_is_named_is_looked_up_once_a_person_says_how_much_it_was(books: Books) -> None:
+    ann = books.sandbox.create_customer(email="ann@example.com")
+    who: dict[str, Any] = {"customer": None, "reference": Reference("email", "ann@example.com")}
+    why = {"state": ReadingState.HELD, "reason": "the provider reported no usage"}
+    at = books.ledger.now()
+    books.ledger.record([Entry(key, "ai_tokens", None, at, **who, **why) for key in ("run-1", "run-2", "run-3")])
+    books.record("bob", **{**who, "reference": Reference("email", "bob@example.com")}, **why)
+    assert acts.assign(books.ledger, [1, 4], value=7) == 1
+    assert books.states() == {"run-1": "recorded", "run-2": "held", "run-3": "held", "bob": "held"}
+    assert acts.assign(books.ledger, [2], "cus_1", 5) == 1
+    books.deliver()
+    assert (books.sandbox.billed("ai_tokens", ann), books.billed()) == (7, 5)
+    assert [one.value for one in views.held(books.ledger)] == [None, 1]
 
 
 on_held = pytest.mark.parametrize(

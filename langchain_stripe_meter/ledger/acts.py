@@ -260,9 +260,9 @@ def assign(
     """A person says who pays for held readings, how much each where no amount is known, and on which ``account`` where
     ``tenant=`` could not tell it.
 
-    Returns how many moved. A reading that still lacks its customer or its amount stays held. Raises, by name, and
-    changes nothing where one is not held (``IllegalMoveError``), is not there or lacks its account, or where one
-    customer would pay on several accounts (``ConfigurationError``).
+    Returns how many moved. Whom a reading names is looked up once it has its amount; what still lacks its customer or
+    its amount stays held. Raises, by name, and changes nothing where one is not held (``IllegalMoveError``), is not
+    there or lacks its account, or where one customer would pay on several accounts (``ConfigurationError``).
     """
     if customer is None and value is None:
         raise ConfigurationError("assign() takes a customer ('cus_…'), a value, or both.")
@@ -301,14 +301,18 @@ def _check_assigned(row: Any, account: str | None, customer: str | None) -> None
 
 
 def _assign(connection: Connection, ids: Sequence[int], changes: Mapping[str, Any], amount: str | None) -> int:
-    mine = (readings.c.id.in_(ids), readings.c.state == ReadingState.HELD.value)
+    mine = update(readings).where(readings.c.id.in_(ids), readings.c.state == ReadingState.HELD.value)
+    unknown, moved = mine.where(readings.c.value.is_(None)), 0
     if changes:
-        connection.execute(update(readings).where(*mine).values(**changes))
+        connection.execute(mine.values(**changes))
     if amount is not None:
-        connection.execute(update(readings).where(*mine, readings.c.value.is_(None)).values(value=amount))
-    ready = update(readings).where(*mine, readings.c.customer.is_not(None), readings.c.value.is_not(None))
+        recorded = next_reading_state(ReadingState.HELD, Move.TRY_AGAIN).value
+        named = unknown.where(readings.c.reference.is_not(None))
+        moved = connection.execute(named.values(value=amount, state=recorded, reason=None)).rowcount
+        connection.execute(unknown.values(value=amount))
+    ready = mine.where(readings.c.customer.is_not(None), readings.c.value.is_not(None))
     resolved = next_reading_state(ReadingState.HELD, Move.ASSIGN).value
-    return connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
+    return moved + connection.execute(ready.values(state=resolved, reason=None, due=None)).rowcount
 
 
 def retime(ledger: Ledger, held: Readings, at: int | None = None, *, not_billed: bool = False) -> int:
