@@ -416,6 +416,7 @@ def test_held_usage_is_shown_with_what_to_do_about_it(books: Books) -> None:
     too_old(books, "held-1")
     shown = views.held(books.ledger)._repr_html_()
     assert shown.endswith("</p>")
+    assert "account</th>" not in shown  # all of it is of the key's own
     for act in ("assign(", "retry(", "retime(", "write_off("):
         assert act in shown
 

@@ -121,7 +121,7 @@ class HeldList(list[Held]):
     """Held readings; a table in a notebook, and below it what can be done about them."""
 
     def _repr_html_(self) -> str:
-        head = tuple(one.name for one in fields(Held))
+        head = tuple(one.name for one in fields(Held) if one.name != "account" or any(item.account for item in self))
         table = html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
         return f"{table}<p>{html.escape(_WHAT_TO_CALL)}</p>" if self else table
 
