@@ -230,6 +230,20 @@ class TestSummaries:
         sandbox.advance(seconds=120)
         assert _summaries(client, ann, NOON - 60, NOON).data[0].aggregated_value == 1
 
+    def test_show_what_was_cancelled_until_the_lag_is_over(
+        self, sandbox: StripeSandbox, client: stripe.StripeClient, ann: str
+    ) -> None:
+        sandbox.summary_lag = 120
+        send(client, ann, identifier="a", timestamp=NOON - 1)
+        sandbox.advance(seconds=120)
+        client.v1.billing.meter_event_adjustments.create(
+            {"event_name": "ai_tokens", "type": "cancel", "cancel": {"identifier": "a"}}
+        )
+        assert _summaries(client, ann, NOON - 60, NOON).data[0].aggregated_value == 1
+        assert sandbox.billed("ai_tokens", ann) == 0
+        sandbox.advance(seconds=120)
+        assert _summaries(client, ann, NOON - 60, NOON).data == []
+
     def test_leave_out_what_was_cancelled_or_rejected(
         self, sandbox: StripeSandbox, client: stripe.StripeClient, ann: str
     ) -> None:

@@ -300,7 +300,7 @@ class Account:
             raise StripeRefusalError(
                 f"The meter event {identifier} was received more than 24 hours ago and can no longer be cancelled."
             )
-        self.events[position] = replace(event, cancelled=True)
+        self.events[position] = replace(event, cancelled=True, cancelled_at=now)
 
     def reject(self, identifiers: Sequence[str], code: str, now: int) -> list[Rejection]:
         """Reject events that were taken, as Stripe's later checks do; one report per meter."""

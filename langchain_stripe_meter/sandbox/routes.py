@@ -187,11 +187,8 @@ def switch_meter(visit: Visit) -> Json:
 def list_summaries(visit: Visit) -> Json:
     wanted, account = visit.params, visit.account
     meter, customer = account.meters.get(visit.name), account.customers.get(wanted["customer"]).id
-    shown = [
-        event
-        for event in account.owned(meter.id, customer)[customer]
-        if event.created <= visit.now - account.settings.summary_lag
-    ]
+    known = visit.now - account.settings.summary_lag
+    shown = [event.as_of(known) for event in account.owned(meter.id, customer)[customer] if event.created <= known]
     span = wanted["start_time"], wanted["end_time"]
     return wire.page(
         summaries(meter, customer, shown, span, wanted.get("value_grouping_window")), wanted, visit.request.path

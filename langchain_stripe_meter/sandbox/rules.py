@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from decimal import Decimal, localcontext
 from typing import Literal
 
@@ -109,11 +109,16 @@ class AcceptedEvent:
     idempotency_key: str = ""
     cancelled: bool = False
     rejected: str | None = None
+    cancelled_at: int | None = None
 
     @property
     def billed(self) -> bool:
         """Whether it counts."""
         return not self.cancelled and self.rejected is None
+
+    def as_of(self, moment: int) -> AcceptedEvent:
+        """It without a cancellation that is later than this (Unix seconds)."""
+        return self if (self.cancelled_at or 0) <= moment else replace(self, cancelled=False, cancelled_at=None)
 
 
 @dataclass(frozen=True)

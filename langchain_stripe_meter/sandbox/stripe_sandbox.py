@@ -151,7 +151,7 @@ class StripeSandbox(AccountHandle):
     - ``customer_check``: "sync" refuses an event for an unknown customer at once, "async" takes it and
       reports it later (sources disagree about which Stripe does);
     - ``search_lag`` and ``summary_lag``: seconds on the sandbox's clock until customers can be searched
-      for, and until events show up in summaries;
+      for, and until summaries show events, and that they were cancelled;
     - ``error_samples``: how many failed requests an asynchronous error report names per error code;
     - ``sample_shape``: how it names them ("identifier", "idempotency_key" or "request");
     - ``webhook_secret``: what ``thin_event`` signs with.
