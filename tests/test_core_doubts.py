@@ -138,10 +138,12 @@ def test_a_look_from_before_the_sums_had_settled_does_not_count() -> None:
     assert decide(early, Look(Decimal(7)), NOW) == Verdict()
 
 
-def test_activity_in_the_minute_puts_the_next_look_off() -> None:
-    facts = doubts_of([Decimal(5)], Decimal(7), Decimal(7))
-    late = Trace(5, "late", Decimal(1), EventState.DELIVERED, NOW - DAY, NOW - SUMS_LAG, NOW - SUMS_LAG + 1)
-    assert not is_ready(Facts((*facts.events, late)), NOW)
+@pytest.mark.parametrize(
+    "changed", [{"sent_at": NOW - SUMS_LAG, "settled_at": NOW - SUMS_LAG}, {"cancelled_at": NOW - SUMS_LAG}]
+)
+def test_activity_in_the_minute_puts_the_next_look_off(changed: dict[str, int]) -> None:
+    assert is_ready(beside(**changed), NOW)
+    assert not is_ready(beside(**changed), NOW - 1)
 
 
 def test_sums_settle_for_two_hours_and_are_looked_at_ten_minutes_apart_or_an_hour_where_a_person_was_told() -> None:
@@ -203,7 +205,7 @@ def test_while_stripe_may_be_taking_another_event_of_the_minute_its_sum_is_not_l
             "an event of that minute was written off while it was in doubt.",
         ),
         (
-            beside(asked_to_cancel=True),
+            beside(cancelled_at=AGO),
             "an event of that minute was asked to be cancelled, and it is not settled whether it was.",
         ),
         (doubts_of([Decimal(6), Decimal(-1)], Decimal(0), Decimal(5)),
@@ -220,7 +222,7 @@ def test_a_person_is_told_why_the_sum_tells_nothing(facts: Facts, why: str) -> N
     "facts",
     [
         beside(state=EventState.WRITTEN_OFF),
-        beside(asked_to_cancel=True, state=EventState.WRITTEN_OFF),
+        beside(cancelled_at=AGO, state=EventState.WRITTEN_OFF),
         doubts_of([Decimal(5)], Decimal(0), Decimal(5)),
         replace(beside(), events=beside().events[:1]),
     ],

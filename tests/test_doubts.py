@@ -32,6 +32,7 @@ from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.schema import acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import RecordedRequest, refuse, server_error_after_accept
 
 SUMMARIES = "*/event_summaries"
@@ -250,6 +251,26 @@ def test_what_is_delivered_in_the_same_minute_makes_the_sum_settle_anew(shop: Do
     shop.look(2)
     assert shop.states() == {"run": "delivered", "late": "delivered"}
     assert shop.billed() == 10
+
+
+@pytest.mark.parametrize(("taken", "other"), [(("run",), -5), ((), 5)], ids=["Stripe has it", "Stripe lacks it"])
+def test_what_is_cancelled_in_the_same_minute_makes_the_sum_settle_anew(
+    shop: DoubtShop, taken: tuple[str, ...], other: int
+) -> None:
+    """While the sum still shows what was cancelled, it looks as if Stripe lacked the doubt, or had it."""
+    shop.doubt("run", taken=taken, value=5)
+    shop.record("other", value=other, at=shop.minute)
+    shop.drive()
+    shop.sandbox.summary_lag = 3600
+    shop.sandbox.advance(seconds=SUMS_LAG - 120)
+    cancel(shop.ledger, shop.courier.gateway, "other")
+    shop.sandbox.advance(seconds=120)
+    shop.look(2)
+    assert (shop.states(), shop.looks()) == ({"run": "doubtful", "other": "written_off"}, 0)
+    shop.rest()
+    shop.look(2)
+    shop.drive()
+    assert (shop.states()["run"], shop.billed()) == ("delivered", 5)
 
 
 @pytest.mark.parametrize("fault", [refuse(503), server_error_after_accept()], ids=["unknown", "unknown, but taken"])

@@ -35,7 +35,8 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One event as the ledger has it. Times are Unix seconds; ``seen_value`` and ``seen_at`` are the last look."""
+    """One event as the ledger has it. Times are Unix seconds; ``seen_value`` and ``seen_at`` are the last look, and
+    ``cancelled_at`` also stands for the wish to cancel it."""
 
     id: int
     identifier: str
@@ -48,7 +49,7 @@ class Trace:
     seen_value: Decimal | None = None
     seen_at: int | None = None
     error: str | None = None
-    asked_to_cancel: bool = False
+    cancelled_at: int | None = None
 
     @property
     def is_open(self) -> bool:
@@ -87,8 +88,8 @@ class Facts:
     @property
     def settled_since(self) -> int:
         """When Stripe's sum may have changed for the last time. What it refused for now changed nothing."""
-        active = (event for event in self.events if event.state is not EventState.PENDING)
-        return max(moment or 0 for event in active for moment in (event.sent_at, event.settled_at))
+        active = (one for one in self.events if one.state is not EventState.PENDING)
+        return max(moment or 0 for one in active for moment in (one.sent_at, one.settled_at, one.cancelled_at))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def _undecidable(facts: Facts, look: Look) -> str | None:
         return "what was delivered in that minute has been pruned from the ledger."
     if any(event.was_given_up for event in facts.events):
         return "an event of that minute was written off while it was in doubt."
-    if any(event.asked_to_cancel and event.state is EventState.DELIVERED for event in facts.events):
+    if any(event.cancelled_at is not None and event.state is EventState.DELIVERED for event in facts.events):
         return "an event of that minute was asked to be cancelled, and it is not settled whether it was."
     if min(values) < 0 < max(values):
         return "usage and corrections of the same minute are in doubt."

@@ -8,13 +8,13 @@ from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Select, and_, bindparam, exists, or_, select, update
+from sqlalchemy import Connection, Select, and_, bindparam, or_, select, update
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
-from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, IS_DOUBTFUL, acts, events, pruned
+from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_DOUBTFUL, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
@@ -124,8 +124,7 @@ def _neighbours() -> Select[Any]:
     line = (events.c.account, events.c.customer, events.c.event_name)
     places = select(*line, minute.label("minute")).where(IS_DOUBTFUL).distinct().subquery()
     same = [column == places.c[column.name] for column in line]
-    asked = exists().where(acts.c.subject == events.c.identifier, acts.c.act == CANCEL_ASKED)
-    query = select(events, places.c.minute, asked.label("asked_to_cancel"))
+    query = select(events, places.c.minute, CANCELLED_AT)
     inside = (events.c.at >= places.c.minute, events.c.at < places.c.minute + MINUTE)  # a range, which an index has
     return query.join(places, and_(*same, *inside)).order_by(events.c.id)
 
@@ -154,7 +153,7 @@ def _trace(row: Any) -> Trace:
         seen_value=None if row.seen_value is None else Decimal(row.seen_value),
         seen_at=row.seen_at,
         error=row.error,
-        asked_to_cancel=bool(row.asked_to_cancel),
+        cancelled_at=row.cancelled_at,
     )
 
 

@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
-from sqlalchemy import BigInteger, Column, Index, Integer, MetaData, SmallInteger, String, Table, Text, and_, text
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Index,
+    Integer,
+    MetaData,
+    SmallInteger,
+    String,
+    Table,
+    Text,
+    and_,
+    func,
+    select,
+    text,
+)
 
 HEAD = "0003"
 """The newest migration that this version of the package knows."""
@@ -117,6 +131,11 @@ acts = Table(  # what a person or a webhook decided: re-timed, written off, assi
 )
 CANCEL_ASKED, CANCELLED = "cancel asked", "cancelled"
 IS_CANCEL = acts.c.act.in_([CANCEL_ASKED, CANCELLED])
+CANCELLED_AT = (
+    select(func.max(acts.c.at)).where(acts.c.subject == events.c.identifier, IS_CANCEL).correlate(events)
+    .scalar_subquery().label("cancelled_at")
+)  # fmt: skip
+"""When an event was cancelled, or was last asked to be: a column for a query of events."""
 
 webhook_events = Table(  # Stripe's notifications that were taken in, each once
     "webhook_events",
