@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import pytest
 from auditing import Books
 from faults import settled
+from sqlalchemy import update
 
 from langchain_stripe_meter.audit.windows import Windows
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
-from langchain_stripe_meter.delivery.courier import CHORES_SECONDS
+from langchain_stripe_meter.delivery.courier import CHORES_SECONDS, Courier
+from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, sealing
+from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import server_error
 
 
@@ -192,6 +197,90 @@ def test_an_event_that_is_being_cancelled_counts_as_uncertain(small: Books) -> N
     look_twice(small)
     assert small.states() == {"run-1": "rejected", "run-2": "delivered"}
     small.take(small.sandbox.rejections[0])
+
+
+def test_until_stripes_sums_have_lost_what_was_cancelled_they_prove_nothing(books: Books) -> None:
+    books.sandbox.error_samples = 0
+    minute = books.ledger.now() // 60 * 60
+    books.deliver("run-1", "run-2", at=minute)
+    books.take(*books.sandbox.reject("run-2"))
+    books.sandbox.summary_lag = 3600
+    books.sandbox.advance(seconds=SUMS_LAG - 120)
+    cancel(books.ledger, books.gateway, "run-1")  # the sum is as if Stripe had refused nothing, until it settles
+    books.sandbox.advance(seconds=120)
+    for _ in range(2):
+        books.do_chores()
+        books.sandbox.advance(seconds=LOOK_AGAIN)
+    assert (rejected(books), "window:" in books.snapshot()) == ([], True)
+    look_twice(books)
+    assert (rejected(books), "window:" in books.snapshot()) == (["run-2"], False)
+
+
+def test_usage_of_the_same_minute_that_is_delivered_late_hides_no_refusal(books: Books) -> None:
+    books.sandbox.error_samples = 0
+    minute = books.ledger.now() // 60 * 60
+    books.deliver("run-1", value=5, at=minute)
+    books.take(*books.sandbox.reject("run-1"))
+    books.sandbox.advance(seconds=SUMS_LAG - 600)
+    books.deliver("run-2", value=5, at=minute)  # from the backlog of another process
+    books.sandbox.advance(seconds=600)
+    for _ in range(2):
+        books.do_chores()
+        books.sandbox.advance(seconds=LOOK_AGAIN)
+    assert (books.errors, "window:" in books.snapshot()) == ([], True)
+    look_twice(books)
+    assert "delivered 10, Stripe has 5" in str(books.errors[-1])
+    books.sandbox.error_samples = 1
+    books.take(*books.sandbox.reject("run-1"))
+
+
+def test_what_is_in_doubt_is_not_waited_for(small: Books) -> None:
+    small.sandbox.error_samples = 0
+    small.deliver("run-1", "run-2", at=small.ledger.now() // 60 * 60)
+    with small.ledger.write() as connection:
+        doubtful = update(events).where(events.c.identifier == "run-2").values(state="doubtful")
+        connection.execute(doubtful.values(first_unknown_at=events.c.sent_at))
+    small.take(*small.sandbox.reject("run-1", "run-2"))
+    look_twice(small)
+    assert small.states() == {"run-1": "rejected", "run-2": "doubtful"}
+
+
+class _Asking(Gateway):
+    """The real gateway; something happens while it waits for the first sum."""
+
+    def __init__(self, real: Gateway, meanwhile: Callable[[], None]) -> None:
+        super().__init__(real.client)
+        self._meanwhile = [meanwhile]
+
+    def billed(self, *arguments: Any) -> Decimal | None:
+        while self._meanwhile:
+            self._meanwhile.pop()()
+        return super().billed(*arguments)
+
+
+def test_what_is_delivered_while_stripe_is_asked_makes_the_look_void(small: Books) -> None:
+    """Another customer's difference is there to be looked at a second time; this one's must be, too."""
+    small.sandbox.error_samples = 0
+    minute = small.ledger.now() // 60 * 60
+    small.deliver("run-1", value=5, at=minute)
+    small.deliver("other", customer="cus_2")
+    small.take(*small.sandbox.reject("run-1", "other"))
+    small.sandbox.advance(seconds=SUMS_LAG)
+
+    def meanwhile() -> None:
+        small.record("run-2", value=5, at=minute)
+        courier = Courier(small.ledger, small.gateway)
+        while small.states()["run-2"] != "delivered":
+            courier.turn()
+
+    Windows(small.ledger, _Asking(small.gateway, meanwhile)).chore(small.ledger.now())
+    for seconds in (LOOK_AGAIN, SUMS_LAG, LOOK_AGAIN):
+        small.sandbox.advance(seconds=seconds)
+        small.do_chores()
+    assert "delivered 10, Stripe has 5" in str(small.errors[-1])
+    assert rejected(small) == ["other"]
+    small.sandbox.error_samples = 1
+    small.take(*small.sandbox.reject("run-1"))
 
 
 def test_while_stripe_does_not_answer_a_window_stays_open(small: Books) -> None:

@@ -71,23 +71,31 @@ class Windows:
         tell_late(self._on_error, taken.late)
 
     def _look(self, known: Window) -> None:
-        """Go on with a look; where it is over, decide, unless the one before found something else."""
+        """Go on with a look, once its sums have settled; where it is over, decide, if the one before found the same."""
         with self._ledger.read() as connection:
             customers = reports.customers(connection, known, CUSTOMERS_AT_ONCE)
+        if self._is_changing(known, customers):
+            return
         meters = meters_named(self._gateway, known.account) if customers else {}
         found = [
             one
             for event_name, customer in customers
             for one in self._of_customer(known, event_name, customer, meters.get(event_name, []))
         ]
+        if self._is_changing(known, customers):  # something was sent while Stripe was asked
+            return
         after = replace(known, found=(*known.found, *found))
         if len(customers) == CUSTOMERS_AT_ONCE:
             self._store(known, replace(after, after=customers[-1]))
-        elif set(after.found) == set(known.seen):
+        elif known.seen_at is not None and set(after.found) == set(known.seen):
             self._decide(known)
         else:
             now = self._ledger.now()
             self._store(known, replace(after, after=("", ""), found=(), seen=after.found, seen_at=now))
+
+    def _is_changing(self, known: Window, customers: Sequence[tuple[str, str]]) -> bool:
+        with self._ledger.read() as connection:
+            return reports.is_changing(connection, known, customers, self._ledger.now())
 
     def _of_customer(self, known: Window, event_name: str, customer: str, meters: list[str]) -> Iterator[Difference]:
         """Compare one customer's minutes on one meter."""

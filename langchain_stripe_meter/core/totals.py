@@ -205,12 +205,13 @@ class Minute:
     """A customer's events on one meter whose usage lies in the minute from ``start`` (Unix seconds).
 
     ``delivered`` are those that Stripe took long enough ago for its sums to show them, by identifier; ``uncertain``
-    are the values of those that its sums may or may not have.
+    are the values of those that its sums may or may not have, which time alone ends where it ``is_changing``.
     """
 
     start: int
     delivered: Mapping[str, Decimal]
     uncertain: tuple[Decimal, ...] = ()
+    is_changing: bool = False
 
 
 def judge(delivered: Sequence[Decimal], uncertain: Sequence[Decimal], at_stripe: Decimal | None) -> Verdict:

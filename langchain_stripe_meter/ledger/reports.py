@@ -16,9 +16,9 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, se
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState
-from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample
+from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample, is_settled
 from langchain_stripe_meter.ledger.acts import reject_later
-from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, acts, events, notes, webhook_events
+from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, webhook_events
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
 from langchain_stripe_meter.ledger.store import insert_or_ignore
 
@@ -188,14 +188,14 @@ def _inside(one: Window) -> ColumnElement[bool]:
 def is_readable(connection: Connection, one: Window, now: int) -> bool:
     """Whether Stripe's sums can be trusted now to show all that was delivered in the window, and are due for a look."""
     newest = connection.execute(select(func.max(events.c.settled_at)).where(_inside(one))).scalar()
-    is_settled = newest is None or now - newest >= SUMS_LAG
-    return is_settled and (one.seen_at is None or now - one.seen_at >= LOOK_AGAIN)
+    had_time = newest is None or now - newest >= SUMS_LAG
+    return had_time and (one.seen_at is None or now - one.seen_at >= LOOK_AGAIN)
 
 
 def customers(connection: Connection, one: Window, most: int) -> list[tuple[str, str]]:
-    """The next meters and customers that are to be looked at, in order: at first all of the window, then those that
-    differed."""
-    if one.seen_at is not None:
+    """The next meters and customers that are to be looked at, in order: those that differed, all of the window where
+    none did."""
+    if one.seen:
         return sorted({its for seen in one.seen if (its := (seen.event_name, seen.customer)) > one.after})[:most]
     pair = tuple_(events.c.event_name, events.c.customer)
     query = select(events.c.event_name, events.c.customer).where(_inside(one)).distinct()
@@ -210,35 +210,35 @@ def minutes(connection: Connection, one: Window, event_name: str, customer: str,
     if not touched:
         return []
     span = (events.c.at >= min(touched) * MINUTE, events.c.at < (max(touched) + 1) * MINUTE)
-    states = (EventState.DELIVERED.value, *_ON_THE_WAY)
-    rows = connection.execute(select(events).where(*mine, *span, events.c.state.in_(states))).all()
-    cancelling = _being_cancelled(connection, [row.identifier for row in rows])
     by_minute: dict[int, list[Any]] = {}
-    for row in rows:
+    taken = events.c.state != EventState.REJECTED.value
+    for row in connection.execute(select(events, CANCELLED_AT).where(*mine, *span, taken)):
         by_minute.setdefault(row.at // MINUTE, []).append(row)
-    return [_minute(start, by_minute[start], cancelling, now) for start in sorted(by_minute)]
+    return [_minute(start, by_minute[start], now) for start in sorted(by_minute)]
 
 
-def _minute(start: int, rows: Sequence[Any], cancelling: set[str], now: int) -> Minute:
+def _minute(start: int, rows: Sequence[Any], now: int) -> Minute:
+    """What was asked to be cancelled, and is delivered for all that is known, Stripe may bill or not: uncertain."""
     sure: dict[str, Decimal] = {}
     unsure: list[Decimal] = []
+    is_changing = False
     for row in rows:
-        if _is_settled(row, now) and row.identifier not in cancelling:
+        settled = is_settled(row.state, now, row.settled_at, row.first_unknown_at, row.cancelled_at)
+        delivered = row.state == EventState.DELIVERED.value
+        if settled and delivered and row.cancelled_at is None:
             sure[row.identifier] = Decimal(row.value)
-        elif row.sent_at is not None:
+        elif delivered or not settled:
             unsure.append(Decimal(row.value))
-    return Minute(start * MINUTE, sure, tuple(unsure))
+        is_changing |= not settled and row.state != EventState.DOUBTFUL.value
+    return Minute(start * MINUTE, sure, tuple(unsure), is_changing)
 
 
-def _is_settled(row: Any, now: int) -> bool:
-    return bool(row.state == EventState.DELIVERED.value and row.settled_at <= now - SUMS_LAG)
+def is_changing(connection: Connection, one: Window, named: Iterable[tuple[str, str]], now: int) -> bool:
+    """Whether Stripe's sums of what these (meter, customer) used will tell more by themselves, in hours.
 
-
-def _being_cancelled(connection: Connection, identifiers: Sequence[str]) -> set[str]:
-    """Of these, the events that Stripe was asked to cancel: it may or may not still bill them."""
-    parts = (identifiers[start : start + 1000] for start in range(0, len(identifiers), 1000))
-    asked = select(acts.c.subject).where(acts.c.act == CANCEL_ASKED)
-    return {name for part in parts for name in connection.execute(asked.where(acts.c.subject.in_(part))).scalars()}
+    What is in doubt is not waited for: its own looks show a person a sum that does not add up.
+    """
+    return any(minute.is_changing for its in named for minute in minutes(connection, one, *its, now))
 
 
 def reject_absent(connection: Connection, identifiers: Iterable[str], account: str, code: str, now: int) -> list[str]:
