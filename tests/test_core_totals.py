@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from langchain_stripe_meter.core.doubts import SUMS_LAG
-from langchain_stripe_meter.core.totals import Comparison, Known, compare, is_settled
+from langchain_stripe_meter.core.totals import Comparison, Known, Verdict, compare, is_settled, judge
 
 NOW = 1_790_000_000
 UNSETTLED = ("sending", "doubtful", "just_delivered")
@@ -90,6 +90,30 @@ def test_a_comparison_names_whose_usage_of_what_on_which_account_it_is() -> None
     assert {type(amount) for amount in (found.recorded, found.delivered, found.uncertain)} == {Decimal}
 
 
+@pytest.mark.parametrize(
+    ("delivered", "at_stripe", "difference"),
+    [
+        ("1000000000.000001", "1000000000", "0"),
+        ("32321143.44571275", "32321143.4457127", "0"),  # a float's 15 digits round a half down, a decimal's to even
+        ("32321143.44571275", "32321143.4457128", "0"),
+        ("32321143.44571275", "32321143.4457130", "0.00000025"),
+        ("32321143.44571275", "32321143.4457125", "-0.00000025"),
+        ("-32321143.44571275", "-32321143.4457127", "0"),
+        ("0.3", "0.300000000000001", "0"),
+        ("0.3", "0.300000000000002", "0.000000000000002"),
+        ("0", "0.000000000000001", "0.000000000000001"),
+    ],
+)
+def test_what_stripes_fifteen_digits_cannot_say_is_no_difference(
+    delivered: str, at_stripe: str, difference: str
+) -> None:
+    found = Known()
+    found.add(Decimal(delivered), "delivered", is_settled=True)
+    assert compare("ai_tokens", "cus_1", found, Decimal(at_stripe)).difference == Decimal(difference)
+    agrees = judge([Decimal(delivered)], [], Decimal(at_stripe)) is Verdict.AGREES
+    assert agrees is (Decimal(difference) == 0)
+
+
 @pytest.mark.parametrize("traps", [[], [Inexact]])
 def test_an_applications_own_decimal_context_hides_no_difference(traps: list[type[Inexact]]) -> None:
     with localcontext() as context:
@@ -98,6 +122,7 @@ def test_an_applications_own_decimal_context_hides_no_difference(traps: list[typ
             context.traps[trap] = True
         off, found = held_against(1_234_569, delivered=1_234_567, pending=7)
         assert (off, found.recorded) == (2, 1_234_574)
+        assert held_against(1_234_568, delivered=1)[0] == 1_234_567
         later = known(delivered=1_234_570, sending=1_000_001)
         assert held_against(2_234_572, later, delivered=1_234_567, sending=3)[0] == 1
 

@@ -94,6 +94,17 @@ def test_what_was_delivered_agrees_with_stripe(handler: StripeMeterCallbackHandl
     assert "cus_2" in verification._repr_html_()
 
 
+def test_a_sum_with_more_digits_than_stripe_answers_with_agrees(
+    sandbox: StripeSandbox, handler: StripeMeterCallbackHandler
+) -> None:
+    for value in ("32321143.4457127", "0.00000005"):
+        handler.correct("cus_0", "ai_tokens", Decimal(value), reason="converted", id=value)
+    handler.flush(60)
+    sandbox.advance(seconds=SUMS_LAG)
+    verification = handler.verify()
+    assert (verification.agrees, verification.comparisons[0].at_least) == (True, Decimal("32321143.44571275"))
+
+
 def test_usage_that_the_ledger_does_not_know_is_a_difference_with_its_customer_and_amount(
     sandbox: StripeSandbox, handler: StripeMeterCallbackHandler
 ) -> None:

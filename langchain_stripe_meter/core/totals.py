@@ -7,11 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from decimal import Context, Decimal
+from decimal import Decimal
 from enum import StrEnum
 from typing import Any
 
 from langchain_stripe_meter.core.doubts import MINUTE, SUMS_LAG
+from langchain_stripe_meter.core.events import MAX_DIGITS
 from langchain_stripe_meter.core.states import EventState
 from langchain_stripe_meter.core.values import EXACT, exact_sum
 
@@ -20,8 +21,18 @@ SKEW_SECONDS = 600
 GONE_CODES = frozenset({"archived_meter", "no_meter", "meter_event_customer_not_found"})
 """Codes that say that a meter or a customer is not there (any more)."""
 NO_CUSTOMER = "meter_event_customer_not_found"
-_AS_STRIPE = Context(prec=15)
-"""Stripe's sums are floats, which are read to 15 digits."""
+
+
+def _beyond(at_stripe: Decimal, least: Decimal, most: Decimal) -> Decimal:
+    """How far a sum of Stripe's lies outside what is possible.
+
+    Stripe's sums are floats, which are read to 15 digits. What they cannot say is no difference: up to one unit in the
+    last place, half of it for the rounding to so few digits, the rest for what adding up floats may do to the last one.
+    """
+    nearest = min(max(at_stripe, least), most)
+    off = EXACT.subtract(at_stripe, nearest)
+    unit = EXACT.scaleb(Decimal(1), nearest.adjusted() + 1 - MAX_DIGITS) if nearest else Decimal(0)
+    return off if off.copy_abs() > unit else Decimal(0)
 
 
 def is_settled(
@@ -88,7 +99,7 @@ class Comparison:
             return Decimal(0)
         at_stripe = Decimal(0) if self.at_stripe is None else self.at_stripe
         at_most = EXACT.add(self.at_least, self.uncertain)
-        return EXACT.subtract(at_stripe, min(max(at_stripe, self.at_least), at_most))
+        return _beyond(at_stripe, self.at_least, at_most)
 
 
 def compare(
@@ -221,17 +232,13 @@ def judge(delivered: Sequence[Decimal], uncertain: Sequence[Decimal], at_stripe:
     """
     if at_stripe is None:
         return Verdict.PARTIAL
-    low = _sum([*delivered, *(value for value in uncertain if value < 0)])
-    high = _sum([*delivered, *(value for value in uncertain if value > 0)])
-    if low <= at_stripe <= high:
+    low = exact_sum([*delivered, *(value for value in uncertain if value < 0)])
+    high = exact_sum([*delivered, *(value for value in uncertain if value > 0)])
+    if not _beyond(at_stripe, low, high):
         return Verdict.AGREES
     values = [*delivered, *uncertain]
     one_sign = all(value >= 0 for value in values) or all(value <= 0 for value in values)
     return Verdict.ABSENT if at_stripe == 0 and one_sign else Verdict.PARTIAL
-
-
-def _sum(values: Sequence[Decimal]) -> Decimal:
-    return _AS_STRIPE.plus(exact_sum(values))
 
 
 Ask = Callable[[int, int], Decimal | None]
