@@ -97,6 +97,16 @@ def test_an_event_without_a_meter_is_reported_without_one(small: Books) -> None:
     assert (result.status, result.rejected) == (200, ("run-1",))
 
 
+def test_what_stripe_reports_as_a_duplicate_is_not_refused(small: Books) -> None:
+    small.sandbox.error_samples = 1
+    small.deliver("run-1", "run-2")
+    (result,) = small.take(*small.sandbox.reject("run-1", "run-2", code="duplicate_meter_event"))
+    assert (result.rejected, small.states()) == ((), {"run-1": "delivered", "run-2": "delivered"})
+    assert "window:" not in small.snapshot()
+    small.sandbox.error_samples = 2
+    small.take(*small.sandbox.reject("run-1", "run-2"))  # the sandbox bills neither
+
+
 def test_samples_that_are_not_this_ledgers_are_counted_and_change_nothing(small: Books) -> None:
     small.deliver("run-1")
     client: Any = small.gateway.client

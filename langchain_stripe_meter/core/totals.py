@@ -21,6 +21,8 @@ SKEW_SECONDS = 600
 GONE_CODES = frozenset({"archived_meter", "no_meter", "meter_event_customer_not_found"})
 """Codes that say that a meter or a customer is not there (any more)."""
 NO_CUSTOMER = "meter_event_customer_not_found"
+DUPLICATE = "duplicate_meter_event"
+"""The code of an event that Stripe has already: it refused a repetition, not the event."""
 
 
 def _beyond(at_stripe: Decimal, least: Decimal, most: Decimal) -> Decimal:
@@ -157,7 +159,8 @@ class Report:
 def read_report(data: Mapping[str, Any], now: int) -> Report:
     """The ``data`` of a fetched event. A part that is not as documented counts as absent; a window without bounds is
     the last day, since Stripe reports within minutes."""
-    kinds = [kind for kind in _list(_mapping(data.get("reason")).get("error_types")) if isinstance(kind, Mapping)]
+    listed = _list(_mapping(data.get("reason")).get("error_types"))
+    kinds = [kind for kind in listed if isinstance(kind, Mapping) and kind.get("code") != DUPLICATE]
     samples = [
         Sample(identifier, str(kind.get("code")))
         for kind in kinds
