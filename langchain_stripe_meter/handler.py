@@ -352,24 +352,23 @@ def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
 
 @dataclass(eq=False)
 class _Block:
-    """One ``with stripe_meter(...)`` block; without its ``handler`` once it was left out of order."""
+    """One ``with stripe_meter(...)`` block; without its ``handler`` once it was left in another context."""
 
     handler: StripeMeterCallbackHandler | None
-    around: _Block | None
 
 
 class _Blocks:
     """Where LangChain looks for the handler of the blocks around a run, as in a context variable. A block in a
-    generator is left where that is ended, maybe in another context: so it is asked whether it still stands."""
+    generator is left when that ends: maybe before those that were entered later, maybe in another context."""
 
     def __init__(self) -> None:
-        self.innermost: ContextVar[_Block | None] = ContextVar("stripe_meter", default=None)
+        self.around: ContextVar[tuple[_Block, ...]] = ContextVar("stripe_meter", default=())
+
+    def but(self, left: _Block | None = None) -> tuple[_Block, ...]:
+        return tuple(block for block in self.around.get() if block is not left and block.handler is not None)
 
     def get(self) -> StripeMeterCallbackHandler | None:
-        block = self.innermost.get()
-        while block is not None and block.handler is None:
-            block = block.around
-        return None if block is None else block.handler
+        return next((block.handler for block in self.around.get() if block.handler is not None), None)
 
 
 _everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, _Blocks] = weakref.WeakKeyDictionary()
@@ -387,12 +386,14 @@ def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCal
         if (blocks := _everywhere.get(handler)) is None:
             blocks = _everywhere[handler] = _Blocks()
             register_configure_hook(cast("ContextVar[Any]", blocks), inheritable=True)
-    block = _Block(handler, blocks.innermost.get())
-    token = blocks.innermost.set(block)
+    block = _Block(handler)
+    token = blocks.around.set((*blocks.but(), block))
     try:
         yield handler
     finally:
+        others = blocks.but(block)
         try:
-            blocks.innermost.reset(token)
+            blocks.around.reset(token)
+            blocks.around.set(others)
         except ValueError:  # entered in a context that is out of reach, where the block must not go on
             block.handler = None

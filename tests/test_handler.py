@@ -183,6 +183,54 @@ def test_a_block_in_a_generator_that_was_left_meters_nothing_further(shop: Shop,
     assert shop.billed("cus_2") == {}
 
 
+def chats_in_a_block(shop: Shop, server: OpenAIServer, count: int) -> Iterator[None]:
+    with stripe_meter(shop.handler):
+        for _ in range(count):
+            yield
+            server.chat().invoke("Hi", paid_by("cus_1"))
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["entered first", "entered last"])
+def test_two_streams_with_a_block_each_are_metered_to_their_ends_and_no_further(
+    shop: Shop, server: OpenAIServer, first: int
+) -> None:
+    """They are read by turns on one thread: the block that was entered first may be left first."""
+    streams = [chats_in_a_block(shop, server, 1), chats_in_a_block(shop, server, 2)]
+    for stream in streams:
+        next(stream)
+    list(streams.pop(first))
+    list(streams.pop())
+    assert shop.billed() == {name: 3 * value for name, value in ONE_ANSWER.items()}
+    server.chat().invoke("Hi", paid_by("cus_1"))  # by now it is nobody's stream
+    assert shop.billed() == {name: 3 * value for name, value in ONE_ANSWER.items()}
+
+
+def test_a_task_that_was_begun_in_a_stream_is_metered_to_its_end_though_its_block_was_left_out_of_order(
+    shop: Shop, server: OpenAIServer
+) -> None:
+    async def main() -> None:
+        left = asyncio.Event()
+
+        async def job() -> None:
+            await left.wait()
+            await server.chat().ainvoke("Hi", paid_by("cus_1"))
+
+        async def begin() -> AsyncIterator[asyncio.Task[None]]:
+            with stripe_meter(shop.handler):
+                yield asyncio.create_task(job())
+
+        first, second = begin(), begin()
+        tasks = [await anext(first), await anext(second)]
+        for stream in (first, second):
+            assert await anext(stream, None) is None
+        left.set()
+        await asyncio.gather(*tasks)
+        await server.chat().ainvoke("Hi", paid_by("cus_1"))  # outside
+
+    asyncio.run(main())
+    assert shop.billed() == {name: 2 * value for name, value in ONE_ANSWER.items()}
+
+
 def test_a_task_that_was_begun_in_a_block_is_metered_to_its_end(shop: Shop, server: OpenAIServer) -> None:
     async def main() -> None:
         left = asyncio.Event()
