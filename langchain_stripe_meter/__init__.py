@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from langchain_stripe_meter.blocks import stripe_meter
     from langchain_stripe_meter.component import StripeMeterEvent
     from langchain_stripe_meter.core.customers import (
         first_of,
@@ -19,16 +20,17 @@ if TYPE_CHECKING:
     from langchain_stripe_meter.core.meters import Cost, Credits, Messages, Tokens
     from langchain_stripe_meter.errors import MeteringError
     from langchain_stripe_meter.gateway.meters import create_meter, list_meters
-    from langchain_stripe_meter.handler import StripeMeterCallbackHandler, stripe_meter
+    from langchain_stripe_meter.handler import StripeMeterCallbackHandler
     from langchain_stripe_meter.settings import MeteringSettings
 
 _HOMES = {
+    "blocks": ["stripe_meter"],
     "component": ["StripeMeterEvent"],
     "core.customers": ["first_of", "from_auth_user", "from_context", "from_lead", "from_metadata", "static"],
     "core.meters": ["Cost", "Credits", "Messages", "Tokens"],
     "errors": ["MeteringError"],
     "gateway.meters": ["create_meter", "list_meters"],
-    "handler": ["StripeMeterCallbackHandler", "stripe_meter"],
+    "handler": ["StripeMeterCallbackHandler"],
     "settings": ["MeteringSettings"],
 }
 

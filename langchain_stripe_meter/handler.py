@@ -5,16 +5,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import os
-import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager, contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, cast
-
-from langchain_core.tracers.context import register_configure_hook
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import ExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.audit.chores import Ages, chores
 from langchain_stripe_meter.callbacks import MeteringCallbacks
@@ -345,55 +341,3 @@ def _close_at_exit(reference: weakref.ref[StripeMeterCallbackHandler]) -> None:
     courier = handler._courier if handler is not None else None
     if handler is not None and courier is not None and courier.is_running:
         handler.close(EXIT_SECONDS)
-
-
-# -- metering everywhere at once
-
-
-@dataclass(eq=False)
-class _Block:
-    """One ``with stripe_meter(...)`` block; without its ``handler`` once it was left in another context."""
-
-    handler: StripeMeterCallbackHandler | None
-
-
-class _Blocks:
-    """Where LangChain looks for the handler of the blocks around a run, as in a context variable. A block in a
-    generator is left when that ends: maybe before those that were entered later, maybe in another context."""
-
-    def __init__(self) -> None:
-        self.around: ContextVar[tuple[_Block, ...]] = ContextVar("stripe_meter", default=())
-
-    def but(self, left: _Block | None = None) -> tuple[_Block, ...]:
-        return tuple(block for block in self.around.get() if block is not left and block.handler is not None)
-
-    def get(self) -> StripeMeterCallbackHandler | None:
-        return next((block.handler for block in self.around.get() if block.handler is not None), None)
-
-
-_everywhere: weakref.WeakKeyDictionary[StripeMeterCallbackHandler, _Blocks] = weakref.WeakKeyDictionary()
-_everywhere_lock = threading.Lock()
-
-
-@contextmanager
-def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCallbackHandler]:
-    """Meter every run in the block, without touching its config.
-
-    It follows context variables: tasks and runnables inside the block are metered, a plain ``threading.Thread`` is
-    not. Blocks may nest; a run is billed once per meter.
-    """
-    with inside(), _everywhere_lock:
-        if (blocks := _everywhere.get(handler)) is None:
-            blocks = _everywhere[handler] = _Blocks()
-            register_configure_hook(cast("ContextVar[Any]", blocks), inheritable=True)
-    block = _Block(handler)
-    token = blocks.around.set((*blocks.but(), block))
-    try:
-        yield handler
-    finally:
-        others = blocks.but(block)
-        try:
-            blocks.around.reset(token)
-            blocks.around.set(others)
-        except ValueError:  # entered in a context that is out of reach, where the block must not go on
-            block.handler = None
