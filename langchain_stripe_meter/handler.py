@@ -194,24 +194,30 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     def flush(self, timeout: float = 10.0) -> views.FlushReport:
         """Wait until nothing is pending, at most ``timeout`` seconds, and report. Never raises for Stripe's sake.
 
-        With ``deliver=False`` nothing is sent here, so it reports at once. Raises ``LedgerError`` where the ledger
-        cannot be read; the message also says what went unrecorded.
+        With ``deliver=False`` nothing is sent here, so it reports at once. After a ``close``, it delivers again. Raises
+        ``LedgerError`` where the ledger cannot be read; the message also says what went unrecorded.
         """
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
         with self._recorder.telling():
             self._ledger.wait_for_writes()
-            while self._courier is not None and self._is_pending(deadline - time.monotonic()):
-                self._courier.wake()
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    break
-                time.sleep(min(0.02, left))
+            if self._courier is not None:
+                self._deliver(self._courier, deadline)
             return self._report()
 
     async def aflush(self, timeout: float = 10.0) -> views.FlushReport:
         """As ``flush``, without blocking the event loop."""
         return await asyncio.to_thread(self.flush, timeout)
+
+    def _deliver(self, courier: Courier, deadline: float) -> None:
+        wake = courier.reopen
+        while self._is_pending(deadline - time.monotonic()):
+            wake()
+            wake = courier.wake
+            left = deadline - time.monotonic()
+            if left <= 0 or courier.is_closed:  # another thread has closed it meanwhile
+                return
+            time.sleep(min(0.02, left))
 
     def _is_pending(self, patience: float) -> bool:
         """Whether anything is; also where the courier has been busy with the ledger for ``patience`` seconds."""
@@ -264,8 +270,10 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     def close(self, timeout: float = 10.0) -> views.FlushReport | None:
         """Deliver what is pending, at most ``timeout`` seconds, then let go of threads and connections.
 
-        What was not delivered stays in the ledger, and is sent after the next start. Where the ledger cannot be read,
-        this is logged and nothing is raised: what a script did matters more. There is no report then (None).
+        What was not delivered stays in the ledger, and is sent after the next start. So is what is recorded later,
+        unless a ``flush``, another ``close`` or entering the handler again (``with``, ``lifespan``) delivers it before.
+        Where the ledger cannot be read, this is logged and nothing is raised: what a script did matters more. There is
+        no report then (None).
         """
         try:
             return self._close(timeout)
@@ -321,6 +329,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             logger.warning("stripe-meter: the meters could not be checked at the start: %s", why)
 
     def __enter__(self) -> StripeMeterCallbackHandler:
+        if self._courier is not None and self._courier.is_closed:  # entered again: a module's handler on AWS Lambda
+            self._courier.reopen()
         return self
 
     def __exit__(self, *exc_info: object) -> None:

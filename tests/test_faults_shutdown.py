@@ -72,6 +72,17 @@ made = handler()
 run(made)
 atexit.register(lambda: run(made))
 """,
+    "a handler that was closed records and is flushed by exit functions, before and after its own": """
+def late():
+    run(made)
+    made.flush(0.2)
+atexit.register(late)
+made = handler()
+atexit.register(late)
+run(made)
+made.close()
+run(made)
+""",
     "a loop records by exit functions, when no thread can start any more": """
 atexit.register(lambda: asyncio.run(arun()))
 made = handler()

@@ -29,6 +29,7 @@ from langchain_stripe_meter.errors import ConfigurationError, LedgerError, Meter
 from langchain_stripe_meter.ledger import database
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
+from langchain_stripe_meter.sandbox import hang
 
 CANARIES = ("cus_canary", "canary@example.com", "canary prompt", "canary answer", "+4930901820")
 """What must never be in a log line: a customer's id, an e-mail, a prompt, an answer, a phone number."""
@@ -483,3 +484,41 @@ def test_the_context_manager_delivers_on_its_way_out(shop: Shop, server: OpenAIS
     with shop.another_handler() as handler:
         server.chat().invoke("Hi", shop.config(callbacks=[handler]))
     assert {name: shop.sandbox.billed(name, "cus_1") for name in ONE_ANSWER} == ONE_ANSWER
+
+
+def test_a_handler_that_is_entered_again_delivers_again(shop: Shop, server: OpenAIServer) -> None:
+    """As on AWS Lambda, where each call of the function enters the handler of the module."""
+    for number in (1, 2):
+        with shop.handler:
+            server.chat().invoke("Hi", shop.config())
+            wait_until(lambda expected=number: shop.sandbox.billed("messages", "cus_1") == expected)
+
+
+@pytest.mark.parametrize("deliver", ["flush", "close"])
+def test_what_is_recorded_after_a_close_starts_nothing_and_is_delivered_by_the_next_flush_or_close(
+    shop: Shop, server: OpenAIServer, deliver: str
+) -> None:
+    before = set(threading.enumerate())
+    shop.handler.close()
+    server.chat().invoke("Hi", shop.config())
+    assert set(threading.enumerate()) <= before
+    assert shop.sandbox.billed("messages", "cus_1") == 0
+    assert getattr(shop.handler, deliver)(60).pending == 0
+    assert {name: shop.sandbox.billed(name, "cus_1") for name in ONE_ANSWER} == ONE_ANSWER
+    shop.handler.close()
+    wait_until(lambda: not [one for one in set(threading.enumerate()) - before if "stripe-meter" in one.name])
+
+
+def test_a_flush_does_not_wait_for_a_handler_that_is_closed_meanwhile(shop: Shop, server: OpenAIServer) -> None:
+    arrived, answer = threading.Event(), threading.Event()
+    shop.sandbox.fail(hang(answer), times=None, where=lambda _: arrived.set() or True)  # type: ignore[func-returns-value]
+    shop.handler.close()
+    server.chat().invoke("Hi", shop.config())
+    reports: list[FlushReport] = []
+    flushing = threading.Thread(target=lambda: reports.append(shop.handler.flush(3600)))
+    flushing.start()
+    assert arrived.wait(60)
+    shop.handler.close(0)
+    flushing.join(60)
+    answer.set()
+    assert [report.pending for report in reports] == [3]

@@ -365,6 +365,11 @@ class Courier:
         elif thread.is_alive() and thread is not threading.current_thread():
             thread.join(timeout + LAST_SECONDS)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was closed, and not opened again since."""
+        return self._closing.is_set()
+
     def reopen(self) -> None:
         """Deliver what is pending, also after a ``close``."""
         self._closing.clear()
