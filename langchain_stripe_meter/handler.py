@@ -10,7 +10,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self
 
 from langchain_stripe_meter.audit.chores import Ages, chores
 from langchain_stripe_meter.callbacks import MeteringCallbacks
@@ -150,6 +150,18 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
     def __repr__(self) -> str:
         names = ", ".join(meter.event_name for meter in self.meters)
         return f"{type(self).__name__}({names}; {self._ledger!r})"
+
+    def __copy__(self) -> Self:
+        return self  # a chain's copy is metered as the chain is
+
+    def __deepcopy__(self, _memo: object) -> Self:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"A {type(self).__name__} holds a ledger, threads and connections, and cannot be pickled. Make one in each "
+            "process that needs it."
+        )
 
     # -- what has no run
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import copy
 import gc
 import inspect
+import pickle
 import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -55,6 +57,12 @@ def on_the_chain(shop: Shop, server: OpenAIServer) -> None:
 
 def with_the_customer_bound_to_the_chain(shop: Shop, server: OpenAIServer) -> None:
     server.chat().with_config(shop.config()).invoke("Hi")
+
+
+def with_a_copy_of_the_config(shop: Shop, server: OpenAIServer) -> None:
+    copied = copy.deepcopy(shop.config())
+    assert copied["callbacks"] == [copy.copy(shop.handler)] == [shop.handler]
+    server.chat().invoke("Hi", copied)
 
 
 def everywhere(shop: Shop, server: OpenAIServer) -> None:
@@ -108,6 +116,7 @@ WAYS: list[Callable[[Shop, OpenAIServer], None]] = [
     on_the_model,
     on_the_chain,
     with_the_customer_bound_to_the_chain,
+    with_a_copy_of_the_config,
     everywhere,
     everywhere_nested,
     everywhere_in_tasks,
@@ -260,6 +269,12 @@ def test_a_block_may_be_left_in_another_context_than_it_was_entered_in(shop: Sho
     contextvars.copy_context().run(list, block)
     entered.run(server.chat().invoke, "Hi", paid_by("cus_1"))
     assert shop.billed() == {}
+
+
+def test_a_handler_stays_in_its_process(shop: Shop) -> None:
+    chain = RunnableLambda(str).with_config(callbacks=[shop.handler])
+    with pytest.raises(TypeError, match=r"StripeMeterCallbackHandler holds .* Make one in each process that needs it"):
+        pickle.dumps(chain)
 
 
 # DESIGN.md's samples
