@@ -157,6 +157,7 @@ def test_a_source_that_makes_no_sense_is_named_with_those_that_do(make: Callable
     [
         (from_metadata("k"), Facts(), "metadata has no 'k'"),
         (from_metadata("k"), Facts({"k": ""}), "metadata has no 'k'"),
+        (from_metadata("k"), Facts(configurable={"k": "cus_1"}), "metadata, unlike the configurable, has no 'k'"),
         (from_metadata("k"), Facts({"k": "ann"}), "the customer's id is malformed"),
         (from_metadata("k"), Facts({"k": "cus_1"}, on_server=True),
          "metadata comes from the client of an agent server"),

@@ -193,7 +193,8 @@ class FromMetadata:
     def identify(self, facts: Facts) -> Reference | Skip:
         if facts.on_server and not self.trust_client:
             return Skip("metadata comes from the client of an agent server")
-        return _by_id(facts.metadata.get(self.key), "metadata", self.key)
+        where = "metadata, unlike the configurable," if self.key in facts.configurable else "metadata"
+        return _by_id(facts.metadata.get(self.key), where, self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,8 +254,7 @@ class FromSignedToken:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         skip = Skip(f"there is no signed token under {self.key!r}")
-        for place in (facts.metadata, facts.configurable):
-            token = place.get(self.key)
+        for token in (facts.metadata.get(self.key), facts.configurable.get(self.key)):
             if _is_absent(token):
                 continue
             try:
