@@ -198,6 +198,7 @@ def test_two_ledgers_that_send_one_identifier_in_the_same_second_are_told_apart(
         shop.answered()
     (told,) = shop.errors
     assert "which this ledger never sent" in str(told)
+    assert "If two handlers with a ledger each meter the same runs, each is billed once: attach one." in str(told)
 
 
 @pytest.mark.parametrize("before", [drop_answer(), rate_limited()], ids=["no answer", "refused"])

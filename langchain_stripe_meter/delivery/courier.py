@@ -325,8 +325,9 @@ class Courier:
         self._told_foreign = True
         self._report(StripeError(
             f"{said} It counts as delivered, but is billed as whoever sent it said. If this ledger was restored from a "
-            "backup, that was itself: run stripe-meter ledger restored. If another application sent it for something "
-            "else, correct() the customer's total, and give each ids of its own. Further ones are only logged (INFO)."
+            "backup, that was itself: run stripe-meter ledger restored. If two handlers with a ledger each meter the "
+            "same runs, each is billed once: attach one. If another application sent it for something else, correct() "
+            "the customer's total, and give each ids of its own. Further ones are only logged (INFO)."
         ))  # fmt: skip
 
     def _look_up(self, now: int) -> int:
