@@ -582,8 +582,24 @@ def test_those_of_a_closed_account_do_not_keep_others_from_being_looked_up(shop:
         shop.answered()
     assert shop.billed(customer) == 1
     assert (shop.status.held, of_account(shop)) == (LOOKUPS_AT_ONCE + 2, LOOKUPS_AT_ONCE)
+    shop.record("theirs-late", account=THEIRS, reference=Reference("email", "late@example.com"))
+    shop.answered()
+    assert (shop.status.held, of_account(shop)) == (LOOKUPS_AT_ONCE + 3, LOOKUPS_AT_ONCE)
     assert all("HTTP 403" in held.reason for held in views.held(shop.ledger))
     assert len(shop.errors) == 1
+
+
+def test_no_more_people_are_looked_up_at_once_than_so_many(shop: StillShop) -> None:
+    answer, arrived = shop.hang(CUSTOMERS)
+    for number in range(3 * LOOKUPS_AT_ONCE):
+        shop.record(f"run-{number}", reference=Reference("email", f"{number}@example.com"))
+    for _ in range(3):
+        shop.courier.turn()
+    wait_until(lambda: len(arrived) == LOOKUPS_AT_ONCE)
+    assert shop.courier.in_flight == LOOKUPS_AT_ONCE
+    answer.set()
+    shop.answered()
+    assert shop.status.held == 3 * LOOKUPS_AT_ONCE
 
 
 def test_whom_stripe_does_not_have_is_not_asked_for_again_for_half_a_minute(shop: StillShop) -> None:
