@@ -226,7 +226,7 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _call_ended(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A model call succeeded: what it consumed is recorded before the run returns."""
-        return self._end(run_id, observe(response), answers=True)
+        return self._end(run_id, observe(response, run_id), answers=True)
 
     def _call_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A model call failed: what it had consumed by then is recorded; nothing, if it had produced nothing.
@@ -287,7 +287,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         self, run: Run, observed: Observed, *, answers: bool, cancelled: bool
     ) -> tuple[Observed, Call | None]:
         """The end of a call in the light of what was told before it, and the call, if there is anything to bill."""
-        if observed.partial or isinstance(run, _Completion):
+        if observed.partial or observed.cached or isinstance(run, _Completion):
             observed = _as_told(run, observed)
         empty, call = observed.is_empty, call_of(run, observed)
         if answers and not (empty and observed.partial):
@@ -347,6 +347,8 @@ def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
     if observed.partial and observed.is_empty and run.produced:  # an error may leave out what came
         return received(run.reported, run.received)
+    if observed.cached and run.produced:  # what is found in a cache does not come in pieces
+        return replace(observed, cached=False)
     batch = run.batch if isinstance(run, _Completion) else None
     return observed if batch is None else batch.share(observed)
 

@@ -118,8 +118,8 @@ class Observed:
         return not any(_has_content(item) for item in self.output) if self.partial else not self.output
 
 
-def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
-    """Read a model call's result, which may be ``partial`` or missing after an error.
+def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = False) -> Observed:
+    """Read the result of the model call ``run_id``, which may be ``partial`` or missing after an error.
 
     With n > 1 every generation repeats the usage of the whole call, so the first one counts.
     """
@@ -132,7 +132,7 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
         return Observed(partial=partial)
     first = None if isinstance(output[0], str) else output[0]
     report = getattr(first, "usage_metadata", None)
-    cached = "total_cost" in (report or {})  # LangChain's mark of an answer from its own cache
+    cached = first is not None and _is_cached(response, first, run_id)
     model = _model(response, first)
     try:
         usage = usage_from_metadata(report)
@@ -142,6 +142,18 @@ def observe(response: LLMResult | None, *, partial: bool = False) -> Observed:
         return Observed(usage, None, model, cached, partial, output)
     except UsageError as error:
         return Observed(None, str(error), model, cached, partial, output)
+
+
+def _is_cached(response: LLMResult, message: BaseMessage, run_id: Any) -> bool:
+    """Whether this is an answer from LangChain's own cache, whose mark is a cost of exactly 0.
+
+    In memory, such an answer is one object for the call that paid for it and for all that find it: the mark may be on
+    it before the end of the former is told. Only that one has what its model said beside the answer, or an answer that
+    LangChain named after the run, for want of a name. (Or pieces of it were streamed, which the run knows.)
+    """
+    cost = (getattr(message, "usage_metadata", None) or {}).get("total_cost")
+    is_marked = type(cost) is int and cost == 0
+    return is_marked and response.llm_output is None and str(run_id) not in (message.id or "")
 
 
 def _final_usage(message: BaseMessage) -> Usage | None:

@@ -12,6 +12,9 @@ import pytest
 from langchain.agents import create_agent
 from langchain_core.caches import InMemoryCache
 from langchain_core.globals import get_llm_cache, set_llm_cache
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.outputs import ChatGeneration, ChatResult
 from langchain_core.runnables import RunnableConfig, RunnableLambda, RunnableParallel
 from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
@@ -425,3 +428,77 @@ def test_cache_hits_are_billed_as_calls_where_the_owner_says_so(tmp_path: Path, 
         for _ in range(2):
             model.invoke("Hi", shop.config())
         assert shop.billed() == bill(2, messages=2, credits=20)
+
+
+class OwnModel(BaseChatModel):
+    """Says what it used, and maybe what that cost, a name of its own for the answer, and something beside it. Async, it
+    answers at once."""
+
+    cost: Any = None
+    name_of_answer: str | None = None
+    beside: Any = None
+    asked: int = 0
+
+    @property
+    def _llm_type(self) -> str:
+        return "own"
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        self.asked += 1
+        usage: Any = {"input_tokens": 12, "output_tokens": 3, "total_tokens": 15}
+        if self.cost is not None:
+            usage["total_cost"] = self.cost
+        answer = AIMessage("Hello", usage_metadata=usage, id=self.name_of_answer)
+        return ChatResult(generations=[ChatGeneration(message=answer)], llm_output=self.beside)
+
+    async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return self._generate()
+
+
+def twice_at_once(model: Any, shop: Shop, *, asynchronous: bool = False) -> None:
+    """Ask the same twice so that the answer is found in the cache before the end of the call that paid for it is told,
+    and with it the mark of a hit."""
+    questions: Any = [[HumanMessage("Hi")], [HumanMessage("Hi")]]
+    config = shop.config()
+    if asynchronous:
+        asyncio.run(model.agenerate(questions, **config))
+    else:
+        model.generate(questions, **config)
+
+
+@pytest.mark.usefixtures("llm_cache")
+@pytest.mark.parametrize("options", [{}, {"streaming": True}, {"n": 2}], ids=str)
+def test_a_call_is_billed_though_its_answer_was_found_in_the_cache_before_its_end_was_told(
+    shop: Shop, server: OpenAIServer, options: dict[str, Any]
+) -> None:
+    twice_at_once(server.chat(**options), shop)
+    assert len(server.requests) == 1
+    assert shop.billed() == bill(1, messages=2, credits=20)
+
+
+@pytest.mark.usefixtures("llm_cache")
+@both_flows
+@pytest.mark.parametrize("options", [{}, {"name_of_answer": "answer-1", "beside": {}}], ids=["unnamed", "named"])
+def test_so_is_that_of_a_model_whose_answers_have_no_name_or_something_beside_them(
+    shop: Shop, asynchronous: bool, options: dict[str, Any]
+) -> None:
+    model = OwnModel(**options)
+    twice_at_once(model, shop, asynchronous=asynchronous)
+    assert model.asked == 1
+    assert shop.billed()["tokens"] == 15
+
+
+@pytest.mark.parametrize("cost", [0.3, 0.0, 0])
+def test_a_model_that_reports_what_it_cost_is_billed(shop: Shop, cost: float) -> None:
+    model = OwnModel(cost=cost)
+    model.invoke("Hi", shop.config())
+    assert shop.billed()["tokens"] == 15
+
+
+@pytest.mark.parametrize(("cost", "tokens"), [(0.3, 15), (0.0, 15), (3, 15), (0, None)])
+def test_of_a_model_that_names_its_answers_only_langchains_own_mark_tells_a_hit(
+    shop: Shop, cost: float, tokens: int | None
+) -> None:
+    model = OwnModel(cost=cost, name_of_answer="answer-1")
+    model.invoke("Hi", shop.config())
+    assert shop.billed().get("tokens") == tokens
