@@ -14,6 +14,7 @@ from langchain_stripe_meter.core.meters import Call
 from langchain_stripe_meter.core.runs import (
     ABANDONED_AFTER,
     ORPHANED_AFTER,
+    REMEMBERED,
     STEP_ABANDONED_AFTER,
     SWEEP_EVERY,
     OpenRuns,
@@ -266,6 +267,18 @@ def test_a_call_whose_message_has_ended_may_still_report_for_longer_than_provide
     assert (len(runs), runs.abandoned) == (0, 1)
 
 
+def test_what_happens_after_its_message_has_ended_keeps_a_run_alive(runs: OpenRuns) -> None:
+    root = start(runs, "root")
+    start(runs, "background", "root")
+    end(runs, root)
+    later = NOW + ORPHANED_AFTER - 1
+    start(runs, "call", "background", call=True, at=later)
+    runs.sweep(later + ORPHANED_AFTER - 1)
+    assert ("background" in runs, "call" in runs) == (True, True)
+    runs.sweep(later + ORPHANED_AFTER)
+    assert (len(runs), runs.abandoned) == (0, 1)
+
+
 def test_what_an_abandoned_call_had_produced_is_handed_over_once(runs: OpenRuns) -> None:
     start(runs, "silent", call=True)
     told = start(runs, "told", call=True)
@@ -434,7 +447,7 @@ def test_a_runs_own_metadata_lies_over_that_of_the_run_around_it() -> None:
     assert merged(None, None) == {}
 
 
-def test_what_was_let_go_may_say_that_it_ended_once_and_for_a_while(runs: OpenRuns) -> None:
+def test_what_was_let_go_may_say_that_it_ended_once_within_a_day(runs: OpenRuns) -> None:
     first, second = (start(runs, name, call=True) for name in ("first", "second"))
     for run in (first, second):
         runs.receive(run.id, "Hel")
@@ -444,8 +457,26 @@ def test_what_was_let_go_may_say_that_it_ended_once_and_for_a_while(runs: OpenRu
     assert runs.end("first", NOW + 9) is first
     assert (first.ended, runs.abandoned) == (NOW, 1)
     assert runs.end("first", NOW + 9) is None
-    runs.sweep(NOW + ORPHANED_AFTER - 1)
+    runs.sweep(NOW + STEP_ABANDONED_AFTER - 1)
     assert runs.was_let_go("second")
-    runs.sweep(NOW + ORPHANED_AFTER)
+    runs.sweep(NOW + STEP_ABANDONED_AFTER)
     assert not runs.was_let_go("second")
-    assert (runs.end("second", NOW + ORPHANED_AFTER), runs.abandoned) == (None, 1)
+    assert (runs.end("second", NOW + STEP_ABANDONED_AFTER), runs.abandoned) == (None, 1)
+
+
+def test_an_abandoned_call_that_had_produced_nothing_may_say_so_too_and_is_not_the_rest_of_an_estimate(
+    runs: OpenRuns,
+) -> None:
+    call = start(runs, "call", call=True)
+    runs.sweep(NOW + ABANDONED_AFTER)
+    assert (len(runs), runs.abandoned, runs.take_lost(), runs.was_let_go("call")) == (0, 1, [], False)
+    assert end(runs, call, answer=ANSWER, at=NOW + 2 * ABANDONED_AFTER) == (ANSWER, call.facts)
+    assert runs.abandoned == 0
+
+
+def test_only_so_many_that_were_let_go_are_waited_for(runs: OpenRuns) -> None:
+    for n in range(REMEMBERED + 1):
+        start(runs, f"call {n}", call=True)
+    runs.sweep(NOW + ABANDONED_AFTER)
+    assert runs.end("call 0", NOW + ABANDONED_AFTER) is None
+    assert runs.end("call 1", NOW + ABANDONED_AFTER) is not None

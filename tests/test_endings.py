@@ -224,6 +224,57 @@ def test_a_call_that_goes_on_in_a_thread_after_its_message_was_cancelled_is_bill
     assert (handler.status().abandoned, handler.status().open_runs) == (0, 0)
 
 
+@pytest.mark.parametrize("patience", [ABANDONED_AFTER, 3 * ABANDONED_AFTER], ids=["an hour", "three hours"])
+def test_a_call_that_was_taken_to_have_ended_is_billed_as_it_is_reported_when_it_does(
+    handler: StripeMeterCallbackHandler, server: Any, clock: Clock, patience: int
+) -> None:
+    gate = threading.Event()
+    server.reply(Reply(gate=gate))
+    call = threading.Thread(target=server.chat().invoke, args=("Hello", config(handler)))
+    call.start()
+    while handler.status().open_runs == 0:
+        call.join(0)
+    for _ in range(patience // ABANDONED_AFTER):
+        clock.now += ABANDONED_AFTER
+        assert handler.status().abandoned == 1
+    gate.set()
+    call.join()
+    rows = billed(handler)
+    assert (rows["tokens"].value, rows["tokens"].estimated, rows["messages"].value) == (15, False, 1)
+    assert handler.status().abandoned == 0
+
+
+def test_a_call_that_begins_long_after_its_message_has_ended_is_billed(
+    handler: StripeMeterCallbackHandler, server: Any, clock: Clock
+) -> None:
+    gate, background = threading.Event(), []
+    server.reply(Reply(gate=gate))
+    later = asyncio.Event()
+
+    async def research(question: str) -> None:
+        await later.wait()
+        await server.chat().ainvoke(question)
+
+    async def begin(question: str) -> None:
+        background.append(asyncio.create_task(RunnableLambda(research).ainvoke(question)))
+
+    async def main() -> None:
+        await RunnableLambda(begin).ainvoke("Hello", config(handler))
+        await asyncio.sleep(0)
+        clock.now += ORPHANED_AFTER - 1
+        later.set()
+        while handler.status().open_runs < 2:  # the step, and the call inside it
+            await asyncio.sleep(0)
+        clock.now += ORPHANED_AFTER - 1
+        assert (handler.status().open_runs, handler.status().abandoned) == (2, 0)
+        gate.set()
+        await background[0]
+
+    asyncio.run(main())
+    rows = billed(handler)
+    assert (rows["tokens"].value, rows["messages"].value) == (15, 1)
+
+
 def test_an_abandoned_stream_of_a_chain_is_billed_once_though_the_chain_ends_before_its_model(
     handler: StripeMeterCallbackHandler, server: Any
 ) -> None:

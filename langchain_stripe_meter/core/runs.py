@@ -16,12 +16,15 @@ from langchain_stripe_meter.core.meters import Call
 ABANDONED_AFTER = 3600
 """Seconds after which an open call is taken to have ended without saying so."""
 STEP_ABANDONED_AFTER = 86400
-"""The same for a step, counted from the last start or end inside it: a tool may work for hours, or ask a person."""
+"""The same for a step, counted from the last start or end inside it: a tool may work for hours, or ask a person. And
+how long an abandoned call may still say that it ended."""
 ORPHANED_AFTER = 900
-"""The same for a run whose message has ended: it may still report (abandoned streams, background tasks), and the
-providers' clients wait ten minutes for an answer."""
+"""The same for a run whose message has ended, counted from that end, or from what happened in the run since: it may
+still report (abandoned streams, background tasks), and the providers' clients wait ten minutes for an answer."""
 SWEEP_EVERY = 256
 """Runs started between two looks for abandoned ones, so that they never accumulate."""
+REMEMBERED = 4096
+"""The most abandoned calls whose end is waited for, so that the prompts that they hold never accumulate."""
 
 
 _NO_FACTS = Facts()
@@ -141,8 +144,8 @@ class OpenRuns:
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins).
 
-        A call that was abandoned, and so billed as an estimate, may say so all the same, once: in a thread it goes on
-        when its message is cancelled. What it came to beyond that is known then.
+        A call that was abandoned, and billed as an estimate if it had produced anything, may say so all the same, once:
+        in a thread it goes on when its message is cancelled. What it came to beyond that is known then.
         """
         run = self._runs.pop(run_id, None)
         if run is None:
@@ -157,7 +160,8 @@ class OpenRuns:
 
     def was_let_go(self, run_id: Hashable) -> bool:
         """Whether it was abandoned and handed over as ``lost``, and may still say that it ended."""
-        return run_id in self._let_go
+        run = self._let_go.get(run_id)
+        return run is not None and run.produced
 
     def receive(self, run_id: Hashable, text: str, report: Any = None) -> None:
         """A piece of a streamed answer arrived, maybe with a ``report`` of usage, of which the first that says
@@ -223,7 +227,7 @@ class OpenRuns:
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
         self._abandon([run for run in self._runs.values() if _is_abandoned(run, now)], now)
-        for run in [run for run in self._let_go.values() if now - (run.ended or 0) >= ORPHANED_AFTER]:
+        for run in [run for run in self._let_go.values() if now - (run.ended or 0) >= STEP_ABANDONED_AFTER]:
             del self._let_go[run.id]
 
     def _abandon(self, gone: list[Run], now: int) -> None:
@@ -233,7 +237,8 @@ class OpenRuns:
             self.abandoned += run.is_call and not run.late
             if run.produced:
                 self.lost.append(run)
-                self._let_go[run.id] = run
+            if run.is_call:
+                _remember(self._let_go, run)
 
     def take_lost(self) -> list[Run]:
         """What was ``lost``, each once."""
@@ -244,7 +249,13 @@ class OpenRuns:
 def _is_abandoned(run: Run, now: int) -> bool:
     if now - run.active >= (ABANDONED_AFTER if run.is_call else STEP_ABANDONED_AFTER):
         return True
-    return run.top.ended is not None and now - run.top.ended >= ORPHANED_AFTER
+    return run.top.ended is not None and now - max(run.top.ended, run.active) >= ORPHANED_AFTER
+
+
+def _remember(some: dict[Hashable, Run], run: Run) -> None:
+    some[run.id] = run
+    if len(some) > REMEMBERED:
+        del some[next(iter(some))]
 
 
 def merged(surrounding: Mapping[str, Any] | None, own: Mapping[str, Any] | None) -> Mapping[str, Any]:
