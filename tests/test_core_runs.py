@@ -206,6 +206,43 @@ def test_a_call_that_ends_after_its_message_was_counted_does_not_count_it_again(
     assert end(runs, background, answer=ANSWER) is None
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["ended", "abandoned"])
+def test_what_begins_in_a_step_that_ended_a_while_ago_belongs_to_its_message(runs: OpenRuns, told: bool) -> None:
+    root = start(runs, "root")
+    node = start(runs, "node", "root")
+    end(runs, start(runs, "call", "node", call=True), answer=ANSWER)
+    assert end(runs, root) is not None
+    now = NOW
+    if told:
+        end(runs, node)
+    else:
+        now += ORPHANED_AFTER
+        runs.sweep(now)
+    assert runs.end("node", now) is None
+    now += ORPHANED_AFTER - 1
+    background = start(runs, "background", "node", call=True, at=now)
+    assert background.top is root
+    assert end(runs, background, answer=ANSWER, at=now) is None
+    assert runs.facts_at("node", Facts(now=now)).now == NOW
+    later = start(runs, "later", "node", call=True, at=now + 1)
+    assert end(runs, later, answer=ANSWER, at=now + 1) is not None
+    assert runs.facts_at("node", Facts(now=now + 1)).now == now + 1
+    assert runs.abandoned == 0
+
+
+def test_what_langchain_reports_as_a_root_is_a_message_though_the_step_around_it_has_ended(runs: OpenRuns) -> None:
+    end(runs, start(runs, "root"))
+    assert end(runs, start(runs, "call", None, "root", call=True), answer=ANSWER) is not None
+
+
+def test_only_so_many_steps_that_ended_are_remembered(runs: OpenRuns) -> None:
+    roots = [start(runs, f"step {n}") for n in range(REMEMBERED + 1)]
+    for root in roots:
+        end(runs, root)
+    assert start(runs, "call 0", "step 0", call=True).top is not roots[0]
+    assert start(runs, "call 1", "step 1", call=True).top is roots[1]
+
+
 # -- runs that never say that they ended
 
 

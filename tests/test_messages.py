@@ -393,6 +393,30 @@ def test_the_customer_of_explicit_metadata_inside_a_run_pays_for_the_call(shop: 
     assert "tokens" not in shop.billed("cus_1")
 
 
+def test_what_a_message_left_to_run_in_the_background_begins_after_its_end_is_no_message_of_its_own(
+    shop: Shop, server: OpenAIServer
+) -> None:
+    model, answered, background = server.chat(), asyncio.Event(), []
+
+    async def remember() -> None:
+        await answered.wait()
+        await model.ainvoke("What is worth remembering?")
+
+    async def answer(state: State) -> State:
+        background.append(asyncio.create_task(remember()))
+        await model.ainvoke("Hi")
+        return state
+
+    async def main() -> None:
+        graph = StateGraph(State).add_node(answer).add_edge(START, "answer").compile()
+        await graph.ainvoke({"draft": "Hi"}, shop.config())
+        answered.set()
+        await background[0]
+
+    asyncio.run(main())
+    assert shop.billed() == bill(2)
+
+
 # LangChain's own cache: its end reports the full usage again, though nobody was asked
 
 

@@ -20,11 +20,13 @@ STEP_ABANDONED_AFTER = 86400
 how long an abandoned call may still say that it ended."""
 ORPHANED_AFTER = 900
 """The same for a run whose message has ended, counted from that end, or from what happened in the run since: it may
-still report (abandoned streams, background tasks), and the providers' clients wait ten minutes for an answer."""
+still report (abandoned streams, background tasks), and the providers' clients wait ten minutes for an answer. And how
+long what begins in a step that has ended belongs to its message."""
 SWEEP_EVERY = 256
 """Runs started between two looks for abandoned ones, so that they never accumulate."""
 REMEMBERED = 4096
-"""The most abandoned calls whose end is waited for, so that the prompts that they hold never accumulate."""
+"""The most abandoned calls whose end is waited for, and the most steps that are known after their end, so that they
+never accumulate."""
 
 
 _NO_FACTS = Facts()
@@ -106,6 +108,7 @@ class OpenRuns:
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
         self._let_go: dict[Hashable, Run] = {}
+        self._past: dict[Hashable, Run] = {}
         self._starts = 0
         self.lost: list[Run] = []
         """Abandoned calls that had produced something: they are still to be billed."""
@@ -122,7 +125,7 @@ class OpenRuns:
 
         LangChain reports some nested runs as roots (top-level fallbacks, explicit callbacks inside a run).
         """
-        parent = self._runs.get(parent_id) or self._runs.get(around)
+        parent = self._enclosing(parent_id, around, run.started)
         run.active = run.started
         if self._runs.setdefault(run.id, run) is not run:
             return False
@@ -138,8 +141,13 @@ class OpenRuns:
 
     def facts_at(self, parent_id: Hashable, facts: Facts, around: Hashable = None) -> Facts:
         """As a call that starts under the same would have them. It needs no lock."""
-        parent = self._runs.get(parent_id) or self._runs.get(around)
+        parent = self._enclosing(parent_id, around, facts.now or 0)
         return facts if parent is None else parent.facts_inside(facts)
+
+    def _enclosing(self, parent_id: Hashable, around: Hashable, now: int) -> Run | None:
+        """The run in which one starts: maybe a step that ended a while ago, and left a task in the background."""
+        run = self._runs.get(parent_id) or self._runs.get(around) or self._past.get(parent_id)
+        return None if run is None or now - (run.ended or now) >= ORPHANED_AFTER else run
 
     def end(self, run_id: Hashable, now: int) -> Run | None:
         """Close a run; None if it is not open: never seen, or ended already (the first end wins).
@@ -153,6 +161,8 @@ class OpenRuns:
             self.abandoned -= run is not None
             return run
         run.ended = now
+        if not run.is_call:
+            _remember(self._past, run)
         self.abandoned -= run.late
         if run.parent is not None:
             run.parent.touch(now)
@@ -237,8 +247,7 @@ class OpenRuns:
             self.abandoned += run.is_call and not run.late
             if run.produced:
                 self.lost.append(run)
-            if run.is_call:
-                _remember(self._let_go, run)
+            _remember(self._let_go if run.is_call else self._past, run)
 
     def take_lost(self) -> list[Run]:
         """What was ``lost``, each once."""
