@@ -231,7 +231,9 @@ def test_what_begins_in_a_step_that_ended_a_while_ago_belongs_to_its_message(run
 
 
 def test_what_langchain_reports_as_a_root_is_a_message_though_the_step_around_it_has_ended(runs: OpenRuns) -> None:
-    end(runs, start(runs, "root"))
+    root = start(runs, "root")
+    end(runs, start(runs, "answer", "root", call=True), answer=ANSWER)
+    assert end(runs, root) is not None
     assert end(runs, start(runs, "call", None, "root", call=True), answer=ANSWER) is not None
 
 
