@@ -211,8 +211,10 @@ class MeteringCallbacks(BaseCallbackHandler):
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
         """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
-        around = surrounding_run() if parent_run_id is None else None
-        soon(self._start, Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), parent_run_id, around)
+        run, around = Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), None
+        if parent_run_id is None:
+            run.facts, around = Facts(kwargs.get("metadata") or {}), surrounding_run()
+        soon(self._start, run, parent_run_id, around)
 
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start

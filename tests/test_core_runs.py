@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,7 +34,7 @@ def runs() -> OpenRuns:
 
 
 def start(runs: OpenRuns, name: str, *parents: str | None, call: bool = False, at: int = NOW) -> Run:
-    run = Run(name, at, is_call=call, facts=Facts({"who": name}))
+    run = Run(name, at, is_call=call, facts=Facts({"who": name}) if call else Facts())
     assert runs.start(run, *parents)
     return run
 
@@ -80,6 +82,23 @@ def test_a_message_counts_once_when_its_topmost_run_ends(runs: OpenRuns) -> None
     assert message is not None
     assert message[0].model == "m2"  # the call that succeeded last is the one that answered
     assert message[1].metadata == {"who": "call 2"}
+
+
+@pytest.mark.parametrize("taken", [OpenRuns.take_message, OpenRuns.take_unanswered])
+@pytest.mark.parametrize("on_server", [False, True], ids=["own process", "server"])
+def test_what_the_topmost_run_says_of_its_message_comes_first_unless_a_client_may_have_said_it(
+    runs: OpenRuns, on_server: bool, taken: Callable[[OpenRuns, Run], Any]
+) -> None:
+    root = Run("root", NOW, facts=Facts({"who": "root", "also": None, "too": ""}))
+    assert runs.start(root)
+    call = Run("call", NOW, is_call=True, facts=Facts({"who": "call", "also": 1, "too": 2}, on_server=on_server))
+    assert runs.start(call, "root")
+    assert runs.end("call", NOW) is call
+    runs.answered(call, ANSWER)
+    assert runs.end("root", NOW) is root
+    answer, facts = taken(runs, root)
+    assert (answer, facts.on_server) == (ANSWER, on_server)
+    assert facts.metadata == {"who": "call" if on_server else "root", "also": 1, "too": 2}
 
 
 def test_a_second_start_of_the_same_run_changes_nothing(runs: OpenRuns) -> None:
@@ -460,7 +479,7 @@ def test_a_call_that_lost_its_user_has_that_of_the_nearest_step_around_it(runs: 
     outer.user, inner.user = "ann", "bob"
     step, call = start(runs, "step", "inner"), start(runs, "call", "step", call=True)
     assert call.facts == Facts({"who": "call"}, auth_user="bob", on_server=True)
-    assert step.facts == Facts({"who": "step"})
+    assert step.facts == Facts()
 
 
 def test_where_nobody_was_authenticated_a_call_stays_as_it_was(runs: OpenRuns) -> None:

@@ -385,6 +385,17 @@ def test_two_models_called_explicitly_inside_one_run_answer_one_message(shop: Sh
     assert shop.billed() == bill(2)
 
 
+@pytest.mark.parametrize("named", [True, False], ids=["named by its topmost run", "named inside only"])
+def test_a_message_is_paid_by_whom_its_topmost_run_names_whoever_pays_for_its_last_call(
+    shop: Shop, server: OpenAIServer, named: bool
+) -> None:
+    own_costs = server.chat().with_config(metadata={"stripe_customer_id": "cus_2"})
+    chain = server.chat() | RunnableLambda(lambda message: own_costs.invoke(message.text))
+    chain.invoke("Hi", shop.config("cus_1") if named else {"callbacks": [shop.handler]})
+    assert shop.billed("cus_1") == (bill(1) if named else {})
+    assert shop.billed("cus_2") == bill(1, *((0, 0) if named else ()))
+
+
 def test_the_customer_of_explicit_metadata_inside_a_run_pays_for_the_call(shop: Shop, server: OpenAIServer) -> None:
     model = server.chat()
     inner = shop.config("cus_2")

@@ -1,7 +1,8 @@
 """Open runs: which belongs to which, which of them is the user's message, which never said that they ended.
 
 A *message* is the topmost run that we can see. It counts once, when it ends, if a model call inside it succeeded and
-no interrupt left it waiting; the call that succeeded last is the one that answered.
+no interrupt left it waiting; the call that succeeded last is the one that answered. Who pays is as that call says, but
+what the metadata of the topmost run says comes first.
 """
 
 from __future__ import annotations
@@ -212,7 +213,7 @@ class OpenRuns:
         if top.ended is None or top.interrupted or top.answer is None or top.taken:
             return None
         answer, top.answer, top.taken = top.answer, None, True
-        return answer
+        return _of_message(top, answer)
 
     def take_unanswered(self, top: Run) -> tuple[Call, Facts] | None:
         """What had answered a message that was cancelled, or had begun to, once."""
@@ -220,7 +221,7 @@ class OpenRuns:
         if begun is None or top.message is not None or top.taken:
             return None
         top.taken = True
-        return begun
+        return _of_message(top, begun)
 
     def cut(self, top: Run, now: int) -> None:
         """A message was cancelled: LangChain will not tell the end of the model calls that its tasks had under way.
@@ -259,6 +260,16 @@ def _is_abandoned(run: Run, now: int) -> bool:
     if now - run.active >= (ABANDONED_AFTER if run.is_call else STEP_ABANDONED_AFTER):
         return True
     return run.top.ended is not None and now - max(run.top.ended, run.active) >= ORPHANED_AFTER
+
+
+def _of_message(top: Run, answer: tuple[Call, Facts]) -> tuple[Call, Facts]:
+    """The call that answered, and who could pay for the message: an application may have another pay for that call.
+
+    On a server, metadata may be the client's, and what the call knows stands.
+    """
+    call, facts = answer
+    said = {key: value for key, value in top.facts.metadata.items() if value is not None and value != ""}
+    return answer if facts.on_server else (call, replace(facts, metadata=merged(facts.metadata, said)))
 
 
 def _remember(some: dict[Hashable, Run], run: Run) -> None:
