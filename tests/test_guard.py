@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +303,34 @@ def test_a_retry_asks_at_once_whether_an_account_is_open_again(keyed: StillShop)
     for _ in range(2):
         shop.answered()
     assert connected.billed("ai_tokens", "cus_1") == 1
+
+
+def test_neither_a_late_no_of_a_closed_account_nor_what_is_new_puts_off_the_next_look(shop: StillShop) -> None:
+    connected = connect(shop)
+    connected.create_customer(id="cus_2")
+    late, arrived = threading.Event(), list[str]()
+    said = replace(closed(THEIRS)["fault"], until=late)
+    slow = lambda request: of("cus_1")(request) and arrived.append(request.path) is None  # noqa: E731
+    shop.sandbox.fail(said, path=EVENTS, where=slow)
+    shop.courier.gateway.load_meters(THEIRS)
+    shop.record("late", account=THEIRS)
+    shop.courier.turn()
+    wait_until(lambda: arrived)
+    close_account(shop)
+    shop.record("theirs", account=THEIRS, customer="cus_2")
+    wait_until(lambda: shop.courier.turn() + 1 and shop.states()["theirs"] == "held")
+    later(shop, HELD_RETRY[0] - 1)
+    late.set()
+    shop.answered()
+    shop.record("new", account=THEIRS)
+    shop.answered()
+    assert shop.states() == {"theirs": "held", "late": "held", "new": "held"}
+    shop.sandbox.clear_faults()
+    later(shop, 1)
+    for _ in range(2):
+        shop.answered()
+    assert shop.states() == {"theirs": "delivered", "late": "delivered", "new": "delivered"}
+    assert len(shop.errors) == 1
 
 
 def test_an_event_whose_outcome_is_unknown_waits_for_its_closed_account_under_its_identifier(keyed: StillShop) -> None:
