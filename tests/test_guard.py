@@ -170,6 +170,24 @@ def test_what_is_sealed_is_not_sent_to_a_meter_that_has_come_since_and_would_bil
     assert shop.status.held == 1
 
 
+def test_a_meter_that_was_put_right_and_is_wrong_again_is_told_again(shop: StillShop) -> None:
+    for number in (1, 2):
+        shop.sandbox.deactivate_meter("ai_tokens")
+        shop.sandbox.create_meter("ai_tokens", formula="last")
+        shop.courier.gateway.forget_meters()
+        shop.record(f"run-{number}")
+        shop.answered()
+        assert (shop.status.held, len(shop.errors)) == (1, number)
+        shop.sandbox.deactivate_meter("ai_tokens")
+        shop.sandbox.create_meter("ai_tokens")
+        later(shop, HELD_RETRY[0])
+        shop.courier.gateway.forget_meters()
+        for _ in range(2):
+            shop.answered()
+        assert shop.status.delivered == number
+    assert str(shop.errors[0]) == str(shop.errors[1])
+
+
 def test_what_is_recorded_after_its_meters_were_checked_is_not_sent_to_a_wrong_one(shop: StillShop) -> None:
     shop.sandbox.create_meter("windowed", event_time_window="hour")
     shop.courier.gateway.load_meters()
