@@ -145,6 +145,16 @@ def test_the_threads_that_there_are_do_the_work_of_those_that_cannot_be_started(
     assert shop.status.delivered == 4
 
 
+def test_an_on_error_may_close_the_courier_that_calls_it(shop: StillShop, caplog: pytest.LogCaptureFixture) -> None:
+    courier = shop.another_courier()
+    courier._on_error = lambda _: courier.close(10)
+    shop.record("run", customer="cus_gone")
+    courier.wake()
+    wait_until(lambda: courier.is_closed and not courier.is_running)
+    assert "on_error itself failed" not in caplog.text
+    assert shop.states() == {"run": "held"}
+
+
 def test_after_a_close_it_delivers_again_when_it_is_reopened(shop: StillShop) -> None:
     for number in range(2):
         shop.record(f"run-{number}")
