@@ -57,6 +57,7 @@ def test_the_account_is_asked_for_once_and_noted_with_the_mode(shop: StillShop) 
 
 def test_a_ledger_of_another_account_is_told_and_nothing_is_sent(shop: StillShop) -> None:
     shop.ledger.set_note(ACCOUNT, "acct_1Theirs")
+    shop.courier.gateway.load_meters()
     shop.record("run")
     assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
     why = (
