@@ -41,6 +41,10 @@ class _Place(threading.local):
 _place = _Place()
 
 
+MUCH = 10
+"""How much more than what Python collects after is worth a thread: to start one takes as long as to record a run."""
+
+
 class _Collector:
     """Python's own, which begins nothing by itself while any of the ``busy`` threads is inside."""
 
@@ -57,10 +61,11 @@ class _Collector:
             self._is_paused = True
 
     def resume(self) -> None:
-        """Collect again when nobody is inside. What was put off is done by a thread that nobody waits for, and this one
-        may be a node of the graph whose stream is found."""
+        """Collect again when nobody is inside. Where much was put off (a ledger was opened, or the threads take turns
+        without end), it is done by a thread that nobody waits for: this one may be a node of the graph whose stream is
+        found."""
         young, most = gc.get_count()[0], gc.get_threshold()[0]
-        if self._is_paused and not (young > most > 0 and self._start()):
+        if self._is_paused and not (young > MUCH * most > 0 and self._start()):
             self._enable()
 
     def _enable(self) -> None:

@@ -270,7 +270,7 @@ def test_nothing_is_collected_where_its_end_would_wait_for_us(handler: StripeMet
     def writing(driver: Any, rows: Any) -> None:
         if not ended and threading.current_thread() is threading.main_thread():
             Waits(answer, ended)
-            kept.extend([] for _ in range(2000))
+            kept.extend([] for _ in range(20_000))
         insert(driver, rows)
 
     handler._ledger._insert = writing
@@ -293,7 +293,7 @@ def test_while_others_are_inside_what_was_put_off_is_collected_when_one_leaves()
     other.start()
     wait_until(lambda: not gc.isenabled())
     Waits(int, ended)
-    kept = [[] for _ in range(2000)]
+    kept = [[] for _ in range(20_000)]
     assert ended == []
     within(len, kept)
     wait_until(lambda: ended)
@@ -320,8 +320,8 @@ def test_what_was_put_off_does_not_make_a_node_wait_for_itself() -> None:
     def answer() -> None:
         with inside():
             Left()
-            kept.extend([] for _ in range(2000))
-        kept.extend([] for _ in range(2000))
+            kept.extend([] for _ in range(20_000))
+        kept.extend([] for _ in range(20_000))
 
     node = threading.Thread(target=answer)
     node.start()
