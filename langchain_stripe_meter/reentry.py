@@ -41,8 +41,8 @@ class _Place(threading.local):
 _place = _Place()
 
 
-MUCH = 10
-"""How much more than what Python collects after is worth a thread: to start one takes as long as to record a run."""
+WORTH_A_THREAD = 10
+"""How many times as much as Python collects after: to start a thread takes as long as to record a run."""
 
 
 class _Collector:
@@ -65,11 +65,11 @@ class _Collector:
         without end), it is done by a thread that nobody waits for: this one may be a node of the graph whose stream is
         found."""
         young, most = gc.get_count()[0], gc.get_threshold()[0]
-        if self._is_paused and not (young > MUCH * most > 0 and self._start()):
+        if self._is_paused and not (young > WORTH_A_THREAD * most > 0 and self._start()):
             self._enable()
 
     def _enable(self) -> None:
-        if not self.busy:
+        if self._is_paused and not self.busy:
             self._is_paused = False  # no other thread comes in before the next line is done, since nothing is called
             gc.enable()
 
@@ -94,8 +94,7 @@ class _Collector:
         """The threads that were inside are the parent's."""
         self.busy.clear()
         self._is_collecting = False
-        if self._is_paused:
-            self._enable()
+        self._enable()
 
 
 _collector = _Collector()

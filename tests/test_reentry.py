@@ -10,7 +10,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -278,12 +278,13 @@ def test_nothing_is_collected_where_its_end_would_wait_for_us(handler: StripeMet
     wait_until(lambda: ended)
     assert ended == [True]
     assert billed(handler)["tokens"] == [False] * 3
-    assert gc.isenabled()
+    wait_until(gc.isenabled)
 
 
-@pytest.mark.usefixtures("by_itself")
-def test_while_others_are_inside_what_was_put_off_is_collected_when_one_leaves() -> None:
-    leave, ended = threading.Event(), list[bool]()
+@contextmanager
+def another_inside() -> Iterator[None]:
+    """Another thread is inside our code."""
+    leave = threading.Event()
 
     def stay() -> None:
         with inside():
@@ -292,15 +293,22 @@ def test_while_others_are_inside_what_was_put_off_is_collected_when_one_leaves()
     other = threading.Thread(target=stay)
     other.start()
     wait_until(lambda: not gc.isenabled())
-    Waits(int, ended)
-    kept = [[] for _ in range(20_000)]
-    assert ended == []
-    within(len, kept)
-    wait_until(lambda: ended)
-    assert not gc.isenabled()
+    yield
     leave.set()
     other.join()
-    assert gc.isenabled()
+
+
+@pytest.mark.usefixtures("by_itself")
+def test_while_others_are_inside_what_was_put_off_is_collected_when_one_leaves() -> None:
+    ended = list[bool]()
+    with another_inside():
+        Waits(int, ended)
+        kept = [[] for _ in range(20_000)]
+        assert ended == []
+        within(len, kept)
+        wait_until(lambda: ended)
+        assert not gc.isenabled()
+    wait_until(gc.isenabled)
 
 
 @pytest.mark.usefixtures("by_itself")
@@ -336,22 +344,33 @@ def test_an_application_that_wants_no_collections_is_given_none(handler: StripeM
 
 
 @pytest.mark.usefixtures("by_itself")
+def test_an_application_that_stops_collections_while_we_do_one_is_given_no_further() -> None:
+    kept = list[list[int]]()
+
+    class Left:
+        """Something that only a collection finds, and that ends all further ones when it is found."""
+
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            within(len, kept)
+            gc.disable()
+
+    with inside():
+        Left()
+        kept.extend([] for _ in range(20_000))
+    wait_until(lambda: "stripe-meter-garbage" not in [thread.name for thread in threading.enumerate()])
+    assert not gc.isenabled()
+
+
+@pytest.mark.usefixtures("by_itself")
 def test_a_child_collects_whoever_of_its_parents_threads_was_inside() -> None:
-    leave = threading.Event()
-
-    def stay() -> None:
-        with inside():
-            leave.wait(60)
-
-    other = threading.Thread(target=stay)
-    other.start()
-    wait_until(lambda: not gc.isenabled())
-    child = os.fork()
-    if child == 0:
-        os._exit(0 if gc.isenabled() else 1)
-    leave.set()
-    other.join()
-    assert os.waitpid(child, 0)[1] == 0
+    with another_inside():
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if gc.isenabled() else 1)
+        assert os.waitpid(child, 0)[1] == 0
 
 
 # -- group commits and interrupts
