@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import secrets
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from sqlalchemy import (
@@ -94,10 +95,14 @@ def _of(unknown: Unknown) -> Any:
     return and_(readings.c.account == unknown.account, readings.c.reference == unknown.reference.text)
 
 
+_read = lru_cache(maxsize=10_000)(Reference.of)
+"""Whose lookups keep failing are read in every turn, while recording waits, and to check an address takes long."""
+
+
 def _reference(connection: Connection, told: str | None) -> Reference | None:
     """The reference in a reading; one that is none can only be settled by a person."""
     try:
-        return Reference.of(told or "")
+        return _read(told or "")
     except MeteringError:
         held = next_reading_state(ReadingState.RECORDED, Move.HOLD).value
         waiting = RECORDED if told is None else or_(RECORDED, HELD)
