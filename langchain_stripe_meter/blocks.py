@@ -32,8 +32,9 @@ class _Blocks:
     def __init__(self) -> None:
         self.around: ContextVar[tuple[_Block, ...]] = ContextVar("stripe_meter", default=())
 
-    def but(self, left: _Block | None = None) -> tuple[_Block, ...]:
-        return tuple(block for block in self.around.get() if block is not left and block.handler is not None)
+    def standing(self, without: _Block | None = None) -> tuple[_Block, ...]:
+        """The blocks around the present code, the innermost last."""
+        return tuple(block for block in self.around.get() if block is not without and block.handler is not None)
 
     def get(self) -> StripeMeterCallbackHandler | None:
         return next((block.handler for block in self.around.get() if block.handler is not None), None)
@@ -55,11 +56,11 @@ def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCal
             blocks = _everywhere[handler] = _Blocks()
             register_configure_hook(cast("ContextVar[Any]", blocks), inheritable=True)
     block = _Block(handler)
-    token = blocks.around.set((*blocks.but(), block))
+    token = blocks.around.set((*blocks.standing(), block))
     try:
         yield handler
     finally:
-        others = blocks.but(block)
+        others = blocks.standing(without=block)
         try:
             blocks.around.reset(token)
             blocks.around.set(others)
