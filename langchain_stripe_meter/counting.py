@@ -158,7 +158,8 @@ def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> En
     without that person's word."""
     if other["state"] == ReadingState.SKIPPED:
         return replace(of_nobody(entry, other["reason"]), session=session)
-    if other["state"] == ReadingState.WRITTEN_OFF or other["event_state"] == EventState.WRITTEN_OFF:
+    written_off = other["state"] == ReadingState.WRITTEN_OFF or other["event_state"] == EventState.WRITTEN_OFF
+    if written_off or other["cancelled_at"] is not None:
         reason = f"its estimate {other['key']} was cancelled or written off: write this off too, or assign it"
         return replace(of_nobody(entry, reason), state=ReadingState.HELD)
     customer, named = other["customer"], other["reference"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,8 +19,10 @@ from langchain_core.runnables import RunnableLambda
 from sqlalchemy import update
 
 from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.views import Row, tail
+from langchain_stripe_meter.sandbox import drop_answer
 
 BEGIN = AIMessageChunk("", usage_metadata={"input_tokens": 4321, "output_tokens": 1, "total_tokens": 4322})
 NOTHING = AIMessageChunk("", usage_metadata={"input_tokens": 0, "output_tokens": 0, "total_tokens": 0})
@@ -251,7 +254,7 @@ def test_on_each_meter_the_rest_goes_where_its_estimate_on_that_meter_went(tmp_p
     assert [sum(row.value or 0 for row in rows if row.event_name == name) for name in "ab"] == [320, 320]
 
 
-@pytest.mark.parametrize("taken_back", ["cancelled", "written off"])
+@pytest.mark.parametrize("taken_back", ["cancelled", "asked to be cancelled", "written off"])
 def test_the_rest_of_what_a_person_took_back_waits_for_a_person(tmp_path: Path, taken_back: str) -> None:
     """Else the customer, who was not billed the estimate, would be credited what it had too much."""
     with Books(tmp_path) as books, StripeMeterCallbackHandler(
@@ -260,9 +263,12 @@ def test_the_rest_of_what_a_person_took_back_waits_for_a_person(tmp_path: Path, 
     ) as handler:  # fmt: skip
 
         def take_back() -> None:
-            if taken_back == "cancelled":
+            if taken_back != "written off":
                 assert handler.flush(30).delivered == 1
-                handler.cancel(tail(handler._ledger, 1)[0].identifier)
+                if taken_back != "cancelled":  # it is, but the answer is lost
+                    books.sandbox.fail(drop_answer(), path="/v1/billing/meter_event_adjustments")
+                with suppress(StripeError):
+                    handler.cancel(tail(handler._ledger, 1)[0].identifier)
                 return
             books.sandbox.deactivate_meter("ai_tokens")
             assert handler.flush(30).held == 1
@@ -272,9 +278,12 @@ def test_the_rest_of_what_a_person_took_back_waits_for_a_person(tmp_path: Path, 
         rows = outlived(handler, take_back, {"input_tokens": 1, "output_tokens": 2, "total_tokens": 3})
         handler.retry()
         assert handler.flush(30).held == 1
-        assert sorted((row.state, (row.value or 0) < 0) for row in rows) == [("held", True), ("written_off", False)]
+        taken = "delivered" if taken_back == "asked to be cancelled" else "written_off"
+        assert sorted(((row.value or 0) < 0, row.state) for row in rows) == [(False, taken), (True, "held")]
         assert "cancelled or written off" in str(handler.held()[0].reason)
         assert books.billed() == 0
+        if taken == "delivered":
+            handler.cancel(next(row.identifier for row in rows if row.state == taken))
         handler.write_off(handler.held(), reason="as its estimate")
 
 

@@ -25,7 +25,7 @@ from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
-from langchain_stripe_meter.ledger.schema import acts, events, notes, readings
+from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, readings
 from langchain_stripe_meter.reentry import block, inside
 
 ASSIGNED = "assigned"
@@ -190,9 +190,9 @@ class Ledger:
             yield lane.connection
 
     def reading(self, key: str) -> Mapping[Any, Any] | None:
-        """The columns of the entry with this ``key`` as it stands now, and the ``event_state`` of the meter event that
-        it became."""
-        query = select(readings, events.c.state.label("event_state"))
+        """The columns of the entry with this ``key`` as it stands now, and of the meter event that it became the
+        ``event_state`` and when it was ``cancelled_at``, or asked to be."""
+        query = select(readings, events.c.state.label("event_state"), CANCELLED_AT)
         query = query.outerjoin_from(readings, events, events.c.id == readings.c.event_id)
         with self.look() as connection:
             return connection.execute(query.where(readings.c.key == key)).mappings().first()
