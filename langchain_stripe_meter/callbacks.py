@@ -21,7 +21,7 @@ from langchain_stripe_meter.core.customers import Facts, Skip
 from langchain_stripe_meter.core.meters import Call
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.core.tenants import Untold
-from langchain_stripe_meter.counting import Ending, call_of
+from langchain_stripe_meter.counting import Decide, Ending, call_of
 from langchain_stripe_meter.errors import UnidentifiedError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
@@ -39,8 +39,6 @@ from langchain_stripe_meter.reentry import is_inside, soon
 
 logger = logging.getLogger("langchain_stripe_meter")
 
-_Decide = Callable[..., Sequence[Ending]]
-
 
 class _DualEvent:
     """An event that is recorded durably before the run goes on, in sync and in async flows.
@@ -51,24 +49,18 @@ class _DualEvent:
     why streamed tokens cost nothing. (A plain handler would hop through a thread for every token.)
     """
 
-    def __init__(self, decide: _Decide) -> None:
+    def __init__(self, decide: Decide) -> None:
         self._decide = decide
         self.__doc__ = decide.__doc__
 
     def __get__(self, handler: MeteringCallbacks | None, owner: type | None = None) -> Any:
         if handler is None:
             return self
-        decide = self._decide
         # The public function raises, which costs more than all the rest here. A thread that was interrupted inside our
         # code must not wait for a loop: the plain function postpones the event.
-        recorder = handler._recorder
         if asyncio._get_running_loop() is None or is_inside():
-            return lambda *args, **kwargs: recorder.settle(partial(decide, handler, *args, **kwargs))
-
-        async def aended(*args: Any, **kwargs: Any) -> None:
-            await recorder.asettle(partial(decide, handler, *args, **kwargs))
-
-        return aended
+            return partial(soon, handler._recorder.settle_inside, self._decide, handler)
+        return partial(Recorder.asettle, handler._recorder, self._decide, handler)  # of a function, not of a method
 
 
 class _Gate:
@@ -186,8 +178,8 @@ class MeteringCallbacks(BaseCallbackHandler):
         now = self._recorder.ledger.now()
         facts = facts_of(metadata, now)
         params = kwargs.get("invocation_params") or {}
-        kind = _Completion if kwargs.get("batch_size", 1) > 1 and isinstance(prompt, str) and params else Run
-        run = kind(
+        of_batch = kwargs.get("batch_size", 1) > 1 and isinstance(prompt, str) and params
+        run = (_Completion if of_batch else Run)(
             run_id,
             now,
             is_call=True,
@@ -197,15 +189,22 @@ class MeteringCallbacks(BaseCallbackHandler):
             prompt=prompt,
             tools=params.get("tools"),
         )
-        soon(self._start, run, parent, surrounding_run() if parent is None else None, params)
+        runs = self._runs  # needs no lock for a start
+        started = runs.start(run, parent, surrounding_run() if parent is None else None)
+        if started and isinstance(run, _Completion):
+            soon(self._join_batch, run, params)
+        if runs.is_sweep_due:
+            soon(self._let_go_of_abandoned, now)
 
-    def _start(self, run: Run, parent: UUID | None, around: Any, params: Any = None) -> None:
+    def _join_batch(self, run: _Completion, params: Any) -> None:
         with self._lock:
-            started = self._runs.start(run, parent, around)
-            if started and isinstance(run, _Completion):
-                # One request has one object of parameters; the batch keeps it, so that its id stays its own.
-                run.batch = self._batches.setdefault(id(params), _Batch(params))
-                run.batch.facts.append(run.facts)
+            # One request has one object of parameters; the batch keeps it, so that its id stays its own.
+            run.batch = self._batches.setdefault(id(params), _Batch(params))
+            run.batch.facts.append(run.facts)
+
+    def _let_go_of_abandoned(self, now: int) -> None:
+        with self._lock:
+            self._runs.sweep(now)
 
     def on_chain_start(
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -214,7 +213,9 @@ class MeteringCallbacks(BaseCallbackHandler):
         run, around = Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), None
         if parent_run_id is None:
             run.facts, around = Facts(kwargs.get("metadata") or {}), surrounding_run()
-        soon(self._start, run, parent_run_id, around)
+        self._runs.start(run, parent_run_id, around)
+        if self._runs.is_sweep_due:
+            soon(self._let_go_of_abandoned, run.started)
 
     on_tool_start = on_chain_start
     on_retriever_start = on_chain_start
@@ -270,7 +271,6 @@ class MeteringCallbacks(BaseCallbackHandler):
         cancelled = error is not None and isinstance(error, asyncio.CancelledError)
         call = message = None
         with self._lock:
-            is_rest = self._runs.was_let_go(run_id)
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
@@ -282,7 +282,7 @@ class MeteringCallbacks(BaseCallbackHandler):
             if counts:
                 message = self._runs.take_unanswered(run) if cancelled else self._runs.take_message(run)
         if message is not None or call is not None:
-            endings.append(Ending(run, observed, call, message, is_rest, cancelled))
+            endings.append(Ending(run, observed, call, message, run.was_lost, cancelled))
         return endings
 
     def _observed(
@@ -291,7 +291,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         """The end of a call in the light of what was told before it, and the call, if there is anything to bill."""
         if observed.partial or observed.cached or isinstance(run, _Completion):
             observed = _as_told(run, observed)
-        empty, call = observed.is_empty, call_of(run, observed)
+        empty, call = observed.usage is None and observed.is_empty, call_of(run, observed)
         if answers and not (empty and observed.partial):
             self._runs.answered(run, call)
         if empty:
@@ -312,8 +312,8 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _sweep(self) -> Sequence[Ending]:
         """Calls that ended without saying so, as far as that is known by now."""
+        self._let_go_of_abandoned(self._recorder.ledger.now())
         with self._lock:
-            self._runs.sweep(self._recorder.ledger.now())
             return self._take_lost()
 
     # -- refusals, before a model is called

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -17,7 +17,7 @@ from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import completed
 from langchain_stripe_meter.core.values import EXACT, valueclass
-from langchain_stripe_meter.errors import InvalidValueError, Unrecorded, place_of
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.observed import Observed
 
@@ -36,6 +36,10 @@ class Ending:
     message: tuple[Call, Facts] | None = None
     is_rest: bool = False
     unanswered: bool = False
+
+
+Decide = Callable[..., Sequence[Ending]]
+"""What says, of an event, what has ended."""
 
 
 @valueclass
@@ -93,6 +97,16 @@ def readings_of(meters: Sequence[Meter], use: Use) -> list[Reading]:
     return _beyond(readings, readings_of(meters, replace(use, call=use.recorded, recorded=None)))
 
 
+def check_counts_calls(meters: Sequence[Meter]) -> None:
+    """Refuse usage that no run reported where nothing counts it."""
+    if not any(meter.per == "call" for meter in meters):
+        names = ", ".join(meter.event_name for meter in meters)
+        raise ConfigurationError(
+            f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
+            "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
+        )
+
+
 def _beyond(told: Sequence[Reading], recorded: Sequence[Reading]) -> list[Reading]:
     """What ``told`` comes to beyond ``recorded``, less than nothing included. Where either has no amount, what is
     recorded stands: it is an estimate, or a person settles it."""
@@ -126,22 +140,25 @@ def of_nobody(entry: Entry, reason: str | None) -> Entry:
     )
 
 
-def make_entry(use: Use, who: Reference | Skip, reading: Reading, account: str = "") -> Entry:
-    """One reading of a run, with what is known of who pays."""
-    customer, reference, reason = None, None, reading.doubt
+def make_entries(use: Use, who: Reference | Skip, readings: Sequence[Reading], account: str = "") -> list[Entry]:
+    """The readings of a run, with what is known of who pays."""
+    customer = reference = reason = None
     if isinstance(who, Skip):
-        state, reason = ReadingState.HELD if isinstance(who, Untold) else ReadingState.SKIPPED, who.reason
+        known, reason = ReadingState.HELD if isinstance(who, Untold) else ReadingState.SKIPPED, who.reason
     elif who.by == "id":
-        state, customer = ReadingState.RESOLVED, who.value
+        known, customer = ReadingState.RESOLVED, who.value
     else:
-        state, reference = ReadingState.RECORDED, who
-    if reading.value is None and state is not ReadingState.SKIPPED:
-        state = ReadingState.HELD
-    key = derive_identifier(use.key, reading.event_name, reading.dimensions, account)
-    return Entry(
-        key, reading.event_name, reading.value, use.at, state, customer, reference, reading.dimensions,
-        reading.estimated, reason, account,
-    )  # fmt: skip
+        known, reference = ReadingState.RECORDED, who
+    entries = []
+    for one in readings:
+        key = derive_identifier(use.key, one.event_name, one.dimensions, account)
+        state = ReadingState.HELD if one.value is None and known is not ReadingState.SKIPPED else known
+        entry = Entry(
+            key, one.event_name, one.value, use.at, state, customer, reference, one.dimensions, one.estimated,
+            one.doubt if reason is None else reason, account,
+        )  # fmt: skip
+        entries.append(entry)
+    return entries
 
 
 def estimates_of(run: Run, rest: Entry) -> list[str]:

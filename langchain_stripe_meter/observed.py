@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import field
+from functools import lru_cache
 from typing import Any, Self
 
 from langchain_core.messages import BaseMessage
@@ -123,16 +124,14 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
 
     With n > 1 every generation repeats the usage of the whole call, so the first one counts.
     """
-    output: list[BaseMessage | str] = [
-        generation.message if isinstance(generation, ChatGeneration) else generation.text
-        for prompt in (response.generations if response else ())
-        for generation in prompt
-    ]
+    output: list[BaseMessage | str] = []
+    for prompt in response.generations if response else ():
+        output += [one.message if isinstance(one, ChatGeneration) else one.text for one in prompt]
     if response is None or not output:
         return Observed(partial=partial)
     first = None if isinstance(output[0], str) else output[0]
     report = getattr(first, "usage_metadata", None)
-    cached = first is not None and _is_cached(response, first, run_id)
+    cached = first is not None and _is_cached(response, first, report, run_id)
     model = _model(response, first)
     try:
         usage = usage_from_metadata(report)
@@ -144,14 +143,14 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
         return Observed(None, str(error), model, cached, partial, output)
 
 
-def _is_cached(response: LLMResult, message: BaseMessage, run_id: Any) -> bool:
+def _is_cached(response: LLMResult, message: BaseMessage, report: Any, run_id: Any) -> bool:
     """Whether this is an answer from LangChain's own cache, whose mark is a cost of exactly 0.
 
     In memory, such an answer is one object for the call that paid for it and for all that find it: the mark may be on
     it before the end of the former is told. Only that one has what its model said beside the answer, or an answer that
     LangChain named after the run, for want of a name. (Or pieces of it were streamed, which the run knows.)
     """
-    cost = (getattr(message, "usage_metadata", None) or {}).get("total_cost")
+    cost = (report or {}).get("total_cost")
     is_marked = type(cost) is int and cost == 0
     return is_marked and response.llm_output is None and str(run_id) not in (message.id or "")
 
@@ -169,6 +168,7 @@ def _model(response: LLMResult, message: BaseMessage | None) -> str | None:
     return _once(str(name)) if name else None
 
 
+@lru_cache(maxsize=1024)
 def _once(name: str) -> str:
     """``name`` without repetition: LangChain joins what two pieces of a stream say, and some gateways say it twice."""
     length = (name + name).find(name, 1)  # where a text first finds itself again when it is repeated

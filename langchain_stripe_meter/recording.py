@@ -33,16 +33,18 @@ from langchain_stripe_meter.core.tenants import (
 from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, counted
 from langchain_stripe_meter.counting import (
+    Decide,
     Ending,
     Use,
     amounts_of,
+    check_counts_calls,
     estimated,
     estimates_of,
     following,
     is_known,
     key_of,
     lost_of,
-    make_entry,
+    make_entries,
     of_nobody,
     readings_of,
     said_of,
@@ -122,12 +124,13 @@ class Recorder:
 
         Where garbage collection interrupted our own code on this thread, that is done first, and this right after.
         """
-        soon(self._settle, decide)
+        soon(self.settle_inside, decide)
 
-    def _settle(self, decide: Callable[[], Sequence[Ending]]) -> None:
+    def settle_inside(self, decide: Decide, *args: Any, **kwargs: Any) -> None:
+        """As ``settle``, for who has looked after that."""
         entries: Sequence[Entry] = []
         try:
-            entries = self._entries(decide())
+            entries = self._entries(decide(*args, **kwargs))
             if entries:
                 if self.needs_lookup:
                     entries = self.leads.record(entries)
@@ -138,15 +141,14 @@ class Recorder:
         else:
             self.recorded(entries)
 
-    async def asettle(self, decide: Callable[[], Sequence[Ending]]) -> None:
+    async def asettle(self, decide: Decide, *args: Any, **kwargs: Any) -> None:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
-            endings = within(decide)
-            if endings and self._is_slow(endings):
+            endings, entries = within(self._if_fast, decide, *args, **kwargs)
+            if endings:
                 await self._settle_elsewhere(endings)
                 return
-            entries = within(self._entries, endings)
             if entries:
                 await self.ledger.arecord(entries, partial(self._failed, entries=entries))
         except asyncio.CancelledError:  # the ledger stores it all the same, or tells that it could not
@@ -156,6 +158,11 @@ class Recorder:
             within(self._failed, error, entries)
         else:
             within(self.recorded, entries)
+
+    def _if_fast(self, decide: Decide, *args: Any, **kwargs: Any) -> tuple[Sequence[Ending], list[Entry]]:
+        """The entries of what has ended; or what has, where an event loop cannot wait for them."""
+        endings = decide(*args, **kwargs)
+        return (endings, []) if endings and self._is_slow(endings) else ((), self._entries(endings))
 
     async def _settle_elsewhere(self, endings: Sequence[Ending]) -> None:
         loop = asyncio.get_running_loop()
@@ -170,10 +177,11 @@ class Recorder:
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""
-        if self.needs_lookup or any(ending.is_rest for ending in endings):
-            return True
-        observed = [ending.observed for ending in endings if ending.observed is not None]
-        return self.on_missing_usage == "estimate" and not all(is_known(one) for one in observed)
+        estimates = self.on_missing_usage == "estimate"
+        for one in endings:
+            if one.is_rest or (estimates and one.observed is not None and not is_known(one.observed)):
+                return True
+        return self.needs_lookup
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
@@ -185,7 +193,8 @@ class Recorder:
             with self._lock:
                 self.skipped += skipped
         if self.courier is None:
-            self.ledger.database.tell_moved(self._tell)  # a courier tells what it finds there
+            if self.ledger.database.moved is not None:  # a courier tells what it finds there
+                self.ledger.database.tell_moved(self._tell)
         elif skipped < len(entries):
             self.courier.wake()
 
@@ -291,17 +300,25 @@ class Recorder:
     def _of_use(
         self, use: Use, tenant: Tenant | Skip, source: CustomerSource | None = None, *, raises: bool = False
     ) -> list[Entry]:
-        """Entries for what was used; ``source`` says who pays for this one alone."""
+        """Entries for what was used; ``source`` says who pays for this one alone. Where a lead cannot be read, or what
+        the application calls a user, they are held for a person, or it ``raises``."""
         if isinstance(tenant, Skip):
-            return [make_entry(use, tenant, reading) for reading in readings_of(self.meters, use)]
+            return make_entries(use, tenant, readings_of(self.meters, use))
         readings = readings_of(self.meters if tenant.meters is None else tenant.meters, use)
         if not readings:
             return []
         payer, facts = source or tenant.customer or self.customer, use.facts
         if self.needs_lookup or source is not None:
             facts = self._with_leads(facts, tenant.account, payer)
-        who = payer.identify(facts) if raises else self._identify(payer, facts)
-        entries = [make_entry(use, who, reading, tenant.account) for reading in readings]
+        try:
+            who = payer.identify(facts)
+            self._untold_of.pop(_NO_PAYER, None)
+        except Exception as error:  # a chain must never break over its metering
+            if raises:
+                raise
+            kind = LedgerError if isinstance(error, LedgerError) else ConfigurationError
+            who = self._untold(_NO_PAYER, type(error).__name__, _NEXT_STEP_OF_PAYER, kind)
+        entries = make_entries(use, who, readings, tenant.account)
         if self.needs_lookup and source is None and type(who) is Skip:
             session, reads = lead_session(payer, facts), lead_fields(payer)
             return [replace(entry, session=session, reads=reads) for entry in entries]
@@ -321,16 +338,6 @@ class Recorder:
         except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
             return self._untold(NO_TENANT, f"failed: {type(error).__name__}", _NEXT_STEP_OF_TENANT)
         return Skip("no tenant") if tenant is None else self._untold(NO_TENANT, "gave no Tenant", _NEXT_STEP_OF_TENANT)
-
-    def _identify(self, payer: CustomerSource, facts: Facts) -> Reference | Skip:
-        """Who pays; where a lead cannot be read, or what the application calls a user, it is held for a person."""
-        try:
-            who = payer.identify(facts)
-        except Exception as error:  # noqa: BLE001 - a chain must never break over its metering
-            kind = LedgerError if isinstance(error, LedgerError) else ConfigurationError
-            return self._untold(_NO_PAYER, type(error).__name__, _NEXT_STEP_OF_PAYER, kind)
-        self._untold_of.pop(_NO_PAYER, None)
-        return who
 
     def _untold(self, what: str, how: str, next_step: str, kind: type[MeteringError] = ConfigurationError) -> Untold:
         """Told once for as long as it goes on."""
@@ -387,14 +394,5 @@ class Recorder:
             raise ConfigurationError(f"{tenant.reason}. Nothing is recorded: record it again, under the same id.")
         entries = self._of_use(use, tenant, None if customer is None else as_source(customer), raises=True)
         if not entries:
-            self._check_counts_calls(tenant)
+            check_counts_calls(self.meters if isinstance(tenant, Skip) or tenant.meters is None else tenant.meters)
         return entries
-
-    def _check_counts_calls(self, tenant: Tenant | Skip) -> None:
-        meters = self.meters if isinstance(tenant, Skip) or tenant.meters is None else tenant.meters
-        if not any(meter.per == "call" for meter in meters):
-            names = ", ".join(meter.event_name for meter in meters)
-            raise ConfigurationError(
-                f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
-                "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
-            )

@@ -30,9 +30,7 @@ T = TypeVar("T")
 
 
 class _Place(threading.local):
-    """Whether this thread is inside our code, and what waits until it is not."""
-
-    inside = False
+    """What waits until this thread is no more inside our code."""
 
     def __init__(self) -> None:
         self.waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its put may interrupt itself, by contract
@@ -45,17 +43,19 @@ WORTH_A_THREAD = 10
 """How many times as much as Python collects after: to start a thread takes as long as to record a run."""
 
 
+_busy: set[int] = set()
+"""The threads that are inside our code."""
+
+
 class _Collector:
-    """Python's own, which begins nothing by itself while any of the ``busy`` threads is inside."""
+    """Python's own, which begins nothing by itself while any thread is inside."""
 
     def __init__(self) -> None:
-        self.busy: set[int] = set()
         self._is_paused = False  # by us: an application that wants no collections is not given any
         self._is_collecting = False
         renew_after_fork(self)
 
-    def pause(self, thread: int) -> None:
-        self.busy.add(thread)
+    def pause(self) -> None:
         if gc.isenabled():
             gc.disable()
             self._is_paused = True
@@ -64,12 +64,9 @@ class _Collector:
         """Collect again when nobody is inside. Where much was put off (a ledger was opened, or the threads take turns
         without end), it is done by a thread that nobody waits for: this one may be a node of the graph whose stream is
         found."""
-        young, most = gc.get_count()[0], gc.get_threshold()[0]
-        if self._is_paused and not (young > WORTH_A_THREAD * most > 0 and self._start()):
-            self._enable()
-
-    def _enable(self) -> None:
-        if self._is_paused and not self.busy:
+        if self._is_paused and gc.get_count()[0] > WORTH_A_THREAD * gc.get_threshold()[0] > 0 and self._start():
+            return
+        if self._is_paused and not _busy:
             self._is_paused = False  # no other thread comes in before the next line is done, since nothing is called
             gc.enable()
 
@@ -88,13 +85,15 @@ class _Collector:
     def _collect(self) -> None:
         gc.collect(1 if gc.get_count()[1] > gc.get_threshold()[1] else 0)
         self._is_collecting = False
-        self._enable()
+        self.resume()
 
     def after_fork(self) -> None:
         """The threads that were inside are the parent's."""
-        self.busy.clear()
+        _busy.clear()
         self._is_collecting = False
-        self._enable()
+        if self._is_paused:
+            self._is_paused = False
+            gc.enable()
 
 
 _collector = _Collector()
@@ -102,38 +101,40 @@ _collector = _Collector()
 
 def is_inside() -> bool:
     """Whether this thread was interrupted inside our code."""
-    return _place.inside
+    return get_ident() in _busy
 
 
 def within(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function``; events that interrupt it wait until it has returned."""
-    place = _place
-    if place.inside:
+    thread = get_ident()
+    if thread in _busy:
         return function(*args, **kwargs)
-    place.inside, thread = True, get_ident()
     try:
-        _collector.pause(thread)
+        _busy.add(thread)
+        _collector.pause()
         return function(*args, **kwargs)
-    finally:  # the first things done here can not be interrupted by Ctrl-C: nothing of Python's is called before them
-        place.inside = False
-        _collector.busy.discard(thread)
-        _left(place)
+    finally:  # the first thing done here can not be interrupted by Ctrl-C: nothing of Python's is called before it
+        _busy.discard(thread)
+        if not _place.waiting.empty():
+            _carry_out(_place.waiting)
+        _collector.resume()
 
 
 def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """As ``within``; but where this thread is inside our code already, ``event`` is what interrupted it, and waits."""
-    place = _place
-    if place.inside:
-        place.waiting.put(partial(event, *args, **kwargs))
+    thread = get_ident()
+    if thread in _busy:
+        _place.waiting.put(partial(event, *args, **kwargs))
         return
-    place.inside, thread = True, get_ident()  # from here on as in within(); a call fewer in every event
-    try:
-        _collector.pause(thread)
+    try:  # from here on as in within(); a call fewer in every event
+        _busy.add(thread)
+        _collector.pause()
         event(*args, **kwargs)
     finally:
-        place.inside = False
-        _collector.busy.discard(thread)
-        _left(place)
+        _busy.discard(thread)
+        if not _place.waiting.empty():
+            _carry_out(_place.waiting)
+        _collector.resume()
 
 
 class _Exit(partial[bool]):
@@ -193,36 +194,32 @@ def block(function: Callable[P, Generator[T, None, None]]) -> Callable[P, Abstra
 @block
 def inside() -> Generator[None, None, None]:
     """As ``within``, for a block."""
-    if _place.inside:
+    thread = get_ident()
+    if thread in _busy:
         yield
         return
-    _place.inside, thread = True, get_ident()
     try:
-        _collector.pause(thread)
+        _busy.add(thread)
+        _collector.pause()
         yield
     finally:
-        _place.inside = False
-        _collector.busy.discard(thread)
-        _left(_place)
-
-
-def _left(place: _Place) -> None:
-    if not place.waiting.empty():
-        _carry_out(place.waiting)
-    _collector.resume()
+        _busy.discard(thread)
+        if not _place.waiting.empty():
+            _carry_out(_place.waiting)
+        _collector.resume()
 
 
 def _carry_out(waiting: SimpleQueue[Callable[[], None]]) -> None:
     """Do what waited; on a thread of its own where an event loop runs in this one, which must not block."""
+    thread = get_ident()
     while not waiting.empty():
-        _place.inside, thread = True, get_ident()
         try:
-            _collector.pause(thread)
+            _busy.add(thread)
+            _collector.pause()
             if asyncio._get_running_loop() is None or not _start_thread(waiting):
                 _do_all(waiting)
         finally:
-            _place.inside = False
-            _collector.busy.discard(thread)
+            _busy.discard(thread)
             _collector.resume()
         if asyncio._get_running_loop() is not None:
             return

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -31,6 +33,15 @@ ANSWER = Call(None, "gpt-4o")
 @pytest.fixture
 def runs() -> OpenRuns:
     return OpenRuns()
+
+
+@pytest.fixture
+def lively() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 def start(runs: OpenRuns, name: str, *parents: str | None, call: bool = False, at: int = NOW) -> Run:
@@ -423,6 +434,8 @@ def test_memory_stays_flat_however_many_runs_never_end(runs: OpenRuns) -> None:
     most = 0
     for n in range(50_000):
         start(runs, f"call {n}", call=True, at=NOW + n * 10)
+        if runs.is_sweep_due:
+            runs.sweep(NOW + n * 10)
         most = max(most, len(runs))
     assert most <= ABANDONED_AFTER // 10 + SWEEP_EVERY + 1
     assert runs.abandoned == 50_000 - len(runs)
@@ -466,9 +479,56 @@ def test_every_so_many_starts_the_abandoned_are_looked_for(runs: OpenRuns) -> No
     start(runs, "silent", call=True)
     for n in range(SWEEP_EVERY - 2):
         start(runs, f"call {n}", at=NOW + ABANDONED_AFTER)
-    assert "silent" in runs
+    assert not runs.is_sweep_due
     start(runs, "the last of so many", at=NOW + ABANDONED_AFTER)
+    assert runs.is_sweep_due
+    runs.sweep(NOW + ABANDONED_AFTER)
     assert "silent" not in runs
+    assert not runs.is_sweep_due
+
+
+def test_starts_need_no_lock_beside_what_looks_at_all_runs(runs: OpenRuns, lively: None) -> None:
+    faults: list[BaseException] = []
+    calls = 3000
+
+    def open_many(name: str) -> None:
+        try:
+            for n in range(calls):
+                start(runs, f"{name} step {n}")
+                start(runs, f"{name} call {n}", f"{name} step {n}", call=True)
+        except BaseException as error:  # noqa: BLE001 - told below
+            faults.append(error)
+
+    threads = [threading.Thread(target=open_many, args=(name,)) for name in ("one", "two", "three")]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        runs.sweep(NOW)
+        runs.cut(Run("nothing", NOW), NOW)
+        len(runs)
+    assert not faults
+    assert len(runs) == 3 * 2 * calls
+    assert {runs.end(f"two call {n}", NOW).message.id for n in range(calls)} == {f"two step {n}" for n in range(calls)}  # type: ignore[union-attr]
+
+
+def test_a_step_that_ends_is_found_all_the_time_by_what_begins_in_it(runs: OpenRuns, lively: None) -> None:
+    steps = [f"step {n}" for n in range(REMEMBERED)]
+    for name in steps:
+        start(runs, name)
+    ending = [steps[0]]
+
+    def end_all() -> None:
+        for ending[0] in steps:
+            runs.end(ending[0], NOW)
+
+    thread = threading.Thread(target=end_all)
+    thread.start()
+    found = []
+    while thread.is_alive():
+        call = Run(object(), NOW, is_call=True)
+        runs.start(call, ending[0])
+        found.append(call.message)
+    assert None not in found
 
 
 # -- who was authenticated
@@ -511,15 +571,17 @@ def test_what_was_let_go_may_say_that_it_ended_once_within_a_day(runs: OpenRuns)
         runs.receive(run.id, "Hel")
         runs.cut(run, NOW)
     assert (runs.take_lost(), runs.abandoned) == ([first, second], 2)
-    assert runs.was_let_go("first")
+    assert (first.was_lost, second.was_lost) == (True, True)
     assert runs.end("first", NOW + 9) is first
     assert (first.ended, runs.abandoned) == (NOW, 1)
     assert runs.end("first", NOW + 9) is None
     runs.sweep(NOW + STEP_ABANDONED_AFTER - 1)
-    assert runs.was_let_go("second")
+    assert runs.end("second", NOW + STEP_ABANDONED_AFTER - 1) is second
+    third = start(runs, "third", call=True)
+    runs.receive("third", "Hel")
+    runs.cut(third, NOW)
     runs.sweep(NOW + STEP_ABANDONED_AFTER)
-    assert not runs.was_let_go("second")
-    assert (runs.end("second", NOW + STEP_ABANDONED_AFTER), runs.abandoned) == (None, 1)
+    assert (runs.end("third", NOW + STEP_ABANDONED_AFTER), runs.abandoned) == (None, 1)
 
 
 def test_an_abandoned_call_that_had_produced_nothing_may_say_so_too_and_is_not_the_rest_of_an_estimate(
@@ -527,7 +589,7 @@ def test_an_abandoned_call_that_had_produced_nothing_may_say_so_too_and_is_not_t
 ) -> None:
     call = start(runs, "call", call=True)
     runs.sweep(NOW + ABANDONED_AFTER)
-    assert (len(runs), runs.abandoned, runs.take_lost(), runs.was_let_go("call")) == (0, 1, [], False)
+    assert (len(runs), runs.abandoned, runs.take_lost(), call.was_lost) == (0, 1, [], False)
     assert end(runs, call, answer=ANSWER, at=NOW + 2 * ABANDONED_AFTER) == (ANSWER, call.facts)
     assert runs.abandoned == 0
 

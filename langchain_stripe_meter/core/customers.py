@@ -205,7 +205,7 @@ class FromAuthUser:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         user = facts.named if facts.named and self.key in facts.named else facts.auth_user
-        return _by_id(_get(user, self.key), "the authenticated user", self.key)
+        return _by_id(None if user is None else _get(user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +272,8 @@ class FirstOf:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         reasons, doubted = [], None
-        for source in sorted(self.sources, key=lambda one: facts.named is not None and type(one) is not FromAuthUser):
+        has_name = facts.named is not None
+        for source in sorted(self.sources, key=lambda one: type(one) is not FromAuthUser) if has_name else self.sources:
             if doubted is not None and not (facts.on_server and _is_servers_word(source)):
                 continue
             who = source.identify(facts)
@@ -297,21 +298,19 @@ def _is_servers_word(source: CustomerSource) -> bool:
 
 
 def _get(source: Any, key: str) -> Any:
-    if source is None:
-        return None
-    return source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
+    return None if source is None else source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
 
 
 def _by_id(value: Any, where: str, key: str) -> Reference | Skip:
-    if _is_absent(value):
-        return Skip(f"{where} has no {key!r}")
-    return _customer(value) if type(value) is str and len(value) <= MAX_TEXT else _reference("id", value)
+    is_plain = value is None or (type(value) is str and len(value) <= MAX_TEXT)
+    return (_remembered if is_plain else _who)(value, where, key)
 
 
-@lru_cache(maxsize=1024)
-def _customer(id: str) -> Reference | Skip:
-    """The same few customers pay for many runs."""
-    return _reference("id", id)
+def _who(value: Any, where: str, key: str) -> Reference | Skip:
+    return Skip(f"{where} has no {key!r}") if _is_absent(value) else _reference("id", value)
+
+
+_remembered = lru_cache(maxsize=1024)(_who)  # the same few customers pay for many runs
 
 
 def _is_absent(value: Any) -> bool:

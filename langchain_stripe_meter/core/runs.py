@@ -38,8 +38,9 @@ class Run:
     """One open run. ``message`` is the run around it that stands for the user's message; None if it does so itself.
     ``user`` is whom an agent server authenticated where a step began. ``interrupted`` marks a message that is not
     answered for now, and ``waits_in`` the run in which it waits or failed. ``late`` marks a call of a message that was
-    cancelled: it counts as abandoned, unless its end is told after all. ``billed`` is what a call was recorded as, in
-    the readings ``billed_as``; ``begun`` of a message what a cancelled call had begun to answer."""
+    cancelled: it counts as abandoned, unless its end is told after all; ``was_lost`` one that was handed over before it
+    said so. ``billed`` is what a call was recorded as, in the readings ``billed_as``; ``begun`` of a message what a
+    cancelled call had begun to answer."""
 
     id: Hashable
     started: int
@@ -57,6 +58,7 @@ class Run:
     waits_in: Hashable = None
     taken: bool = False
     late: bool = False
+    was_lost: bool = False
     billed: Call | None = field(default=None, repr=False)
     billed_as: Sequence[Any] = field(default=(), repr=False)
     ended: int | None = None
@@ -104,29 +106,37 @@ class Run:
 
 
 class OpenRuns:
-    """The runs that have started and not yet ended. Not synchronised: the caller holds a lock."""
+    """The runs that have started and not yet ended. The caller holds a lock, but for a start, ``facts_at``, ``receive``
+    and ``len``: those look up and put in one run at a time, which nothing divides. So whoever looks at all runs looks
+    at a list of them, and a run that ends is known as past before it is no more open."""
 
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
         self._let_go: dict[Hashable, Run] = {}
         self._past: dict[Hashable, Run] = {}
-        self._starts = 0
+        self._starts = 0  # since the last sweep
+        self.is_sweep_due = False
         self.lost: list[Run] = []
         """Abandoned calls that had produced something: they are still to be billed."""
         self.abandoned = 0
 
     def __len__(self) -> int:
-        return sum(not run.late for run in self._runs.values())
+        return sum(not run.late for run in self._all())
 
     def __contains__(self, run_id: Hashable) -> bool:
         return run_id in self._runs
+
+    def _all(self) -> list[Run]:
+        return list(self._runs.values())
 
     def start(self, run: Run, parent_id: Hashable = None, around: Hashable = None) -> bool:
         """Open ``run`` under its parent, if that is open, else under the one ``around`` it; False if it was open.
 
         LangChain reports some nested runs as roots (top-level fallbacks, explicit callbacks inside a run).
         """
-        parent = self._enclosing(parent_id, around, run.started)
+        parent = None  # most often there is none to be looked for
+        if parent_id is not None or around is not None:
+            parent = self._enclosing(parent_id, around, run.started)
         run.active = run.started
         if self._runs.setdefault(run.id, run) is not run:
             return False
@@ -136,8 +146,7 @@ class OpenRuns:
                 run.facts = parent.facts_inside(run.facts)
             parent.touch(run.started)
         self._starts += 1
-        if self._starts % SWEEP_EVERY == 0:
-            self.sweep(run.started)
+        self.is_sweep_due = self._starts >= SWEEP_EVERY
         return True
 
     def facts_at(self, parent_id: Hashable, facts: Facts, around: Hashable = None) -> Facts:
@@ -156,7 +165,7 @@ class OpenRuns:
         A call that was abandoned, and billed as an estimate if it had produced anything, may say so all the same, once:
         in a thread it goes on when its message is cancelled. What it came to beyond that is known then.
         """
-        run = self._runs.pop(run_id, None)
+        run = self._runs.get(run_id)
         if run is None:
             run = self._let_go.pop(run_id, None)
             self.abandoned -= run is not None
@@ -164,15 +173,11 @@ class OpenRuns:
         run.ended = now
         if not run.is_call:
             _remember(self._past, run)
+        del self._runs[run_id]
         self.abandoned -= run.late
         if run.parent is not None:
             run.parent.touch(now)
         return run
-
-    def was_let_go(self, run_id: Hashable) -> bool:
-        """Whether it was abandoned and handed over as ``lost``, and may still say that it ended."""
-        run = self._let_go.get(run_id)
-        return run is not None and run.produced
 
     def receive(self, run_id: Hashable, text: str, report: Any = None) -> None:
         """A piece of a streamed answer arrived, maybe with a ``report`` of usage, of which the first that says
@@ -228,7 +233,7 @@ class OpenRuns:
 
         What they had received is known by now. The others are waited for a while: what runs in threads goes on.
         """
-        theirs = [run for run in self._runs.values() if run.top is top]
+        theirs = [run for run in self._all() if run.top is top]
         self._abandon([run for run in theirs if run.produced], now)
         for run in theirs:
             if run.is_call and not run.produced and not run.late:
@@ -237,18 +242,20 @@ class OpenRuns:
 
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
-        self._abandon([run for run in self._runs.values() if _is_abandoned(run, now)], now)
+        self._starts, self.is_sweep_due = 0, False
+        self._abandon([run for run in self._all() if _is_abandoned(run, now)], now)
         for run in [run for run in self._let_go.values() if now - (run.ended or 0) >= STEP_ABANDONED_AFTER]:
             del self._let_go[run.id]
 
     def _abandon(self, gone: list[Run], now: int) -> None:
         for run in gone:
-            del self._runs[run.id]
             run.ended = now
             self.abandoned += run.is_call and not run.late
             if run.produced:
+                run.was_lost = True
                 self.lost.append(run)
             _remember(self._let_go if run.is_call else self._past, run)
+            del self._runs[run.id]
 
     def take_lost(self) -> list[Run]:
         """What was ``lost``, each once."""

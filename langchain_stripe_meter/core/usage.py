@@ -105,13 +105,15 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
     """
     if not report:
         return None
-    _check_total(report, report.get("input_tokens"), report.get("output_tokens"))
+    sent, came = report.get("input_tokens"), report.get("output_tokens")
+    if not sent and not came:
+        _check_total(report, sent, came)
+    if report.get("input_token_details") is None and report.get("output_token_details") is None:
+        return Usage(sent, came)
     inputs, outputs = _details(report, "input_token_details"), _details(report, "output_token_details")
-    if not inputs and not outputs:
-        return Usage(report.get("input_tokens"), report.get("output_tokens"))
     return Usage(
-        input=report.get("input_tokens"),
-        output=report.get("output_tokens"),
+        input=sent,
+        output=came,
         cache_read=_sum(inputs, _CACHE_READ),
         cache_write=_sum(inputs, _CACHE_WRITE),
         audio_input=_sum(inputs, ("audio",)),
@@ -124,12 +126,14 @@ def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
     """Read the ``llm_output["token_usage"]`` of a legacy LLM (OpenAI's names)."""
     if not isinstance(report, Mapping) or ("prompt_tokens" not in report and "completion_tokens" not in report):
         return None
-    _check_total(report, report.get("prompt_tokens"), report.get("completion_tokens"))
+    sent, came = report.get("prompt_tokens"), report.get("completion_tokens")
+    if not sent and not came:
+        _check_total(report, sent, came)
     prompt = _details(report, "prompt_tokens_details")
     completion = _details(report, "completion_tokens_details")
     return Usage(
-        input=report.get("prompt_tokens"),
-        output=report.get("completion_tokens"),
+        input=sent,
+        output=came,
         cache_read=_sum(prompt, ("cached_tokens",)),
         audio_input=_sum(prompt, ("audio_tokens",)),
         reasoning=_sum(completion, ("reasoning_tokens",)),
@@ -172,7 +176,7 @@ def _check_total(report: Mapping[str, Any], input: object, output: object) -> No
     """Something was consumed, and not said what. (A total that differs from its parts says less: integrations count
     caches and thoughts in different ways.)"""
     total = report.get("total_tokens")
-    if not input and not output and isinstance(total, int | float) and total > 0:
+    if isinstance(total, int | float) and total > 0:
         raise UsageError(
             f"The provider reported total_tokens = {total}, but input = {input!r} and output = {output!r}."
         )

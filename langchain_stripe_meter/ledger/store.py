@@ -151,7 +151,7 @@ class Ledger:
         database = self.database
         try:
             database.reopen_if_moved()
-            database.lane("record").run(self._insert, [entry.row() for entry in entries])
+            database.lane("record").run(self._insert, list(map(Entry.row, entries)))
         except MeteringError:
             raise
         except Exception as error:
