@@ -127,7 +127,7 @@ class Recorder:
         soon(self.settle_inside, decide)
 
     def settle_inside(self, decide: Decide, *args: Any, **kwargs: Any) -> None:
-        """As ``settle``, for who has looked after that."""
+        """As ``settle``, for who is inside."""
         entries: Sequence[Entry] = []
         try:
             entries = self._entries(decide(*args, **kwargs))
@@ -252,26 +252,28 @@ class Recorder:
     def _entries(self, endings: Sequence[Ending]) -> list[Entry]:
         entries: list[Entry] = []
         for ending in endings:
+            run, observed, call = ending.run, ending.observed, ending.call
             try:
-                self._add(ending, entries)
+                if observed is not None and call is not None and (self.bill_cache_hits or not observed.cached):
+                    if not is_known(observed):
+                        call = self._complete(call, run, observed)
+                    if call is not None:
+                        entries += self._of_call(ending, call)
+                if ending.message is not None:
+                    (call, facts), top = ending.message, run.top
+                    made = self._of_use(Use(key_of(top), top.ended or top.started, facts, "message", call))
+                    entries += [of_nobody(one, _CANCELLED) for one in made] if ending.unanswered else made
             except Exception as error:  # noqa: BLE001 - what else ended must not go with it
                 self._failed(error, [])
         return entries
 
-    def _add(self, ending: Ending, entries: list[Entry]) -> None:
-        run, observed, call = ending.run, ending.observed, ending.call
-        if observed is not None and call is not None and (self.bill_cache_hits or not observed.cached):
-            if not is_known(observed):
-                call = self._complete(call, run, observed)
-            if call is not None:
-                recorded = run.billed if ending.is_rest else None
-                made = self._of_run(run, run.facts, "call", call, recorded)
-                entries += made if recorded is None else [self._like_its_estimate(run, one) for one in made]
-                run.billed, run.billed_as = call, made
-        if ending.message is not None:
-            call, facts = ending.message
-            made = self._of_run(run.top, facts, "message", call)
-            entries += [of_nobody(one, _CANCELLED) for one in made] if ending.unanswered else made
+    def _of_call(self, ending: Ending, call: Call) -> list[Entry]:
+        run, key = ending.run, key_of(ending.run)
+        at, recorded = run.ended or run.started, run.billed if ending.is_rest else None
+        made = self._of_use(Use(key if recorded is None else f"{key}-rest", at, run.facts, "call", call, recorded))
+        entries = made if recorded is None else [self._like_its_estimate(run, one) for one in made]
+        run.billed, run.billed_as = call, made
+        return entries
 
     def _like_its_estimate(self, run: Run, rest: Entry) -> Entry:
         """What a call came to beyond its estimate is for whoever has that by now, a person or nobody included."""
@@ -292,16 +294,12 @@ class Recorder:
             return replace(call, usage=None)
         return estimated(call, run, observed)
 
-    def _of_run(self, run: Run, facts: Facts, per: str, call: Call, recorded: Call | None = None) -> list[Entry]:
-        key = key_of(run)
-        use = Use(key if recorded is None else f"{key}-rest", run.ended or run.started, facts, per, call, recorded)
-        return self._of_use(use, self._tenant_of_all or self._tenant(facts))
-
     def _of_use(
-        self, use: Use, tenant: Tenant | Skip, source: CustomerSource | None = None, *, raises: bool = False
+        self, use: Use, tenant: Tenant | Skip | None = None, source: CustomerSource | None = None, raises: bool = False
     ) -> list[Entry]:
         """Entries for what was used; ``source`` says who pays for this one alone. Where a lead cannot be read, or what
         the application calls a user, they are held for a person, or it ``raises``."""
+        tenant = tenant or self._tenant_of_all or self._tenant(use.facts)
         if isinstance(tenant, Skip):
             return make_entries(use, tenant, readings_of(self.meters, use))
         readings = readings_of(self.meters if tenant.meters is None else tenant.meters, use)

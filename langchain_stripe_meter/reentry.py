@@ -29,45 +29,37 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class _Place(threading.local):
-    """What waits until this thread is no more inside our code."""
-
-    def __init__(self) -> None:
-        self.waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its put may interrupt itself, by contract
-
-
-_place = _Place()
+_busy: set[int] = set()
+"""The threads that are inside our code."""
+_waiting: dict[int, SimpleQueue[Callable[[], None]]] = {}
+"""By thread, what waits until it is no more inside. (A SimpleQueue's put may interrupt itself, by contract.)"""
 
 
 WORTH_A_THREAD = 10
 """How many times as much as Python collects after: to start a thread takes as long as to record a run."""
 
 
-_busy: set[int] = set()
-"""The threads that are inside our code."""
-
-
 class _Collector:
     """Python's own, which begins nothing by itself while any thread is inside."""
 
     def __init__(self) -> None:
-        self._is_paused = False  # by us: an application that wants no collections is not given any
+        self.is_paused = False  # by us: an application that wants no collections is not given any
         self._is_collecting = False
         renew_after_fork(self)
 
     def pause(self) -> None:
         if gc.isenabled():
+            self.is_paused = True  # first: an interrupt after the next line would leave it disabled for good
             gc.disable()
-            self._is_paused = True
 
     def resume(self) -> None:
         """Collect again when nobody is inside. Where much was put off (a ledger was opened, or the threads take turns
         without end), it is done by a thread that nobody waits for: this one may be a node of the graph whose stream is
         found."""
-        if self._is_paused and gc.get_count()[0] > WORTH_A_THREAD * gc.get_threshold()[0] > 0 and self._start():
+        if self.is_paused and gc.get_count()[0] > WORTH_A_THREAD * gc.get_threshold()[0] > 0 and self._start():
             return
-        if self._is_paused and not _busy:
-            self._is_paused = False  # no other thread comes in before the next line is done, since nothing is called
+        if self.is_paused and not _busy:
+            self.is_paused = False  # no other thread comes in before the next line is done, since nothing is called
             gc.enable()
 
     def _start(self) -> bool:
@@ -90,9 +82,10 @@ class _Collector:
     def after_fork(self) -> None:
         """The threads that were inside are the parent's."""
         _busy.clear()
+        _waiting.clear()
         self._is_collecting = False
-        if self._is_paused:
-            self._is_paused = False
+        if self.is_paused:
+            self.is_paused = False
             gc.enable()
 
 
@@ -115,16 +108,17 @@ def within(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         return function(*args, **kwargs)
     finally:  # the first thing done here can not be interrupted by Ctrl-C: nothing of Python's is called before it
         _busy.discard(thread)
-        if not _place.waiting.empty():
-            _carry_out(_place.waiting)
-        _collector.resume()
+        if thread in _waiting:
+            _carry_out(_waiting[thread])
+        if _collector.is_paused:
+            _collector.resume()
 
 
 def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """As ``within``; but where this thread is inside our code already, ``event`` is what interrupted it, and waits."""
     thread = get_ident()
     if thread in _busy:
-        _place.waiting.put(partial(event, *args, **kwargs))
+        _waiting.setdefault(thread, SimpleQueue()).put(partial(event, *args, **kwargs))
         return
     try:  # from here on as in within(); a call fewer in every event
         _busy.add(thread)
@@ -132,9 +126,10 @@ def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None
         event(*args, **kwargs)
     finally:
         _busy.discard(thread)
-        if not _place.waiting.empty():
-            _carry_out(_place.waiting)
-        _collector.resume()
+        if thread in _waiting:
+            _carry_out(_waiting[thread])
+        if _collector.is_paused:
+            _collector.resume()
 
 
 class _Exit(partial[bool]):
@@ -204,9 +199,10 @@ def inside() -> Generator[None, None, None]:
         yield
     finally:
         _busy.discard(thread)
-        if not _place.waiting.empty():
-            _carry_out(_place.waiting)
-        _collector.resume()
+        if thread in _waiting:
+            _carry_out(_waiting[thread])
+        if _collector.is_paused:
+            _collector.resume()
 
 
 def _carry_out(waiting: SimpleQueue[Callable[[], None]]) -> None:

@@ -205,7 +205,8 @@ class FromAuthUser:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         user = facts.named if facts.named and self.key in facts.named else facts.auth_user
-        return _by_id(None if user is None else _get(user, self.key), "the authenticated user", self.key)
+        where = "the authenticated user"
+        return _remembered(None, where, self.key) if user is None else _by_id(_get(user, self.key), where, self.key)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ class Run:
     tools: Any = field(default=None, repr=False)
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     begun: tuple[Call, Facts] | None = field(default=None, repr=False)
-    received: list[str] = field(default_factory=list, repr=False)
+    received: Sequence[str] = field(default=(), repr=False)
     reported: Any = field(default=None, repr=False)
     interrupted: bool = False
     waits_in: Hashable = None
@@ -186,6 +186,8 @@ class OpenRuns:
         if run is None:
             return
         if text:
+            if not isinstance(run.received, list):
+                run.received = []
             run.received.append(text)
         if report and run.reported is None and (report.get("input_tokens") or report.get("output_tokens")):
             run.reported = report

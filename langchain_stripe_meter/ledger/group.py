@@ -61,9 +61,10 @@ class GroupCommit(Generic[T]):
 
     def submit(self, items: Sequence[T]) -> None:
         """Return when ``items`` are durable; raises what ``write`` raised for them."""
-        within(self._submit, items)
+        within(self.submit_inside, items)
 
-    def _submit(self, items: Sequence[T]) -> None:
+    def submit_inside(self, items: Sequence[T]) -> None:
+        """As ``submit``, for who is inside our code already."""
         if not self._jobs and not self._leader.locked():  # nobody else is here: nothing to group
             try:
                 with self._leader:  # unlike an acquire(), this can not be interrupted after the lock is taken
@@ -98,7 +99,7 @@ class GroupCommit(Generic[T]):
         try:
             self._jobs.append(job)
             within(self._wake_helper)
-        except BaseException:  # as in _submit()
+        except BaseException:  # as in submit_inside()
             job.left = True
             within(self._wake_helper)
             raise
