@@ -229,10 +229,13 @@ class Recorder:
                 return
             self._mended.add(error.name)
             self.unrecorded -= len(error.readings)
-            for event_name, amount in amounts_of(error.readings).items():
-                left = EXACT.subtract(self.lost.pop(event_name, Decimal(0)), amount)
-                if left:
-                    self.lost[event_name] = left
+            self._take_off(amounts_of(error.readings))
+
+    def _take_off(self, stored: Mapping[str, Decimal]) -> None:
+        for event_name, amount in stored.items():
+            left = EXACT.subtract(self.lost.pop(event_name, Decimal(0)), amount)
+            if left:
+                self.lost[event_name] = left
 
     @contextmanager
     def telling(self) -> Iterator[None]:

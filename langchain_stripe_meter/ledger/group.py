@@ -79,17 +79,20 @@ class GroupCommit(Generic[T]):
         job = _Job(items)
         try:
             self._jobs.append(job)
-            while not job.done:
-                written: Sequence[_Job[T]] = ()
-                with self._leader:
-                    if not job.done:
-                        written = self._write_batch()
-                self._tell(written)
+            self._write_until(job)
         except BaseException:  # Ctrl-C reached whoever was waiting or writing: nobody's items must go with it
             self._wake_helper()
             raise
         if job.error is not None:
             raise job.error
+
+    def _write_until(self, job: _Job[T]) -> None:
+        while not job.done:
+            written: Sequence[_Job[T]] = ()
+            with self._leader:
+                if not job.done:
+                    written = self._write_batch()
+            self._tell(written)
 
     async def asubmit(self, items: Sequence[T], on_failure: Callable[[Exception], None] | None = None) -> None:
         """As ``submit``, for a coroutine. One that is cancelled leaves its items to be written all the same; where
