@@ -204,7 +204,8 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _let_go_of_abandoned(self, now: int) -> None:
         with self._lock:
-            self._runs.sweep(now)
+            if self._runs.is_sweep_due:  # else another thread was faster
+                self._runs.sweep(now)
 
     def on_chain_start(
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
@@ -313,8 +314,8 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _sweep(self) -> Sequence[Ending]:
         """Calls that ended without saying so, as far as that is known by now."""
-        self._let_go_of_abandoned(self._recorder.ledger.now())
         with self._lock:
+            self._runs.sweep(self._recorder.ledger.now())
             return self._take_lost()
 
     # -- refusals, before a model is called

@@ -126,7 +126,7 @@ class Recorder:
         """
         soon(self.settle_inside, decide)
 
-    def settle_inside(self, decide: Decide, *args: Any, **kwargs: Any) -> None:
+    def settle_inside(self, decide: Decide, /, *args: Any, **kwargs: Any) -> None:
         """As ``settle``, for who is inside."""
         entries: Sequence[Entry] = []
         try:
@@ -141,7 +141,7 @@ class Recorder:
         else:
             self.recorded(entries)
 
-    async def asettle(self, decide: Decide, *args: Any, **kwargs: Any) -> None:
+    async def asettle(self, decide: Decide, /, *args: Any, **kwargs: Any) -> None:
         """As ``settle``, without blocking the event loop."""
         entries: list[Entry] = []
         try:
@@ -159,7 +159,7 @@ class Recorder:
         else:
             within(self.recorded, entries)
 
-    def _if_fast(self, decide: Decide, *args: Any, **kwargs: Any) -> tuple[Sequence[Ending], list[Entry]]:
+    def _if_fast(self, decide: Decide, /, *args: Any, **kwargs: Any) -> tuple[Sequence[Ending], list[Entry]]:
         """The entries of what has ended; or what has, where an event loop cannot wait for them."""
         endings = decide(*args, **kwargs)
         return (endings, []) if endings and self._is_slow(endings) else ((), self._entries(endings))
@@ -313,7 +313,8 @@ class Recorder:
             facts = self._with_leads(facts, tenant.account, payer)
         try:
             who = payer.identify(facts)
-            self._untold_of.pop(_NO_PAYER, None)
+            if not raises:
+                self._untold_of.pop(_NO_PAYER, None)
         except Exception as error:  # a chain must never break over its metering
             if raises:
                 raise

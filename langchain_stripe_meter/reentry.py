@@ -52,13 +52,12 @@ class _Collector:
             self.is_paused = True  # first: an interrupt after the next line would leave it disabled for good
             gc.disable()
 
-    def resume(self) -> None:
+    def resume(self, *, may_start: bool = True) -> None:
         """Collect again when nobody is inside. Where much was put off (a ledger was opened, or the threads take turns
         without end), it is done by a thread that nobody waits for: this one may be a node of the graph whose stream is
         found."""
-        if self.is_paused and gc.get_count()[0] > WORTH_A_THREAD * gc.get_threshold()[0] > 0 and self._start():
-            return
-        if self.is_paused and not _busy:
+        is_much = may_start and gc.get_count()[0] > WORTH_A_THREAD * gc.get_threshold()[0] > 0
+        if self.is_paused and not (is_much and self._start()) and not _busy:
             self.is_paused = False  # no other thread comes in before the next line is done, since nothing is called
             gc.enable()
 
@@ -77,16 +76,14 @@ class _Collector:
     def _collect(self) -> None:
         gc.collect(1 if gc.get_count()[1] > gc.get_threshold()[1] else 0)
         self._is_collecting = False
-        self.resume()
+        self.resume(may_start=False)  # Python may have done nothing, for another thread collects: it would spin
 
     def after_fork(self) -> None:
         """The threads that were inside are the parent's."""
         _busy.clear()
         _waiting.clear()
         self._is_collecting = False
-        if self.is_paused:
-            self.is_paused = False
-            gc.enable()
+        self.resume(may_start=False)
 
 
 _collector = _Collector()
@@ -223,7 +220,7 @@ def _carry_out(waiting: SimpleQueue[Callable[[], None]]) -> None:
 
 def _start_thread(waiting: SimpleQueue[Callable[[], None]]) -> bool:
     try:
-        threading.Thread(target=_carry_out, args=(waiting,), name="stripe-meter-late").start()
+        threading.Thread(target=soon, args=(_do_all, waiting), name="stripe-meter-late").start()
     except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
         return False
     return True

@@ -18,6 +18,7 @@ import pytest
 from conftest import wait_until
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
+from langchain_core.tools import StructuredTool
 from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
@@ -528,3 +529,18 @@ def test_a_flush_does_not_wait_for_a_handler_that_is_closed_meanwhile(shop: Shop
     flushing.join(60)
     answer.set()
     assert [report.pending for report in reports] == [3]
+
+
+@pytest.mark.parametrize("name", ["decide", "event", "function", "recorder"])
+def test_whatever_an_application_names_what_it_tells_a_tool_its_end_is_recorded(
+    name: str, shop: Shop, server: OpenAIServer
+) -> None:
+    """LangChain hands on to the events of a tool what its caller gave beside the input."""
+    tool = StructuredTool.from_function(
+        lambda question: server.chat().invoke(question).text, name="ask", description=""
+    )
+    config = shop.config()
+    told: dict[str, Any] = {name: 1}
+    tool.run({"question": "Hi"}, callbacks=config["callbacks"], metadata=config["metadata"], **told)
+    assert shop.handler.status().open_runs == 0
+    assert shop.billed()["messages"] == 1

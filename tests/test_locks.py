@@ -21,7 +21,7 @@ FOLDER = Path(langchain_stripe_meter.__file__).parent
 
 CALLED_INSIDE = {
     "callbacks.MeteringCallbacks._join_batch": "soon()",
-    "callbacks.MeteringCallbacks._let_go_of_abandoned": "soon(), within()",
+    "callbacks.MeteringCallbacks._let_go_of_abandoned": "soon()",
     "callbacks.MeteringCallbacks._step_failed": "soon(), within()",
     "callbacks.MeteringCallbacks._end": "soon(), within()",
     "callbacks.MeteringCallbacks._sweep": "soon()",

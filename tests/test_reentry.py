@@ -310,6 +310,42 @@ def test_while_others_are_inside_what_was_put_off_is_collected_when_one_leaves()
 
 
 @pytest.mark.usefixtures("by_itself")
+def test_while_another_thread_collects_what_was_put_off_waits_for_the_next_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python collects in one thread at a time; whoever asks meanwhile gets nothing done."""
+    begun, go_on, started = threading.Event(), threading.Event(), list[str]()
+    start = threading.Thread.start
+
+    def counted(thread: threading.Thread) -> None:
+        started.append(thread.name)
+        start(thread)
+
+    class Long:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            begun.set()
+            go_on.wait(30)
+
+    monkeypatch.setattr(threading.Thread, "start", counted)
+    with inside():
+        Long()
+        kept: list[Any] = []
+        collecting = threading.Thread(target=gc.collect)
+        collecting.start()
+        assert begun.wait(30)
+        kept.extend([] for _ in range(20_000))
+    wait_until(lambda: "stripe-meter-garbage" not in [thread.name for thread in threading.enumerate()])
+    assert started.count("stripe-meter-garbage") == 1
+    go_on.set()
+    collecting.join(30)
+    within(len, kept)
+    wait_until(gc.isenabled)
+
+
+@pytest.mark.usefixtures("by_itself")
 def test_what_was_put_off_does_not_make_a_node_wait_for_itself() -> None:
     ended, kept = list[bool](), list[list[int]]()
 
@@ -434,6 +470,21 @@ def test_a_late_event_that_fails_disturbs_neither_its_host_nor_the_others(caplog
     assert not is_inside()
     assert "ValueError" in caplog.text
     assert "a prompt" not in caplog.text
+
+
+def test_what_interrupts_a_late_event_is_carried_out_after_it() -> None:
+    told: list[str] = []
+
+    def first() -> None:
+        soon(told.append, "second")
+        told.append("first")
+
+    async def interrupted() -> None:
+        within(soon, first)
+
+    asyncio.run(interrupted())
+    wait_until(lambda: len(told) == 2)
+    assert told == ["first", "second"]
 
 
 def test_a_bell_rings_until_it_is_cleared() -> None:
