@@ -61,8 +61,9 @@ from everything import meter
 from langgraph.graph import START, MessagesState, StateGraph
 from langgraph.types import interrupt
 
-class Context(TypedDict, total=False):
+class Context(TypedDict, total=False):  # the server passes on no other keys, where it can read this (Python 3.12)
     stripe_customer_id: str
+    stripe_customer_token: str
 
 def asked(state):
     if state["messages"][-1].content == "Wait":
