@@ -21,7 +21,7 @@ from langchain_stripe_meter.core.customers import Facts, Skip
 from langchain_stripe_meter.core.meters import Call
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.core.tenants import Untold
-from langchain_stripe_meter.counting import Decide, Ending
+from langchain_stripe_meter.counting import Decide, Ending, call_of
 from langchain_stripe_meter.errors import UnidentifiedError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
@@ -292,8 +292,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         """The end of a call in the light of what was told before it, and the call, if there is anything to bill."""
         if observed.partial or observed.cached or isinstance(run, _Completion):
             observed = _as_told(run, observed)
-        empty = observed.usage is None and observed.is_empty
-        call = Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
+        empty, call = observed.is_empty, call_of(run, observed)
         if answers and not (empty and observed.partial):
             self._runs.answered(run, call)
         if empty:
@@ -360,4 +359,4 @@ def _as_told(run: Run, observed: Observed) -> Observed:
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
     observed = received(run.reported, run.received)
-    return Ending(run, observed, Call(observed.usage, run.model, run.provider, observed.doubt))
+    return Ending(run, observed, call_of(run, observed))

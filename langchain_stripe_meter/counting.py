@@ -64,6 +64,11 @@ def is_known(observed: Observed) -> bool:
     return usage is not None and bool(usage.input) and usage.output is not None and not observed.partial
 
 
+def call_of(run: Run, observed: Observed) -> Call:
+    """The call that ``run`` was: the model that answered, else the one that was asked for."""
+    return Call(observed.usage, observed.model or run.model, run.provider, observed.doubt)
+
+
 def estimated(call: Call, run: Run, observed: Observed) -> Call:
     """``call`` with what its provider left out of its usage; without any usage where that cannot be estimated."""
     from langchain_stripe_meter.estimate import estimate_usage

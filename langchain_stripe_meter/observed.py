@@ -131,7 +131,7 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
         return Observed(partial=partial)
     first = None if isinstance(output[0], str) else output[0]
     report: Any = getattr(first, "usage_metadata", None)
-    cached = bool(report) and "total_cost" in report and _is_cached(response, output[0], report, run_id)
+    cached = first is not None and _is_cached(response, first, report, run_id)
     model = _model(response, first)
     try:
         usage = usage_from_metadata(report)
@@ -143,14 +143,14 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
         return Observed(None, str(error), model, cached, partial, output)
 
 
-def _is_cached(response: LLMResult, message: Any, report: Mapping[str, Any], run_id: Any) -> bool:
+def _is_cached(response: LLMResult, message: BaseMessage, report: Mapping[str, Any] | None, run_id: Any) -> bool:
     """Whether this is an answer from LangChain's own cache, whose mark is a cost of exactly 0.
 
     In memory, such an answer is one object for the call that paid for it and for all that find it: the mark may be on
     it before the end of the former is told. Only that one has what its model said beside the answer, or an answer that
     LangChain named after the run, for want of a name. (Or pieces of it were streamed, which the run knows.)
     """
-    cost = report["total_cost"]
+    cost = (report or {}).get("total_cost")
     is_marked = type(cost) is int and cost == 0
     return is_marked and response.llm_output is None and str(run_id) not in (message.id or "")
 

@@ -193,8 +193,7 @@ class Recorder:
             with self._lock:
                 self.skipped += skipped
         if self.courier is None:
-            if self.ledger.database.moved is not None:  # a courier tells what it finds there
-                self.ledger.database.tell_moved(self._tell)
+            self.ledger.database.tell_moved(self._tell)  # a courier tells what it finds there
         elif skipped < len(entries):
             self.courier.wake()
 

@@ -29,10 +29,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_busy: set[int] = set()
-"""The threads that are inside our code."""
-_waiting: dict[int, SimpleQueue[Callable[[], None]]] = {}
-"""By thread, what waits until it is no more inside. (A SimpleQueue's put may interrupt itself, by contract.)"""
+class _Place(threading.local):
+    """Whether this thread is inside our code, and what waits until it is not."""
+
+    inside = False
+
+    def __init__(self) -> None:
+        self.waiting: SimpleQueue[Callable[[], None]] = SimpleQueue()  # its put may interrupt itself, by contract
+
+
+_place = _Place()
 
 
 WORTH_A_THREAD = 10
@@ -40,25 +46,31 @@ WORTH_A_THREAD = 10
 
 
 class _Collector:
-    """Python's own, which begins nothing by itself while any thread is inside."""
+    """Python's own, which begins nothing by itself while any of the ``busy`` threads is inside."""
 
     def __init__(self) -> None:
-        self.is_paused = False  # by us: an application that wants no collections is not given any
+        self.busy: set[int] = set()
+        self._is_paused = False  # by us: an application that wants no collections is not given any
         self._is_collecting = False
         renew_after_fork(self)
 
-    def pause(self) -> None:
+    def pause(self, thread: int) -> None:
+        self.busy.add(thread)
         if gc.isenabled():
-            self.is_paused = True  # first: an interrupt after the next line would leave it disabled for good
+            self._is_paused = True  # first: an interrupt after the next line would leave it disabled for good
             gc.disable()
 
-    def resume(self, *, may_start: bool = True) -> None:
+    def resume(self) -> None:
         """Collect again when nobody is inside. Where much was put off (a ledger was opened, or the threads take turns
         without end), it is done by a thread that nobody waits for: this one may be a node of the graph whose stream is
         found."""
-        is_much = may_start and gc.get_count()[0] > WORTH_A_THREAD * gc.get_threshold()[0] > 0
-        if self.is_paused and not (is_much and self._start()) and not _busy:
-            self.is_paused = False  # no other thread comes in before the next line is done, since nothing is called
+        young, most = gc.get_count()[0], gc.get_threshold()[0]
+        if self._is_paused and not (young > WORTH_A_THREAD * most > 0 and self._start()):
+            self._enable()
+
+    def _enable(self) -> None:
+        if self._is_paused and not self.busy:
+            self._is_paused = False  # no other thread comes in before the next line is done, since nothing is called
             gc.enable()
 
     def _start(self) -> bool:
@@ -76,14 +88,13 @@ class _Collector:
     def _collect(self) -> None:
         gc.collect(1 if gc.get_count()[1] > gc.get_threshold()[1] else 0)
         self._is_collecting = False
-        self.resume(may_start=False)  # Python may have done nothing, for another thread collects: it would spin
+        self._enable()
 
     def after_fork(self) -> None:
         """The threads that were inside are the parent's."""
-        _busy.clear()
-        _waiting.clear()
+        self.busy.clear()
         self._is_collecting = False
-        self.resume(may_start=False)
+        self._enable()
 
 
 _collector = _Collector()
@@ -91,42 +102,38 @@ _collector = _Collector()
 
 def is_inside() -> bool:
     """Whether this thread was interrupted inside our code."""
-    return get_ident() in _busy
+    return _place.inside
 
 
 def within(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """Call ``function``; events that interrupt it wait until it has returned."""
-    thread = get_ident()
-    if thread in _busy:
+    place = _place
+    if place.inside:
         return function(*args, **kwargs)
+    place.inside, thread = True, get_ident()
     try:
-        _busy.add(thread)
-        _collector.pause()
+        _collector.pause(thread)
         return function(*args, **kwargs)
-    finally:  # the first thing done here can not be interrupted by Ctrl-C: nothing of Python's is called before it
-        _busy.discard(thread)
-        if thread in _waiting:
-            _carry_out(_waiting[thread])
-        if _collector.is_paused:
-            _collector.resume()
+    finally:  # the first things done here can not be interrupted by Ctrl-C: nothing of Python's is called before them
+        place.inside = False
+        _collector.busy.discard(thread)
+        _left(place)
 
 
 def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None:
     """As ``within``; but where this thread is inside our code already, ``event`` is what interrupted it, and waits."""
-    thread = get_ident()
-    if thread in _busy:
-        _waiting.setdefault(thread, SimpleQueue()).put(partial(event, *args, **kwargs))
+    place = _place
+    if place.inside:
+        place.waiting.put(partial(event, *args, **kwargs))
         return
-    try:  # from here on as in within(); a call fewer in every event
-        _busy.add(thread)
-        _collector.pause()
+    place.inside, thread = True, get_ident()  # from here on as in within(); a call fewer in every event
+    try:
+        _collector.pause(thread)
         event(*args, **kwargs)
     finally:
-        _busy.discard(thread)
-        if thread in _waiting:
-            _carry_out(_waiting[thread])
-        if _collector.is_paused:
-            _collector.resume()
+        place.inside = False
+        _collector.busy.discard(thread)
+        _left(place)
 
 
 class _Exit(partial[bool]):
@@ -186,33 +193,36 @@ def block(function: Callable[P, Generator[T, None, None]]) -> Callable[P, Abstra
 @block
 def inside() -> Generator[None, None, None]:
     """As ``within``, for a block."""
-    thread = get_ident()
-    if thread in _busy:
+    if _place.inside:
         yield
         return
+    _place.inside, thread = True, get_ident()
     try:
-        _busy.add(thread)
-        _collector.pause()
+        _collector.pause(thread)
         yield
     finally:
-        _busy.discard(thread)
-        if thread in _waiting:
-            _carry_out(_waiting[thread])
-        if _collector.is_paused:
-            _collector.resume()
+        _place.inside = False
+        _collector.busy.discard(thread)
+        _left(_place)
+
+
+def _left(place: _Place) -> None:
+    if not place.waiting.empty():
+        _carry_out(place.waiting)
+    _collector.resume()
 
 
 def _carry_out(waiting: SimpleQueue[Callable[[], None]]) -> None:
     """Do what waited; on a thread of its own where an event loop runs in this one, which must not block."""
-    thread = get_ident()
     while not waiting.empty():
+        _place.inside, thread = True, get_ident()
         try:
-            _busy.add(thread)
-            _collector.pause()
+            _collector.pause(thread)
             if asyncio._get_running_loop() is None or not _start_thread(waiting):
                 _do_all(waiting)
         finally:
-            _busy.discard(thread)
+            _place.inside = False
+            _collector.busy.discard(thread)
             _collector.resume()
         if asyncio._get_running_loop() is not None:
             return

@@ -27,7 +27,7 @@ CALLED_INSIDE = {
     "callbacks.MeteringCallbacks._sweep": "soon()",
     "recording.Recorder.recorded": "soon(), within()",
     "recording.Recorder._failed": "soon(), within()",
-    "ledger.group.GroupCommit.submit_inside": "within()",
+    "ledger.group.GroupCommit._submit": "within()",
     "ledger.group.GroupCommit._drain": "within()",
     "ledger.group.GroupCommit._write_until": "within()",
     "ledger.group.GroupCommit._tell": "within()",

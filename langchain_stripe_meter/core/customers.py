@@ -205,8 +205,7 @@ class FromAuthUser:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         user = facts.named if facts.named and self.key in facts.named else facts.auth_user
-        where = "the authenticated user"
-        return _remembered(None, where, self.key) if user is None else _by_id(_get(user, self.key), where, self.key)
+        return _by_id(_get(user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,7 +298,9 @@ def _is_servers_word(source: CustomerSource) -> bool:
 
 
 def _get(source: Any, key: str) -> Any:
-    return None if source is None else source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
+    if source is None:
+        return None
+    return source.get(key) if isinstance(source, Mapping) else getattr(source, key, None)
 
 
 def _by_id(value: Any, where: str, key: str) -> Reference | Skip:

@@ -52,7 +52,7 @@ class Run:
     tools: Any = field(default=None, repr=False)
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     begun: tuple[Call, Facts] | None = field(default=None, repr=False)
-    received: Sequence[str] = field(default=(), repr=False)
+    received: list[str] = field(default_factory=list, repr=False)
     reported: Any = field(default=None, repr=False)
     interrupted: bool = False
     waits_in: Hashable = None
@@ -115,7 +115,6 @@ class OpenRuns:
         self._let_go: dict[Hashable, Run] = {}
         self._past: dict[Hashable, Run] = {}
         self._starts = 0  # since the last sweep
-        self.is_sweep_due = False
         self.lost: list[Run] = []
         """Abandoned calls that had produced something: they are still to be billed."""
         self.abandoned = 0
@@ -134,9 +133,7 @@ class OpenRuns:
 
         LangChain reports some nested runs as roots (top-level fallbacks, explicit callbacks inside a run).
         """
-        parent = None  # most often there is none to be looked for
-        if parent_id is not None or around is not None:
-            parent = self._enclosing(parent_id, around, run.started)
+        parent = self._enclosing(parent_id, around, run.started)
         run.active = run.started
         if self._runs.setdefault(run.id, run) is not run:
             return False
@@ -146,8 +143,12 @@ class OpenRuns:
                 run.facts = parent.facts_inside(run.facts)
             parent.touch(run.started)
         self._starts += 1
-        self.is_sweep_due = self._starts >= SWEEP_EVERY
         return True
+
+    @property
+    def is_sweep_due(self) -> bool:
+        """Whether enough have started since the last ``sweep``."""
+        return self._starts >= SWEEP_EVERY
 
     def facts_at(self, parent_id: Hashable, facts: Facts, around: Hashable = None) -> Facts:
         """As a call that starts under the same would have them. It needs no lock."""
@@ -186,8 +187,6 @@ class OpenRuns:
         if run is None:
             return
         if text:
-            if not isinstance(run.received, list):
-                run.received = []
             run.received.append(text)
         if report and run.reported is None and (report.get("input_tokens") or report.get("output_tokens")):
             run.reported = report
@@ -244,7 +243,7 @@ class OpenRuns:
 
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
-        self._starts, self.is_sweep_due = 0, False
+        self._starts = 0
         self._abandon([run for run in self._all() if _is_abandoned(run, now)], now)
         for run in [run for run in self._let_go.values() if now - (run.ended or 0) >= STEP_ABANDONED_AFTER]:
             del self._let_go[run.id]

@@ -7,7 +7,7 @@ parts of ``input_tokens`` and ``output_tokens``). Unknown is ``None``, never 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field, replace
+from dataclasses import replace
 from typing import Any
 
 from langchain_stripe_meter.core.values import valueclass
@@ -39,16 +39,12 @@ class Usage:
     reasoning: int = 0
     audio_output: int = 0
     estimated: bool = False
-    total: int | None = field(init=False, repr=False, compare=False)
-    """Input and output together; ``None`` unless both are known."""
 
     def __post_init__(self) -> None:
         parts = (self.cache_read, self.cache_write, self.audio_input, self.reasoning, self.audio_output)
         for count in (self.input, self.output, *parts):
             if type(count) is not int or count < 0:
                 self._check_counts(parts)
-        whole = None if self.input is None or self.output is None else self.input + self.output
-        self.total = whole  # type: ignore[misc]  # here it is made
         if not any(parts):
             return
         # Cached audio is counted by both details, so each bucket of input is held against the sum by itself.
@@ -61,9 +57,14 @@ class Usage:
             _check_count(kind, count)
 
     @property
+    def total(self) -> int | None:
+        """Input and output together; ``None`` unless both are known."""
+        return None if self.input is None or self.output is None else self.input + self.output
+
+    @property
     def complete(self) -> bool:
         """Whether both sums are known."""
-        return self.total is not None
+        return self.input is not None and self.output is not None
 
     def exclusive(self) -> dict[str, int]:
         """The same tokens cut into parts that do not overlap and add up to ``total``.

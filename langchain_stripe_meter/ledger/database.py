@@ -227,7 +227,7 @@ class Database:
         self.automatic = self.is_sqlite  # whether opening it brings its schema up to date
         self.on_open: Callable[[Lane], None] | None = None  # looks at a ledger before it is used; may refuse it
         self.openings = 0
-        self.moved: LedgerError | None = None
+        self._moved: LedgerError | None = None
         self._opened: _Opened | None = None
         self.reading = threading.RLock()
         self._held: list[Any] = []
@@ -326,17 +326,17 @@ class Database:
                 return
         except FileNotFoundError:
             pass
-        self.moved = LedgerError(
+        self._moved = LedgerError(
             f"The ledger {self._path} was deleted or replaced while in use; what is recorded from now on is in the "
             "file that is there now. Unless this was a restore, restore it from a backup, else what it had not "
             "delivered is lost."
         )
-        logger.error("stripe-meter: %s", self.moved)
+        logger.error("stripe-meter: %s", self._moved)
         self.close()
 
     def tell_moved(self, tell: Callable[[LedgerError], None]) -> None:
         """Tell of a file that was deleted or replaced while it was open, if that is new. The caller holds no lock."""
-        moved, self.moved = self.moved, None
+        moved, self._moved = self._moved, None
         if moved is not None:
             tell(moved)
 

@@ -61,10 +61,9 @@ class GroupCommit(Generic[T]):
 
     def submit(self, items: Sequence[T]) -> None:
         """Return when ``items`` are durable; raises what ``write`` raised for them."""
-        within(self.submit_inside, items)
+        within(self._submit, items)
 
-    def submit_inside(self, items: Sequence[T]) -> None:
-        """As ``submit``, for who is inside our code already."""
+    def _submit(self, items: Sequence[T]) -> None:
         if not self._jobs and not self._leader.locked():  # nobody else is here: nothing to group
             try:
                 with self._leader:  # unlike an acquire(), this can not be interrupted after the lock is taken
@@ -102,7 +101,7 @@ class GroupCommit(Generic[T]):
         try:
             self._jobs.append(job)
             within(self._wake_helper)
-        except BaseException:  # as in submit_inside()
+        except BaseException:  # as in _submit()
             job.left = True
             within(self._wake_helper)
             raise

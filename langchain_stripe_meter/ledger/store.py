@@ -26,7 +26,7 @@ from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, readings
-from langchain_stripe_meter.reentry import block, inside, within
+from langchain_stripe_meter.reentry import block, inside
 
 ASSIGNED = "assigned"
 """The act of a person who said who pays for what was held; its detail begins with that customer."""
@@ -129,7 +129,7 @@ class Ledger:
 
     def record(self, entries: Sequence[Entry]) -> None:
         """Store ``entries`` durably, together with those of other threads that are waiting."""
-        within(self._group.submit_inside, entries)
+        self._group.submit(entries)
 
     def record_new(self, entries: Sequence[Entry]) -> int:
         """As ``record``, all or nothing; returns how many of them the ledger did not have yet."""
