@@ -272,8 +272,7 @@ class FirstOf:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         reasons, doubted = [], None
-        has_name = facts.named is not None
-        for source in sorted(self.sources, key=lambda one: type(one) is not FromAuthUser) if has_name else self.sources:
+        for source in sorted(self.sources, key=lambda one: facts.named is not None and type(one) is not FromAuthUser):
             if doubted is not None and not (facts.on_server and _is_servers_word(source)):
                 continue
             who = source.identify(facts)
