@@ -511,7 +511,10 @@ def test_starts_need_no_lock_beside_what_looks_at_all_runs(runs: OpenRuns, livel
     assert {runs.end(f"two call {n}", NOW).message.id for n in range(calls)} == {f"two step {n}" for n in range(calls)}  # type: ignore[union-attr]
 
 
-def test_a_step_that_ends_is_found_all_the_time_by_what_begins_in_it(runs: OpenRuns, lively: None) -> None:
+@pytest.mark.parametrize("attempt", range(10))
+def test_a_step_that_ends_is_found_all_the_time_by_what_begins_in_it(
+    runs: OpenRuns, lively: None, attempt: int
+) -> None:
     steps = [f"step {n}" for n in range(REMEMBERED)]
     for name in steps:
         start(runs, name)
