@@ -240,8 +240,9 @@ class MeteringCallbacks(BaseCallbackHandler):
         observed = observe(kwargs.get("response"), partial=True)
         return self._end(run_id, observed, answers=isinstance(error, GeneratorExit), error=error)
 
-    def _step_ended(self, outputs: Any, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
-        """A step ended: if it was the user's message, that is recorded before the run returns."""
+    def _step_ended(self, *outputs: Any, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
+        """A step ended: if it was the user's message, that is recorded before the run returns. (What the caller of a
+        tool gives beside its input comes along, under whatever name.)"""
         return self._end(run_id, None, answers=False)
 
     def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:

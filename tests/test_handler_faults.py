@@ -531,7 +531,7 @@ def test_a_flush_does_not_wait_for_a_handler_that_is_closed_meanwhile(shop: Shop
     assert [report.pending for report in reports] == [3]
 
 
-@pytest.mark.parametrize("name", ["decide", "event", "function", "recorder"])
+@pytest.mark.parametrize("name", ["decide", "event", "function", "recorder", "outputs", "error", "handler"])
 def test_whatever_an_application_names_what_it_tells_a_tool_its_end_is_recorded(
     name: str, shop: Shop, server: OpenAIServer
 ) -> None:
