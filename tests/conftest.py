@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib.util
 import os
@@ -54,6 +55,33 @@ def _environment() -> Iterator[None]:
         for name in ("STRIPE_API_KEY", "STRIPE_METER_API_BASE", "STRIPE_METER_LEDGER", "LANGSMITH_TRACING"):
             patch.delenv(name, raising=False)
         patch.setattr(estimate, "LOAD_SECONDS", 60.0)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_connection_outlives_its_loop() -> Iterator[None]:
+    """A provider's client that is cancelled while it closes a connection leaves it open, and ``asyncio.run`` cancels
+    what a stream that was left still has to close: Python warns of it in whatever test it is collected in."""
+    loops = asyncio.SelectorEventLoop
+    opened: defaultdict[asyncio.AbstractEventLoop, list[asyncio.Transport]] = defaultdict(list)
+    open_one, close = loops._make_socket_transport, loops.close  # type: ignore[attr-defined]
+
+    def noted(loop: asyncio.AbstractEventLoop, *args: Any, **options: Any) -> asyncio.Transport:
+        opened[loop].append(open_one(loop, *args, **options))
+        return opened[loop][-1]
+
+    def close_patiently(loop: asyncio.AbstractEventLoop) -> None:
+        for transport in opened.pop(loop, ()):
+            transport.abort()
+        can_run = not loop.is_closed() and asyncio._get_running_loop() is None
+        for _ in range(20 if can_run else 0):
+            loop.call_soon(loop.stop)
+            loop.run_forever()
+        close(loop)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loops, "_make_socket_transport", noted)
+        patch.setattr(loops, "close", close_patiently)
         yield
 
 
