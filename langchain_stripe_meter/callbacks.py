@@ -28,6 +28,7 @@ from langchain_stripe_meter.observed import (
     Observed,
     facts_of,
     observe,
+    observe_decision,
     piece_of,
     received,
     requested_model,
@@ -210,7 +211,13 @@ class MeteringCallbacks(BaseCallbackHandler):
     def on_chain_start(
         self, serialized: Any, *args: Any, run_id: UUID, parent_run_id: UUID | None = None, **kwargs: Any
     ) -> None:
-        """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)"""
+        """A step begins that model calls may belong to. (Tools give their input twice, the second time by name.)
+
+        A decision model, too, reports itself as a step, but as one of the type "llm".
+        """
+        if kwargs.get("run_type") == "llm":
+            self._start_call(run_id, parent_run_id, args[0] if args else None, kwargs.get("metadata"), {})
+            return
         run, around = Run(run_id, self._recorder.ledger.now(), user=surrounding_user()), None
         if parent_run_id is None:
             run.facts, around = Facts(kwargs.get("metadata") or {}), surrounding_run()
@@ -242,8 +249,8 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def _step_ended(self, *outputs: Any, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step ended: if it was the user's message, that is recorded before the run returns. (What the caller of a
-        tool gives beside its input comes along, under whatever name.)"""
-        return self._end(run_id, None, answers=False)
+        tool gives beside its input comes along, under whatever name.) A decision is paid for, and answers nothing."""
+        return self._end(run_id, observe_decision(outputs[0]) if outputs else None, answers=False)
 
     def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step failed. A message that failed was not answered; one that waits for a person is not answered yet. One
@@ -276,7 +283,7 @@ class MeteringCallbacks(BaseCallbackHandler):
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
-            if observed is not None:
+            if observed is not None and run.is_call:  # else a chain that ends with a decision hands on what that said
                 observed, call = self._observed(run, observed, answers=answers and counts, cancelled=cancelled)
             elif run.top is run and (cancelled or isinstance(error, GeneratorExit)):
                 self._runs.cut(run, now)

@@ -143,6 +143,17 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
         return Observed(None, str(error), model, cached, partial, output)
 
 
+def observe_decision(outputs: Any) -> Observed | None:
+    """Read what a step gave, if it is a decision model's answer (``langchain_core.decisions``, of newer versions)."""
+    if isinstance(outputs, dict | str | list | BaseMessage) or not hasattr(outputs, "answers"):
+        return None
+    output, model = [str(outputs.answers)], getattr(outputs, "model", None)
+    try:
+        return Observed(usage_from_metadata(getattr(outputs, "usage", None)), None, model, output=output)
+    except UsageError as error:
+        return Observed(None, str(error), model, output=output)
+
+
 def _is_cached(response: LLMResult, message: BaseMessage, report: Mapping[str, Any] | None, run_id: Any) -> bool:
     """Whether this is an answer from LangChain's own cache, whose mark is a cost of exactly 0.
 
