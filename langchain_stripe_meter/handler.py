@@ -190,7 +190,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         call = Call(None, model, provider)
         facts = self.facts_at_start(metadata)
         entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, facts=facts, at=at)
-        self._recorder.recorded(self.leads.record_job(entries, id) if entries else [])
+        self._recorder.recorded(self.leads.record_job(entries, id, is_named=customer is not None) if entries else [])
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""

@@ -24,7 +24,7 @@ from langchain_stripe_meter.agents.limits import (
     SpendLimitMiddleware,
     StripeCredit,
 )
-from langchain_stripe_meter.core.customers import Reference, static
+from langchain_stripe_meter.core.customers import Reference, from_metadata, static
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.ledger import resolving
@@ -111,6 +111,26 @@ def test_an_id_that_stands_for_something_else_is_refused(
         with pytest.raises(ConfigurationError, match=f"{said}.*another id"):
             record(**second)
     assert {row.event_name: row.value for row in tail(meter._ledger, 10)} == {"tokens": 5, "credits": 2}
+
+
+def test_a_job_that_was_skipped_is_not_taken_for_billed_once_its_customer_is_said(recording: Recording) -> None:
+    meter = recording(customer=from_metadata("stripe_customer_id"))
+    meter.record_usage(USAGE, id="job")
+    meter.record_usage(USAGE, id="job")
+    with pytest.raises(ConfigurationError, match="'job' stands for 5 of nobody on tokens.*skipped.*another id"):
+        meter.record_usage(USAGE, id="job", customer="cus_1")
+    meter.record_usage(USAGE, id="job-again", customer="cus_1")
+    meter.record_usage(USAGE, id="of nobody", customer=from_metadata("payer"))
+    assert sorted(row.state for row in tail(meter._ledger, 10)) == ["resolved", "skipped", "skipped"]
+
+
+def test_a_job_whose_amount_was_unknown_is_not_taken_for_billed_once_it_is_told(recording: Recording) -> None:
+    meter = recording()
+    meter.record_usage({"input_tokens": None}, id="job")
+    meter.record_usage({"input_tokens": None}, id="job")
+    with pytest.raises(ConfigurationError, match=r"'job' stands for an unknown amount on tokens.*assign\(held, value="):
+        meter.record_usage(USAGE, id="job")
+    assert [row.state for row in tail(meter._ledger, 10)] == ["held"]
 
 
 def test_of_two_who_record_different_usage_under_one_id_at_once_one_is_refused(recording: Recording) -> None:

@@ -189,10 +189,11 @@ class Leads:
             connection.execute(dialect_insert(connection, readings).on_conflict_do_nothing(), rows)
         return final
 
-    def record_job(self, entries: Sequence[Entry], id: str) -> Sequence[Entry]:
-        """As ``record``, for a job that somebody named. Refused where its ``id`` stands for something else."""
+    def record_job(self, entries: Sequence[Entry], id: str, *, is_named: bool) -> Sequence[Entry]:
+        """As ``record``, for a job with an ``id``. Refused where that stands for something else, or (``is_named``: the
+        caller says who pays) was skipped."""
         with self._ledger.look() as connection:  # before any of it is stored
-            check_same(connection, entries, id)
+            check_same(connection, entries, id, is_named=is_named)
         stored = self.record(entries)
         with self._ledger.look() as connection:  # somebody else may have been as fast
             check_same(connection, stored, id)

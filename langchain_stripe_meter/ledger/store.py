@@ -301,11 +301,12 @@ def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, An
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
 
 
-def check_same(connection: Connection, entries: Sequence[Entry], id: str) -> None:
+def check_same(connection: Connection, entries: Sequence[Entry], id: str, *, is_named: bool = False) -> None:
     """Refuse, with ``ConfigurationError``, what was recorded under an ``id`` that stands for something else.
 
     Only what is known of both can differ: a customer may have been found since, and a person may have said who pays
-    for what was held.
+    for what was held. But where it was skipped, or held for want of an amount, and is known now (``is_named``: the
+    caller says who pays), to accept it would be to bill nothing and not to say so.
     """
     found = connection.execute(select(readings).where(readings.c.key.in_([entry.key for entry in entries])))
     rows = {row.key: row for row in found}
@@ -313,6 +314,16 @@ def check_same(connection: Connection, entries: Sequence[Entry], id: str) -> Non
         row = rows.get(entry.key)
         if row is None:
             continue
+        if is_named and row.state == ReadingState.SKIPPED != entry.state:
+            raise ConfigurationError(
+                f"The id {id!r:.120} stands for {row.value} of nobody on {row.event_name}: it was skipped when it was "
+                "first told, and stays so. To bill it, give it another id."
+            )
+        if row.value is None and entry.value is not None:
+            raise ConfigurationError(
+                f"The id {id!r:.120} stands for an unknown amount on {row.event_name}, which a person settles: see "
+                "held(), and say how much it was with assign(held, value=…)."
+            )
         known: list[tuple[Any, Any]] = [(row.value and Decimal(row.value), entry.value)]
         if entry.value is not None and not (row.tries and _was_assigned(connection, row.customer)):
             told = entry.reference.text if entry.reference else None
