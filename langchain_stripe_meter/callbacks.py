@@ -257,7 +257,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         that was cancelled, by whoever may have read enough, is told as skipped."""
         left = isinstance(error, GeneratorExit)
         with self._lock:
-            if type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt"):
+            if _is_interrupt(error):
                 self._runs.interrupt(run_id)
             elif not left:
                 self._runs.fail(run_id)
@@ -285,7 +285,7 @@ class MeteringCallbacks(BaseCallbackHandler):
                 return ()
             if observed is not None and run.is_call:  # else a chain that ends with a decision hands on what that said
                 observed, call = self._observed(run, observed, answers=answers and counts, cancelled=cancelled)
-            elif run.top is run and (cancelled or isinstance(error, GeneratorExit)):
+            elif run.top is run and error is not None and not _is_interrupt(error):
                 self._runs.cut(run, now)
             endings = self._take_lost(run, answers=answers and counts) if self._runs.lost else []
             if counts:
@@ -325,6 +325,12 @@ class MeteringCallbacks(BaseCallbackHandler):
             self._runs.sweep(self._recorder.ledger.now())
             return self._take_lost()
 
+    def _cut_all(self) -> Sequence[Ending]:
+        """What calls that are open have received by now; the rest is recorded when they end, if anybody is there."""
+        with self._lock:
+            self._runs.cut_all(self._recorder.ledger.now())
+            return self._take_lost()
+
     # -- refusals, before a model is called
 
     @property
@@ -352,6 +358,11 @@ class MeteringCallbacks(BaseCallbackHandler):
                 f"Nobody pays for this run: {who.reason}. It was refused before the model was called, as "
                 "on_unidentified='raise' says."
             )
+
+
+def _is_interrupt(error: BaseException) -> bool:
+    """Whether a graph waits for a person."""
+    return type(error).__name__ in ("GraphInterrupt", "GraphBubbleUp", "NodeInterrupt")
 
 
 def _as_told(run: Run, observed: Observed) -> Observed:

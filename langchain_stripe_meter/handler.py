@@ -280,7 +280,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             )
 
     def close(self, timeout: float = 10.0) -> views.FlushReport | None:
-        """Deliver what is pending, at most ``timeout`` seconds, then let go of threads and connections.
+        """Deliver what is pending, at most ``timeout`` seconds, then let go of threads and connections. Calls that are
+        still open are recorded as far as they have come.
 
         What was not delivered stays in the ledger, and is sent after the next start. So is what is recorded later,
         unless a ``flush``, another ``close`` or entering the handler again (``with``, ``lifespan``) delivers it before.
@@ -300,6 +301,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             if self._courier is not None:
                 stack.callback(self._courier.gateway.close)
             try:
+                self._recorder.settle(self._cut_all)
                 self.flush(timeout)
             finally:
                 if self._courier is not None:

@@ -117,7 +117,7 @@ def test_a_job_that_was_skipped_is_not_taken_for_billed_once_its_customer_is_sai
     meter = recording(customer=from_metadata("stripe_customer_id"))
     meter.record_usage(USAGE, id="job")
     meter.record_usage(USAGE, id="job")
-    with pytest.raises(ConfigurationError, match="'job' stands for 5 of nobody on tokens.*skipped.*another id"):
+    with pytest.raises(ConfigurationError, match=r"'job' stands for 5 of nobody on tokens.*skipped.*another id"):
         meter.record_usage(USAGE, id="job", customer="cus_1")
     meter.record_usage(USAGE, id="job-again", customer="cus_1")
     meter.record_usage(USAGE, id="of nobody", customer=from_metadata("payer"))

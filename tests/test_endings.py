@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
+from langgraph.graph import START, MessagesState, StateGraph
 from providers import AnthropicServer, OpenAIServer, ProviderServer, Reply
 
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens
@@ -161,6 +162,64 @@ def test_a_cancelled_bare_ainvoke_is_found_after_a_deadline(arrival: Arrival, se
     status = arrival.status()
     assert (status.abandoned, status.open_runs) == (1, 0)
     assert billed(arrival)["output"].estimated
+
+
+def test_what_a_cancelled_call_had_produced_is_recorded_when_the_handler_is_closed(
+    arrival: Arrival, server: Any
+) -> None:
+    cancelled_ainvoke(arrival, server, in_chain=False)
+    assert billed(arrival) == {}
+    arrival.close()
+    assert billed(arrival)["output"].estimated
+    assert (arrival.status().abandoned, arrival.status().open_runs) == (1, 0)
+
+
+def test_a_call_that_goes_on_after_the_handler_was_closed_is_billed_once_in_full(
+    handler: StripeMeterCallbackHandler, server: Any
+) -> None:
+    gate, came = threading.Event(), threading.Event()
+    server.reply(Reply("one two three", gate=gate))
+
+    def read() -> None:
+        for chunk in server.chat().stream("Hello", config(handler)):
+            if chunk.text:
+                came.set()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    assert came.wait(60)
+    handler.close()
+    assert all(row.estimated for row in tail(handler._ledger, 9))
+    gate.set()
+    reader.join()
+    assert sum(row.value or 0 for row in tail(handler._ledger, 9) if row.event_name == "tokens") == 15
+
+
+def test_what_a_step_had_produced_when_its_sibling_failed_is_billed(arrival: Arrival, server: Any) -> None:
+    """LangGraph cancels a step whose sibling fails, and LangChain tells nothing of its model call."""
+    gate = threading.Event()
+    server.reply(Reply("one two three", gate=gate))
+    model = server.chat(streaming=True)
+
+    async def slow(state: MessagesState) -> dict[str, Any]:
+        return {"messages": [await model.ainvoke("Count!")]}
+
+    async def broken(state: MessagesState) -> dict[str, Any]:
+        await asyncio.wait_for(arrival.arrived.wait(), 60)
+        raise ValueError("a bug of the application")
+
+    async def main() -> None:
+        arrival.arrived = asyncio.Event()
+        graph = StateGraph(MessagesState).add_node(slow).add_node(broken).add_edge(START, "slow")
+        with pytest.raises(ValueError, match="a bug"):
+            await graph.add_edge(START, "broken").compile().ainvoke({"messages": []}, config(arrival))
+
+    try:
+        asyncio.run(main())
+    finally:
+        gate.set()
+    assert billed(arrival)["output"].estimated
+    assert "messages" not in billed(arrival)
 
 
 def test_a_call_that_times_out_inside_a_node_that_goes_on_is_found_a_while_after_the_message_ends(

@@ -230,7 +230,7 @@ class OpenRuns:
         return _of_message(top, begun)
 
     def cut(self, top: Run, now: int) -> None:
-        """A message was cancelled: LangChain will not tell the end of the model calls that its tasks had under way.
+        """A message failed or was cancelled: of the model calls that its tasks had under way, LangChain may not tell.
 
         What they had received is known by now. The others are waited for a while: what runs in threads goes on.
         """
@@ -240,6 +240,10 @@ class OpenRuns:
             if run.is_call and not run.produced and not run.late:
                 run.late = True
                 self.abandoned += 1
+
+    def cut_all(self, now: int) -> None:
+        """Nobody will be there to hear of an end: close every call that has received anything."""
+        self._abandon([run for run in self._all() if run.produced], now)
 
     def sweep(self, now: int) -> None:
         """Close the runs that ended without saying so."""
