@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.utils import count_tokens_approximately
 
-from langchain_stripe_meter.core.usage import Usage, thoughts_of
+from langchain_stripe_meter.core.usage import Usage, beside_text
 from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:
@@ -36,6 +36,10 @@ PER_OLDER_TOOL = 10
 PER_LINE = 3
 """Tokens that a chat prompt costs beyond its text: per message and reply, for having tools at all, and for each tool
 (more for models before gpt-4o) and each line of its schema, as OpenAI's cookbook has them."""
+
+PER_IMAGE = 85
+"""Tokens of an image of low detail, as OpenAI counts them, and as LangChain's approximation counts each."""
+_IMAGES = ("image", "image_url", "input_image")
 
 
 class Encodings:
@@ -120,14 +124,14 @@ def _count_prompt(prompt: Any, encoding: Encoding | None) -> int:
         return count_tokens_approximately(messages)
     total = PER_REPLY
     for message in messages:
-        total += PER_MESSAGE + 1 + _count_text(_message_text(message), encoding)
+        total += PER_MESSAGE + 1 + _count_text(_message_text(message), encoding) + PER_IMAGE * _images(message)
         if message.name:
             total += 1 + _count_text(message.name, encoding)
     return total
 
 
 def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
-    text = item if isinstance(item, str) else _message_text(item) + _thoughts(item)
+    text = item if isinstance(item, str) else _message_text(item) + beside_text(item) + _unreadable_calls(item)
     return _count_text(text, encoding) if text else 0
 
 
@@ -188,6 +192,12 @@ def _message_text(message: BaseMessage) -> str:
     return text + json.dumps([[call["name"], call["args"]] for call in calls], default=str) if calls else text
 
 
-def _thoughts(message: BaseMessage) -> str:
-    """What came before the answer; the prompt's own is left out, since providers drop it from later turns."""
-    return thoughts_of(message.content) + str(message.additional_kwargs.get("reasoning_content") or "")
+def _unreadable_calls(message: BaseMessage) -> str:
+    """Calls of tools whose arguments are no JSON: maybe they broke off."""
+    calls = getattr(message, "invalid_tool_calls", None) or ()
+    return "".join(f"{call.get('name') or ''}{call.get('args') or ''}" for call in calls)
+
+
+def _images(message: BaseMessage) -> int:
+    blocks = message.content if isinstance(message.content, list) else []
+    return sum(isinstance(block, dict) and block.get("type") in _IMAGES for block in blocks)

@@ -16,7 +16,7 @@ from langchain_core.runnables.config import var_child_runnable_config
 
 from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.runs import merged
-from langchain_stripe_meter.core.usage import Usage, text_of, thoughts_of, usage_from_metadata, usage_from_token_usage
+from langchain_stripe_meter.core.usage import Usage, beside_text, text_of, usage_from_metadata, usage_from_token_usage
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import UsageError
 
@@ -189,7 +189,8 @@ def _once(name: str) -> str:
 def _has_content(item: BaseMessage | str) -> bool:
     if isinstance(item, str):
         return bool(item)
-    return bool(item.content) or bool(getattr(item, "tool_calls", None))
+    calls = getattr(item, "tool_calls", None) or getattr(item, "invalid_tool_calls", None)
+    return bool(item.content or calls or beside_text(item))
 
 
 def requested_model(facts: Facts, params: Mapping[str, Any]) -> str | None:
@@ -204,10 +205,8 @@ def piece_of(token: Any, message: Any) -> str:
     text = token if isinstance(token, str) else text_of(token)
     if message is None:
         return text
-    if type(message.content) is list:
-        text += thoughts_of(message.content)
-    if message.additional_kwargs:
-        text += str(message.additional_kwargs.get("reasoning_content") or "")
+    if message.additional_kwargs or type(message.content) is list:
+        text += beside_text(message)
     for call in getattr(message, "tool_call_chunks", None) or ():
         text += (call.get("name") or "") + (call.get("args") or "")
     return text

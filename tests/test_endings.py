@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
+from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import START, MessagesState, StateGraph
 from providers import AnthropicServer, OpenAIServer, ProviderServer, Reply
@@ -82,6 +84,23 @@ def test_a_stream_that_the_provider_cuts_is_billed_as_an_estimate_and_is_no_answ
         list(server.chat().stream("Count!", config(handler)))
     rows = billed(handler)
     assert rows["output"].estimated
+    assert "messages" not in rows
+
+
+def test_a_refusal_that_broke_off_is_billed_as_an_estimate(handler: StripeMeterCallbackHandler) -> None:
+    """For clients that pass it on in pieces: that of OpenAI's chat completions drops it."""
+
+    class Refusing(GenericFakeChatModel):
+        def _stream(self, *args: Any, run_manager: Any = None, **kwargs: Any) -> Iterator[ChatGenerationChunk]:
+            chunk = AIMessageChunk("", additional_kwargs={"refusal": "I am sorry, but I cannot"})
+            yield ChatGenerationChunk(message=chunk)
+            raise ConnectionError("the provider is away")
+
+    with pytest.raises(ConnectionError):
+        list(Refusing(messages=iter(())).stream("Count!", config(handler)))
+    rows = billed(handler)
+    assert rows["output"].estimated
+    assert int(rows["output"].value or 0) >= 5
     assert "messages" not in rows
 
 

@@ -278,3 +278,25 @@ def test_a_vocabulary_is_never_loaded_nor_used_on_an_event_loops_thread(
         assert shop.rows()["out"].estimated
     assert threads
     assert threading.get_ident() not in threads
+
+
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + 20_000 * "A"}}
+
+
+def test_an_image_in_a_prompt_counts_as_one_of_low_detail() -> None:
+    text = {"type": "text", "text": "What is this?"}
+    without = prompt_tokens([HumanMessage([text])], "gpt-4o") or 0
+    assert prompt_tokens([HumanMessage([text, IMAGE, IMAGE])], "gpt-4o") == without + 2 * estimate.PER_IMAGE
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        AIMessage("", additional_kwargs={"refusal": "I cannot help with that."}),
+        AIMessage([{"type": "refusal", "refusal": "I cannot help with that."}]),
+        AIMessage("", invalid_tool_calls=[{"name": "look_up", "args": '{"city": "Par', "id": "1", "error": None}]),
+    ],
+    ids=["refusal", "refusal as a block", "a call that broke off"],
+)
+def test_an_answer_that_is_no_text_counts(answer: AIMessage) -> None:
+    assert (estimate_usage("Hi", None, [answer], "gpt-4o").output or 0) >= 5

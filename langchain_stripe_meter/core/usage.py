@@ -205,5 +205,12 @@ def thoughts_of(blocks: Any) -> str:
     return "".join(map(str, found))
 
 
+def beside_text(message: Any) -> str:
+    """What a message, or a piece of one, holds beside its text that is charged as output: thoughts, and a refusal."""
+    blocks, extra = message.content, message.additional_kwargs
+    said = thoughts_of(blocks) + "".join(str(block.get("refusal") or "") for block in _mappings(blocks))
+    return said + "".join(str(extra.get(key) or "") for key in ("reasoning_content", "refusal"))
+
+
 def _mappings(blocks: Any) -> list[Mapping[str, Any]]:
     return [block for block in blocks if isinstance(block, Mapping)] if isinstance(blocks, list) else []
