@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
 from importlib.util import find_spec
@@ -71,4 +72,8 @@ def _priced(meter: Meter) -> Meter:
         if meter.prices:
             return meter
         raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
+    with suppress(LookupError):
+        genai_price(
+            Usage(1, 1), "gpt-4o", "openai"
+        )  # it reads its table from disk at first, which no event loop shall wait for
     return replace(meter, pricer=genai_price)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from decimal import Decimal, Inexact, localcontext
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,20 @@ def test_own_prices_come_first_and_name_dollars_per_million_tokens(tmp_path: Pat
         server.reply(Reply(usage=openai_usage(1000, 100)))
         server.chat(model="my-own-model").invoke("Hi", shop.config())
         assert shop.billed() == {"cost": 1000 * Decimal("0.5") + 100 * 2}
+
+
+def test_prices_are_read_before_the_first_run(tmp_path: Path) -> None:
+    """Not on the event loop of that run. (In a process of its own, since each reads them once.)"""
+    program = f"""
+import sys
+from langchain_stripe_meter import Cost, StripeMeterCallbackHandler
+from langchain_stripe_meter.core.meters import Call
+from langchain_stripe_meter.core.usage import Usage
+meter = StripeMeterCallbackHandler(Cost("cost"), customer="cus_1", deliver=False, ledger="sqlite:///{tmp_path}/l.db")
+known, opened = set(sys.modules), []
+sys.addaudithook(lambda event, args: opened.append(args[0]) if event == "open" else None)
+print([one.value for one in meter.meters[0].readings(Call(Usage(1000, 10), "gpt-4o", "openai"))])
+print(opened, sorted(set(sys.modules) - known))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=100)
+    assert done.stdout.endswith("Decimal('2600.0000')]\n[] []\n"), (done.stdout, done.stderr)
