@@ -26,6 +26,7 @@ from langchain_stripe_meter.errors import UnidentifiedError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
     Observed,
+    as_running_total,
     facts_of,
     observe,
     observe_decision,
@@ -300,6 +301,8 @@ class MeteringCallbacks(BaseCallbackHandler):
         """The end of a call in the light of what was told before it, and the call, if there is anything to bill."""
         if observed.partial or observed.cached or isinstance(run, _Completion):
             observed = _as_told(run, observed)
+        if run.repeats > 0 and run.running_total is not None:
+            observed = as_running_total(observed, run.told, run.running_total)
         empty, call = observed.is_empty, call_of(run, observed)
         if answers and not (empty and observed.partial):
             self._runs.answered(run, call)
@@ -368,7 +371,7 @@ def _is_interrupt(error: BaseException) -> bool:
 def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
     if observed.partial and observed.is_empty and run.produced:  # an error may leave out what came
-        return received(run.reported, run.received)
+        return received(run.running_total or run.reported, run.received)
     if observed.cached and run.produced:  # what is found in a cache does not come in pieces
         return replace(observed, cached=False)
     batch = run.batch if isinstance(run, _Completion) else None
@@ -377,5 +380,5 @@ def _as_told(run: Run, observed: Observed) -> Observed:
 
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
-    observed = received(run.reported, run.received)
+    observed = received(run.running_total or run.reported, run.received)
     return Ending(run, observed, call_of(run, observed))

@@ -6,7 +6,7 @@ Everything here is about LangChain's shapes, and nothing about Stripe's.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import field, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -210,6 +210,17 @@ def piece_of(token: Any, message: Any) -> str:
     for call in getattr(message, "tool_call_chunks", None) or ():
         text += (call.get("name") or "") + (call.get("args") or "")
     return text
+
+
+def as_running_total(observed: Observed, told: int, report: Any) -> Observed:
+    """``observed``, whose usage is LangChain's sum of reports that were running totals, by the last ``report`` alone;
+    ``told`` is the sum of their inputs."""
+    if observed.usage is None or observed.usage.input != told:  # this client did not add them up
+        return observed
+    try:
+        return replace(observed, usage=usage_from_metadata(report))
+    except UsageError as error:
+        return replace(observed, usage=None, doubt=str(error))
 
 
 def received(report: Any, pieces: Sequence[str]) -> Observed:

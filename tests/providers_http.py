@@ -40,6 +40,8 @@ class Reply:
     """The numbers in the provider's own shape; None: it reports no usage at all."""
     final_usage: Mapping[str, Any] | None = field(default_factory=lambda: USUAL)
     """Anthropic streams only: the last report, where it is not to follow from ``usage``."""
+    running: bool = False
+    """Chat completions only: each chunk of a stream reports what the call came to so far, as some gateways do."""
     model: str | None = None
     """The model that answers; None: the one asked for."""
     status: int = 200

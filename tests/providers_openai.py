@@ -140,8 +140,10 @@ def _chat_message(call: Call) -> Json:
 
 def _chat_events(call: Call) -> Iterator[Event]:
     yield from _chat_chunks(call, {"role": "assistant", "content": "", "refusal": None})
-    for delta in _chat_deltas(call):
-        yield from _chat_chunks(call, delta, piece=True)
+    for count, delta in enumerate(_chat_deltas(call), 1):
+        so_far = {"usage": openai_usage(12, count)} if call.reply.running else {}
+        for event in _chat_chunks(call, delta, piece=True):
+            yield event._replace(data={**event.data, **so_far}) if isinstance(event.data, dict) else event
     yield from _chat_chunks(call, {}, finish=_finish(call))
     yield from _usage_chunk(call, "chat.completion.chunk", openai_usage())
     yield Event("[DONE]")

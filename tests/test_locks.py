@@ -25,6 +25,7 @@ CALLED_INSIDE = {
     "callbacks.MeteringCallbacks._step_failed": "soon(), within()",
     "callbacks.MeteringCallbacks._end": "soon(), within()",
     "callbacks.MeteringCallbacks._sweep": "soon()",
+    "callbacks.MeteringCallbacks._cut_all": "soon()",
     "recording.Recorder.recorded": "soon(), within()",
     "recording.Recorder._failed": "soon(), within()",
     "ledger.group.GroupCommit._submit": "within()",

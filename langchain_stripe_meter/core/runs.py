@@ -29,6 +29,9 @@ REMEMBERED = 4096
 """The most abandoned calls whose end is waited for, and the most steps that are known after their end, so that they
 never accumulate."""
 
+RUNNING = 3
+"""Reports of one stream, each with the prompt and none smaller than the one before, that are no parts of a sum: nobody
+sends a prompt three times. (Two may be: what a provider's own tools added to the prompt.)"""
 
 _NO_FACTS = Facts()
 
@@ -40,7 +43,9 @@ class Run:
     answered for now, and ``waits_in`` the run in which it waits or failed. ``late`` marks a call of a message that was
     cancelled: it counts as abandoned, unless its end is told after all; ``was_lost`` one that was handed over before it
     said so. ``billed`` is what a call was recorded as, in the readings ``billed_as``; ``begun`` of a message what a
-    cancelled call had begun to answer."""
+    cancelled call had begun to answer. Of the reports of usage in a stream, ``reported`` is the first, ``latest`` the
+    last, ``told`` the sum of their inputs, and ``repeats`` how many there were while each said what it came to so far.
+    """
 
     id: Hashable
     started: int
@@ -54,6 +59,9 @@ class Run:
     begun: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
     reported: Any = field(default=None, repr=False)
+    latest: Any = field(default=None, repr=False)
+    repeats: int = 0
+    told: int = 0
     interrupted: bool = False
     waits_in: Hashable = None
     taken: bool = False
@@ -77,6 +85,11 @@ class Run:
     def produced(self) -> bool:
         """Whether there is anything to bill, should its end never be told."""
         return bool(self.received) or self.reported is not None
+
+    @property
+    def running_total(self) -> Any:
+        """The last report of a stream in which three and more told the whole prompt, and all that had come by then."""
+        return self.latest if self.repeats >= RUNNING else None
 
     @property
     def nearest_user(self) -> Any:
@@ -188,8 +201,8 @@ class OpenRuns:
             return
         if text:
             run.received.append(text)
-        if report and run.reported is None and (report.get("input_tokens") or report.get("output_tokens")):
-            run.reported = report
+        if report and (report.get("input_tokens") or report.get("output_tokens")):
+            _hear(run, report)
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message.
@@ -266,6 +279,20 @@ class OpenRuns:
         """What was ``lost``, each once."""
         lost, self.lost = self.lost, []
         return lost
+
+
+def _hear(run: Run, report: Mapping[str, Any]) -> None:
+    """Some gateways report with each piece what the call came to so far, which LangChain takes for parts of a sum."""
+    (sent, came), before = _sums(report), _sums(run.latest or {})
+    repeats = run.repeats >= 0 and sent > 0 and sent >= before[0] and came >= before[1]
+    run.repeats = run.repeats + 1 if repeats else -1
+    run.told += sent
+    run.latest = report
+    run.reported = run.reported or report
+
+
+def _sums(report: Mapping[str, Any]) -> tuple[int, int]:
+    return report.get("input_tokens") or 0, report.get("output_tokens") or 0
 
 
 def _is_abandoned(run: Run, now: int) -> bool:
