@@ -251,7 +251,8 @@ class MeteringCallbacks(BaseCallbackHandler):
     def _step_ended(self, *outputs: Any, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step ended: if it was the user's message, that is recorded before the run returns. (What the caller of a
         tool gives beside its input comes along, under whatever name.) A decision is paid for, and answers nothing."""
-        return self._end(run_id, observe_decision(outputs[0]) if outputs else None, answers=False)
+        decided = observe_decision(outputs[0]) if outputs and self._runs.is_call(run_id) else None
+        return self._end(run_id, decided, answers=False)
 
     def _step_failed(self, error: BaseException, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
         """A step failed. A message that failed was not answered; one that waits for a person is not answered yet. One
@@ -284,7 +285,7 @@ class MeteringCallbacks(BaseCallbackHandler):
             run = self._runs.end(run_id, now)
             if run is None:
                 return ()
-            if observed is not None and run.is_call:  # else a chain that ends with a decision hands on what that said
+            if observed is not None:
                 observed, call = self._observed(run, observed, answers=answers and counts, cancelled=cancelled)
             elif run.top is run and error is not None and not _is_interrupt(error):
                 self._runs.cut(run, now)

@@ -144,8 +144,8 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
 
 
 def observe_decision(outputs: Any) -> Observed | None:
-    """Read what a step gave, if it is a decision model's answer (``langchain_core.decisions``, of newer versions)."""
-    if isinstance(outputs, dict | str | list | BaseMessage) or not hasattr(outputs, "answers"):
+    """Read what a decision model answered (``langchain_core.decisions``, of newer versions); None if it is none."""
+    if not hasattr(outputs, "answers"):
         return None
     output, model = [str(outputs.answers)], getattr(outputs, "model", None)
     try:

@@ -60,6 +60,20 @@ def test_a_chain_that_ends_with_a_decision_is_billed_once(shop: Shop) -> None:
     assert shop.billed() == {"tokens": 910}
 
 
+def test_what_a_chain_gives_is_not_looked_into(shop: Shop) -> None:
+    """It may be anything, such as a row that asks a database for each attribute."""
+
+    class Row:
+        def __getattr__(self, name: str) -> None:
+            if name in {"answers", "usage", "model"}:
+                raise RuntimeError("this row has no session any more")
+            raise AttributeError(name)
+
+    with OpenAIServer() as server:
+        (server.chat() | RunnableLambda(lambda _: Row())).invoke("Hi", shop.config())
+    assert shop.billed() == {"tokens": 15, "messages": 1, "credits": 10}
+
+
 def test_a_decision_that_reports_no_usage_is_estimated(shop: Shop) -> None:
     Decider(usage=None).invoke(REQUEST, shop.config())
     assert shop.rows()["tokens"].estimated

@@ -119,9 +119,10 @@ class Run:
 
 
 class OpenRuns:
-    """The runs that have started and not yet ended. The caller holds a lock, but for a start, ``facts_at``, ``receive``
-    and ``len``: those look up and put in one run at a time, which nothing divides. So whoever looks at all runs looks
-    at a list of them, and a run that ends is known as past before it is no more open."""
+    """The runs that have started and not yet ended. The caller holds a lock, but for a start, ``facts_at``,
+    ``is_call`` and ``receive``, and for ``len``: those look up and put in one run at a time, which nothing divides.
+    So whoever looks at all runs looks at a list of them, and a run that ends is known as past before it is no more
+    open."""
 
     def __init__(self) -> None:
         self._runs: dict[Hashable, Run] = {}
@@ -137,6 +138,11 @@ class OpenRuns:
 
     def __contains__(self, run_id: Hashable) -> bool:
         return run_id in self._runs
+
+    def is_call(self, run_id: Hashable) -> bool:
+        """Whether this open run is a model call."""
+        run = self._runs.get(run_id)
+        return run is not None and run.is_call
 
     def _all(self) -> list[Run]:
         return list(self._runs.values())
