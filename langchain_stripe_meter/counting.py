@@ -172,7 +172,8 @@ def estimates_of(run: Run, rest: Entry) -> list[str]:
 def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> Entry:
     """The same usage, for whoever has the ``other`` reading, as the ledger has that. Where nobody has, a lead that is
     captured for ``session`` may claim both. Where a person has taken the other back, nobody is billed or credited
-    without that person's word."""
+    without that person's word. It is on the same account: ``tenant=`` may fail by now."""
+    entry = replace(entry, account=other["account"])
     if other["state"] == ReadingState.SKIPPED:
         return replace(of_nobody(entry, other["reason"]), session=session)
     written_off = other["state"] == ReadingState.WRITTEN_OFF or other["event_state"] == EventState.WRITTEN_OFF

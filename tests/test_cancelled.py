@@ -16,9 +16,10 @@ from langchain_core.language_models.chat_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult, LLMResult
 from langchain_core.runnables import RunnableLambda
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from langchain_stripe_meter import Credits, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger.schema import readings
 from langchain_stripe_meter.ledger.views import Row, tail
@@ -252,6 +253,18 @@ def test_on_each_meter_the_rest_goes_where_its_estimate_on_that_meter_went(tmp_p
         rows = outlived(handler, assign, {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320, **details})
     assert {(row.event_name, row.customer) for row in rows} == {("a", "cus_2"), ("b", "cus_1")}
     assert [sum(row.value or 0 for row in rows if row.event_name == name) for name in "ab"] == [320, 320]
+
+
+def test_the_rest_is_on_the_account_of_its_estimate_though_tenant_fails_by_then(tmp_path: Path) -> None:
+    accounts = iter(["acct_anna"])
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    with StripeMeterCallbackHandler(
+        Tokens("a"), customer="cus_1", deliver=False, ledger=ledger, tenant=lambda _: Tenant(next(accounts))
+    ) as handler:
+        outlived(handler, lambda: None, {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320})
+        with handler._ledger.read() as connection:
+            rows = connection.execute(select(readings.c.state, readings.c.customer, readings.c.account)).all()
+    assert rows == 2 * [("resolved", "cus_1", "acct_anna")]
 
 
 @pytest.mark.parametrize("taken_back", ["cancelled", "asked to be cancelled", "written off"])
