@@ -434,7 +434,8 @@ def test_a_wish_to_cancel_whose_outcome_nobody_knows_makes_the_sum_tell_nothing(
     assert shop.billed() == 5
 
 
-def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop: DoubtShop) -> None:
+@pytest.mark.parametrize("state", ["delivered", "written_off"])
+def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop: DoubtShop, state: str) -> None:
     shop.doubt("a", "b", value=5)
     with shop.ledger.deliver_lane().transaction() as connection:
         connection.execute(update(events).where(events.c.identifier == "a").values(state="written_off"))
@@ -442,7 +443,7 @@ def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop
     shop.look(1)
     with pytest.raises(StripeError, match="written off while"):
         shop.look(1)
-    facts = {"event_name": "ai_tokens", "customer": "cus_1", "day": shop.minute // DAY * DAY, "state": "delivered"}
+    facts = {"event_name": "ai_tokens", "customer": "cus_1", "day": shop.minute // DAY * DAY, "state": state}
     with shop.ledger.deliver_lane().transaction() as connection:
         connection.execute(insert(pruned).values(account="", amount="1", readings=1, **facts))
     shop.sandbox.advance(seconds=ASK_AGAIN)

@@ -162,7 +162,7 @@ _PRUNED = select(pruned.c.day).where(
     pruned.c.event_name == bindparam("event_name"),
     pruned.c.customer == bindparam("customer"),
     pruned.c.day == bindparam("day"),
-    pruned.c.state == EventState.DELIVERED.value,
+    pruned.c.state.in_((EventState.DELIVERED.value, EventState.WRITTEN_OFF.value)),  # Stripe may have the latter, too
 )
 
 
