@@ -76,6 +76,16 @@ def test_cancelling_again_is_safe_also_when_nobody_knows_what_came_of_it(books: 
     assert books.told() == ["cancel asked run-1", "cancelled run-1"]
 
 
+def test_after_a_cancelling_of_which_nobody_knows_what_came_nobody_is_told_to_correct_the_total(books: Books) -> None:
+    books.deliver("run-1")
+    books.sandbox.fail(drop_request(), path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match="unknown"):
+        cancel(books.ledger, books.gateway, "run-1")
+    books.sandbox.advance(hours=25)
+    with pytest.raises(IllegalMoveError, match=r"no longer cancels it\. An earlier try may have: see with verify"):
+        cancel(books.ledger, books.gateway, "run-1")
+
+
 @pytest.mark.parametrize("refuses", [False, True])
 def test_what_stripe_rejects_while_it_is_being_cancelled_is_written_off(books: Books, refuses: bool) -> None:
     """The report overtakes Stripe's answer to the wish; whatever that is, nothing is billed, now or by a retry."""

@@ -130,10 +130,10 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
             return None
         _named_move(next_event_state, EventState(row.state), Move.CANCEL, f"The meter event {row.identifier}")
         if now - row.settled_at > CANCEL_SECONDS:
-            raise IllegalMoveError(
-                f"The meter event {row.identifier} was delivered more than 24 hours ago, and Stripe no longer cancels "
-                "it. Correct the customer's total instead: correct(...)."
-            )
+            said = f"{row.identifier} was delivered more than 24 hours ago, and Stripe no longer cancels it."
+            if known == CANCEL_ASKED:
+                raise IllegalMoveError(f"{said} An earlier try may have: see with verify before you correct anything.")
+            raise IllegalMoveError(f"{said} Correct the customer's total instead: correct(...).")
         if known != CANCEL_ASKED:
             write_act(connection, CANCEL_ASKED, row.identifier, "", now)
         return Cancellable(row.id, row.identifier, row.event_name, row.account)
