@@ -302,7 +302,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         """The end of a call in the light of what was told before it, and the call, if there is anything to bill."""
         if observed.partial or observed.cached or isinstance(run, _Completion):
             observed = _as_told(run, observed)
-        if run.repeats > 0 and run.running_total is not None:
+        if run.running_total is not None:
             observed = as_running_total(observed, run.told, run.running_total)
         empty, call = observed.is_empty, call_of(run, observed)
         if answers and not (empty and observed.partial):

@@ -72,8 +72,6 @@ def _priced(meter: Meter) -> Meter:
         if meter.prices:
             return meter
         raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")
-    with suppress(LookupError):
-        genai_price(
-            Usage(1, 1), "gpt-4o", "openai"
-        )  # it reads its table from disk at first, which no event loop shall wait for
+    with suppress(LookupError):  # the first price is read from disk, for which no event loop shall wait
+        genai_price(Usage(1, 1), "gpt-4o", "openai")
     return replace(meter, pricer=genai_price)

@@ -35,6 +35,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import RecordedRequest, refuse, server_error_after_accept
 
+ADJUSTMENTS = "/v1/billing/meter_event_adjustments"
 SUMMARIES = "*/event_summaries"
 NOW = 1_780_000_020
 DAY = 86_400
@@ -432,6 +433,20 @@ def test_a_wish_to_cancel_whose_outcome_nobody_knows_makes_the_sum_tell_nothing(
         shop.look(1)
     assert shop.states() == {"delivered": "delivered", "doubtful": "doubtful"}
     assert shop.billed() == 5
+
+
+def test_a_wish_to_cancel_that_stripe_refused_leaves_its_minute_as_it_was(shop: DoubtShop) -> None:
+    shop.record("delivered", value=7, at=shop.minute)
+    shop.drive()
+    shop.sandbox.fail(refuse(400, message="It is on an invoice that is final."), path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match="invoice"):
+        cancel(shop.ledger, shop.courier.gateway, "delivered")
+    shop.doubt("doubtful", value=5)
+    shop.rest()
+    shop.look(2)
+    shop.drive()
+    assert shop.states() == {"delivered": "delivered", "doubtful": "delivered"}
+    assert shop.billed() == 12
 
 
 @pytest.mark.parametrize("state", ["delivered", "written_off"])

@@ -15,12 +15,15 @@ from sqlalchemy import update
 from langchain_stripe_meter.audit.windows import Windows
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
 from langchain_stripe_meter.delivery.courier import CHORES_SECONDS, Courier
+from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import acts, sealing
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import cancel
-from langchain_stripe_meter.sandbox import server_error
+from langchain_stripe_meter.sandbox import refuse, server_error
+
+ADJUSTMENTS = "/v1/billing/meter_event_adjustments"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -72,6 +75,19 @@ def test_one_sample_of_fifty_and_nothing_at_stripe_rejects_all_fifty_once_its_su
     assert set(books.states().values()) == {"delivered"}
     assert sum(event.billed for event in books.sandbox.events) == 51
     settled(books.ledger, books.sandbox, fault="Stripe rejects 50 events after it took them, and names one", tried=50)
+
+
+def test_an_event_that_stripe_would_not_cancel_is_found_among_the_rejected(books: Books) -> None:
+    """That somebody wished to cancel it explains nothing any more."""
+    books.sandbox.error_samples = 1
+    books.deliver("run-1")
+    books.deliver("run-2", at=books.ledger.now() - 300)
+    books.sandbox.fail(refuse(400, message="It is on an invoice that is final."), path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match="invoice"):
+        cancel(books.ledger, books.gateway, "run-2")
+    books.take(*books.sandbox.reject("run-1", "run-2"))
+    look_twice(books)
+    assert books.states() == {"run-1": "rejected", "run-2": "rejected"}
 
 
 @pytest.mark.parametrize(("lag", "ahead"), [(60, 0), (3600, 0), (SUMS_LAG, 0), (60, 3600), (3600, 3600)])

@@ -31,14 +31,13 @@ from langchain_stripe_meter.core.states import (
 from langchain_stripe_meter.core.tenants import NO_TENANT
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.epoch import restored_up_to
-from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, CANCELLED, acts, events, readings
+from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, CANCEL_REFUSED, CANCELLED, acts, events, readings
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
 from langchain_stripe_meter.ledger.store import ASSIGNED, Entry, Ledger, check_same, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
 CANCEL_SECONDS = 86_400
 """Stripe cancels an event within 24 hours of receiving it."""
-REFUSED = "cancel refused"
 CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
 UNEXPLAINED = "unexplained"
 MAX_REASON = 300
@@ -146,7 +145,7 @@ def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> bo
         if _cancelling(connection, event.identifier) == CANCELLED:
             return True
         if refused is not None:
-            write_act(connection, REFUSED, event.identifier, refused[:MAX_REASON], ledger.now())
+            write_act(connection, CANCEL_REFUSED, event.identifier, refused[:MAX_REASON], ledger.now())
             return False
         if not _cancel(connection, event.id, event.identifier, "", ledger.now()):
             raise IllegalMoveError(f"{event.identifier} was rejected while it was being cancelled: write it off.")
@@ -163,8 +162,8 @@ def _cancel(connection: Connection, event_id: int, identifier: str, detail: str,
 
 
 def _cancelling(connection: Connection, identifier: str) -> str | None:
-    """The last of what is written down of the wish to cancel it: CANCEL_ASKED, CANCELLED or REFUSED."""
-    wish = (acts.c.subject == identifier, acts.c.act.in_((CANCEL_ASKED, CANCELLED, REFUSED)))
+    """The last of what is written down of the wish to cancel it: CANCEL_ASKED, CANCELLED or CANCEL_REFUSED."""
+    wish = (acts.c.subject == identifier, acts.c.act.in_((CANCEL_ASKED, CANCELLED, CANCEL_REFUSED)))
     return connection.execute(select(acts.c.act).where(*wish).order_by(acts.c.id.desc()).limit(1)).scalar()
 
 

@@ -129,13 +129,22 @@ acts = Table(  # what a person or a webhook decided: re-timed, written off, assi
     Column("detail", Text),
     Index("acts_subject", "subject"),
 )
-CANCEL_ASKED, CANCELLED = "cancel asked", "cancelled"
+CANCEL_ASKED, CANCELLED, CANCEL_REFUSED = "cancel asked", "cancelled", "cancel refused"
 IS_CANCEL = acts.c.act.in_([CANCEL_ASKED, CANCELLED])
-CANCELLED_AT = (
-    select(func.max(acts.c.at)).where(acts.c.subject == events.c.identifier, IS_CANCEL).correlate(events)
-    .scalar_subquery().label("cancelled_at")
+_wishes = acts.alias()
+_LAST_WISH = (
+    select(func.max(_wishes.c.id)).where(_wishes.c.subject == events.c.identifier)
+    .where(_wishes.c.act.in_([CANCEL_ASKED, CANCELLED, CANCEL_REFUSED])).correlate(events).scalar_subquery()
 )  # fmt: skip
-"""When an event was cancelled, or was last asked to be: a column for a query of events."""
+CANCELLED_AT = (
+    select(acts.c.at)
+    .where(acts.c.id == _LAST_WISH, IS_CANCEL)
+    .correlate(events)
+    .scalar_subquery()
+    .label("cancelled_at")
+)
+"""When an event was cancelled, or was last asked to be; None where Stripe has refused that: a column for a query of
+events."""
 
 webhook_events = Table(  # Stripe's notifications that were taken in, each once
     "webhook_events",
