@@ -33,7 +33,7 @@ from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.schema import acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import cancel
-from langchain_stripe_meter.sandbox import RecordedRequest, refuse, server_error_after_accept
+from langchain_stripe_meter.sandbox import RecordedRequest, drop_answer, refuse, server_error_after_accept
 
 ADJUSTMENTS = "/v1/billing/meter_event_adjustments"
 SUMMARIES = "*/event_summaries"
@@ -447,6 +447,19 @@ def test_a_wish_to_cancel_that_stripe_refused_leaves_its_minute_as_it_was(shop: 
     shop.drive()
     assert shop.states() == {"delivered": "delivered", "doubtful": "delivered"}
     assert shop.billed() == 12
+
+
+def test_what_was_cancelled_is_known_though_its_first_answer_was_lost(shop: DoubtShop) -> None:
+    shop.sandbox.fail(drop_answer())
+    shop.record("cancelled", value=7, at=shop.minute)
+    shop.drive()
+    cancel(shop.ledger, shop.courier.gateway, "cancelled")
+    shop.doubt("doubtful", value=5)
+    shop.rest()
+    shop.look(2)
+    shop.drive()
+    assert shop.states() == {"cancelled": "written_off", "doubtful": "delivered"}
+    assert shop.billed() == 5
 
 
 @pytest.mark.parametrize("state", ["delivered", "written_off"])

@@ -59,8 +59,9 @@ class Trace:
 
     @property
     def was_given_up(self) -> bool:
-        """Whether it was written off although Stripe may have it."""
-        return self.state is EventState.WRITTEN_OFF and self.first_unknown_at is not None
+        """Whether it was written off although Stripe may have it. (What it cancelled, it has no more.)"""
+        is_unknown = self.first_unknown_at is not None and self.cancelled_at is None
+        return self.state is EventState.WRITTEN_OFF and is_unknown
 
     @property
     def awaits_person(self) -> bool:
