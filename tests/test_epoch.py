@@ -249,6 +249,31 @@ def test_a_weekend_without_a_courier_is_no_restore(shop: Shop) -> None:
     assert shop.told == []
 
 
+def test_what_was_rolled_up_anew_since_the_backup_is_not_sent_again_as_it_was_then(shop: Shop) -> None:
+    """Its meter went and came back, and late usage joined it: Stripe has it, under an identifier of its own."""
+    minute = shop.ledger.now() // 60 * 60
+    shop.record("r1", "r2", value=5, at=minute)
+    shop.sandbox.advance(seconds=61)
+    shop.sandbox.fail(refuse(429), times=None)
+    shop.deliver(roll_up=60, until=lambda: shop.states() == {"r1": "pending", "r2": "pending"})
+    backup(shop.ledger, shop.copy)
+    shop.sandbox.clear_faults()
+    shop.sandbox.deactivate_meter("m")
+    shop.sandbox.advance(seconds=700)
+    shop.deliver(roll_up=60, until=lambda: shop.states() == {"r1": "held", "r2": "held"})
+    shop.record("r3", at=minute + 5)
+    shop.sandbox.reactivate_meter("m")
+    sealing.retry(shop.ledger)
+    shop.deliver(roll_up=60)
+    assert shop.sandbox.billed("m", "cus_1") == 11
+    shop.restore()
+    shop.ledger = shop.open()
+    shop.sandbox.advance(hours=1)
+    shop.deliver(roll_up=60)
+    assert shop.sandbox.billed("m", "cus_1") == 11
+    assert shop.states() == {"r1": "doubtful", "r2": "doubtful"}
+
+
 @pytest.mark.parametrize("rolls_now", [60, None])
 def test_rolled_up_usage_may_have_had_another_identifier_so_it_is_in_doubt_at_once(
     shop: Shop, rolls_now: int | None

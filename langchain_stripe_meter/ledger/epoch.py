@@ -27,7 +27,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, and_, case, func, select, update
+from sqlalchemy import Connection, and_, case, func, literal, select, update
 
 from langchain_stripe_meter.core.states import SAFE_WINDOW, EventState, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
@@ -256,17 +256,20 @@ def put_in_doubt(connection: Connection, now: int, why: str, until: int | None =
     """Treat all that is unsent here as if its outcome were unknown since it was recorded.
 
     So it goes out under its identifier while Stripe surely remembers that, and becomes doubtful after. Readings that
-    are no event yet are treated so when they become one; with ``until`` (Unix seconds), only those of up to then.
+    are no event yet are treated so when they become one; with ``until`` (Unix seconds), only those of up to then. Where
+    usage is rolled up, what is unsent here may have gone out in another event, under another identifier, which Stripe
+    would not refuse: all of it is doubtful at once.
     """
-    unknown = case((events.c.first_unknown_at < events.c.at, events.c.first_unknown_at), else_=events.c.at)
+    rolled = and_(events.c.identifier >= "rollup-", events.c.identifier < "rollup.")
+    rolled_up = connection.execute(select(events.c.id).where(rolled).limit(1)).first() is not None
+    known = case((events.c.first_unknown_at < events.c.at, events.c.first_unknown_at), else_=events.c.at)
+    unknown = literal(0) if rolled_up else known
     unsent = update(events).where(events.c.state.in_(_MAY_HAVE_BEEN_SENT))
     connection.execute(unsent.values(first_unknown_at=unknown))
     doubtful = update(events).where(events.c.state == EventState.DOUBTFUL.value)
     connection.execute(doubtful.values(seen_value=None, seen_at=None))
     newest = select(func.max(readings.c.id))
     reading = connection.execute(newest if until is None else newest.where(readings.c.at <= until)).scalar() or 0
-    rolled = and_(events.c.identifier >= "rollup-", events.c.identifier < "rollup.")
-    rolled_up = connection.execute(select(events.c.id).where(rolled).limit(1)).first() is not None
     set_note(connection, RESTORED, json.dumps({"reading": reading, "rolled_up": rolled_up, "why": why}), now)
 
 
