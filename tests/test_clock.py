@@ -164,8 +164,8 @@ def test_what_a_clock_that_was_ahead_left_in_doubt_is_settled_as_soon_as_anythin
 
 def test_a_clock_that_is_behind_makes_no_doubt_older_than_it_is(shop: SkewedShop) -> None:
     """Stripe's date says that it is behind; else the sums would be believed, once it is right, before they can be."""
-    doubt_while_ahead(shop)
     began = shop.sandbox.now()
+    doubt_while_ahead(shop)
     for courier in (chores_of(shop), chores_of(shop)):
         courier.turn()
         with shop.ledger.read() as connection:
