@@ -154,6 +154,29 @@ def test_of_two_who_record_different_usage_under_one_id_at_once_one_is_refused(r
     assert sorted([*refused, str(row.customer)]) == [f"cus_{number}" for number in range(8)]
 
 
+def test_who_says_at_the_same_moment_as_others_who_pays_for_a_job_is_billed_or_refused(recording: Recording) -> None:
+    meter = recording(customer=from_metadata("stripe_customer_id"))
+    refused: list[str] = []
+
+    def record(job: str, customer: str | None) -> None:
+        start.wait()
+        try:
+            meter.record_usage(USAGE, id=job, customer=customer)
+        except ConfigurationError:
+            refused.append(job)
+
+    for number in range(40):
+        job, start = f"job {number}", threading.Barrier(8)
+        who = 4 * ("cus_1", None)  # whoever comes last to a barrier goes first
+        threads = [threading.Thread(target=record, args=(job, customer)) for customer in who]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (state,) = {row.state for row in tail(meter._ledger, 1)}
+        assert refused.count(job) == (4 if state == "skipped" else 0)
+
+
 def test_an_id_whose_usage_a_person_gave_to_somebody_else_may_be_repeated(recording: Recording) -> None:
     meter = recording(customer=static(email="a@x.io"))
     meter.record_usage(USAGE, id="job")

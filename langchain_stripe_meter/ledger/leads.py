@@ -196,7 +196,7 @@ class Leads:
             check_same(connection, entries, id, is_named=is_named)
         stored = self.record(entries)
         with self._ledger.look() as connection:  # somebody else may have been as fast
-            check_same(connection, stored, id)
+            check_same(connection, stored, id, is_named=is_named)
         return stored
 
     def _look_again(self, connection: Connection, entry: Entry) -> Entry:
