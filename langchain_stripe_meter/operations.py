@@ -14,7 +14,7 @@ from langchain_stripe_meter.core.tenants import lead_region
 from langchain_stripe_meter.counting import entry_of
 from langchain_stripe_meter.errors import ConfigurationError, OnError, StripeError, UnrecordedError
 from langchain_stripe_meter.ledger import acts as decisions
-from langchain_stripe_meter.ledger import doubts, sealing, views
+from langchain_stripe_meter.ledger import doubts, reversals, sealing, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
 from langchain_stripe_meter.ledger.store import Ledger
@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from langchain_stripe_meter.delivery.courier import Courier
     from langchain_stripe_meter.gateway.client import Gateway
     from langchain_stripe_meter.ledger.keeping import Pruned
+
+EARLIER_TRY = (
+    "An earlier try may have: look at verify() before you correct anything; if Stripe has less, write_off() it"
+)
 
 
 class Operations:
@@ -146,9 +150,10 @@ class Operations:
     def cancel(self, identifier: str) -> None:
         """Take back what was delivered within the last 24 hours; ``identifier`` is that of its reading or its event.
 
-        Cancelling again is safe: where an earlier wish was carried out, this says so by returning. Raises
+        Cancelling again is safe, also later: where an earlier wish was carried out, this says so by returning. Raises
         ``IllegalMoveError`` for what is too old or was not delivered, ``ConfigurationError`` for what the ledger does
-        not have, ``StripeError`` where Stripe refuses or nobody knows what it did.
+        not have, ``ForeignLedgerError`` for another account's key, ``StripeError`` where Stripe refuses or nobody knows
+        what it did.
         """
         cancel(self._ledger, self._gateway("cancel()"), identifier)
 
@@ -198,8 +203,8 @@ class Operations:
         return self._moved(decisions.retime(self._ledger, held, when, not_billed=not_billed))
 
     def write_off(self, what: views.Readings | str | Iterable[views.Held | int | str], *, reason: str) -> int:
-        """Decide not to bill: held readings (as for ``assign``, or identifiers), rejected or doubtful events
-        (identifiers).
+        """Decide not to bill: held readings (as for ``assign``, or identifiers), rejected or doubtful events, and those
+        that may have been cancelled (identifiers).
 
         All of it or, with an error that names what cannot be, nothing. Returns how many. ``reason`` is kept and shown,
         and must name nobody.
@@ -238,18 +243,23 @@ class Operations:
 
 def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
     """As ``Operations.cancel``, for who has a ledger and a gateway."""
+    from langchain_stripe_meter.delivery.guard import check_owner
     from langchain_stripe_meter.gateway.meters import cancel as ask
 
-    event = decisions.ask_to_cancel(ledger, identifier)
+    check_owner(ledger, gateway)
+    event = reversals.ask_to_cancel(ledger, identifier)
     if event is None:
         return
     outcome = ask(gateway, event.event_name, event.identifier, event.account)
     if outcome.move is Move.ACCEPTED:
-        decisions.settle_cancel(ledger, event, None)
+        reversals.settle_cancel(ledger, event, None)
     elif outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW):
         raise StripeError(
             f"Whether the meter event {event.identifier} is cancelled is unknown: {outcome.message.rstrip('.')}. "
             "Cancel it again: that is safe."
         )
-    elif outcome.move is not Move.REFUSED or not decisions.settle_cancel(ledger, event, outcome.message):
-        raise StripeError(f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}")
+    elif outcome.move is not Move.REFUSED or not reversals.settle_cancel(ledger, event, outcome.message):
+        raise StripeError(
+            f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}"
+            + (f" {EARLIER_TRY}." if event.was_asked else "")
+        )

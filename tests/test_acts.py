@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
@@ -18,17 +19,26 @@ from sqlalchemy import delete, update
 from typer.testing import CliRunner, Result
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.audit.verify import verify
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError, StripeError
+from langchain_stripe_meter.errors import (
+    ConfigurationError,
+    ForeignLedgerError,
+    IllegalMoveError,
+    InvalidValueError,
+    StripeError,
+)
+from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import cancel as ask_stripe
-from langchain_stripe_meter.ledger import acts, epoch, sealing, views
+from langchain_stripe_meter.ledger import acts, epoch, reversals, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.operations import cancel
-from langchain_stripe_meter.sandbox import drop_answer, drop_request, hang, refuse, server_error
+from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer, drop_request, hang, refuse, server_error
+from langchain_stripe_meter.sandbox.faults import Fault
 
 ADJUSTMENTS = "/v1/billing/meter_event_adjustments"
 DAY = 86_400
@@ -76,14 +86,56 @@ def test_cancelling_again_is_safe_also_when_nobody_knows_what_came_of_it(books: 
     assert books.told() == ["cancel asked run-1", "cancelled run-1"]
 
 
-def test_after_a_cancelling_of_which_nobody_knows_what_came_nobody_is_told_to_correct_the_total(books: Books) -> None:
+def lose_the_answer(books: Books, fault: Fault) -> None:
+    """A cancelling of ``run-1`` of which nobody knows what came of it, and 25 hours later."""
     books.deliver("run-1")
-    books.sandbox.fail(drop_request(), path=ADJUSTMENTS)
+    books.sandbox.fail(fault, path=ADJUSTMENTS)
     with pytest.raises(StripeError, match="unknown"):
-        cancel(books.ledger, books.gateway, "run-1")
+        take_back(books, "run-1")
     books.sandbox.advance(hours=25)
-    with pytest.raises(IllegalMoveError, match=r"no longer cancels it\. An earlier try may have: see with verify"):
-        cancel(books.ledger, books.gateway, "run-1")
+
+
+def test_what_was_cancelled_unknown_to_us_is_found_out_by_cancelling_again_a_day_later(books: Books) -> None:
+    lose_the_answer(books, drop_answer())
+    take_back(books, "run-1")
+    assert (books.states(), books.billed()) == ({"run-1": "written_off"}, 0)
+
+
+def test_where_stripe_is_too_late_to_say_what_came_of_a_cancelling_nothing_is_concluded(books: Books) -> None:
+    """Neither that it is billed, nor that the total should be corrected."""
+    lose_the_answer(books, drop_request())
+    for _ in range(2):
+        with pytest.raises(StripeError, match=r"run-1: .*24 hours.*An earlier try may have.*verify\(\)"):
+            take_back(books, "run-1")
+    assert books.told() == ["cancel asked run-1"]
+    books.take(*books.sandbox.reject("run-1"))
+    assert (books.states(), sealing.retry(books.ledger)) == ({"run-1": "written_off"}, 0)
+
+
+def test_verify_names_what_may_have_been_cancelled_and_a_persons_word_settles_it(books: Books) -> None:
+    books.deliver("run-0")
+    refused(books, IllegalMoveError, "run-0 is delivered", acts.write_off, "run-0", reason="x")
+    lose_the_answer(books, drop_answer())
+    found = verify(books.ledger, books.gateway)
+    assert [one.difference for one in found.differences] == [-1]
+    assert "may have been cancelled: run-1. Where that" in found.advice
+    assert acts.write_off(books.ledger, "run-1", reason="Stripe has one less") == 1
+    assert books.told() == ["cancel asked run-1", "cancelled run-1"]
+    assert (books.states(), verify(books.ledger, books.gateway).advice) == (
+        {"run-0": "delivered", "run-1": "written_off"},
+        "",
+    )
+
+
+def test_with_another_accounts_key_nothing_is_cancelled_and_nothing_concluded(books: Books) -> None:
+    """There, no meter of the name is known: that says nothing of the event here."""
+    books.deliver("run-1")
+    before = books.snapshot()
+    with StripeSandbox(account_id="acct_1Other") as other, closing(Gateway(other.api_key, api_base=other.url)) as key:
+        with pytest.raises(ForeignLedgerError, match=r"belongs to acct_1Other"):
+            cancel(books.ledger, key, "run-1")
+        assert not any(request.path == ADJUSTMENTS for request in other.requests)
+    assert books.snapshot() == before
 
 
 @pytest.mark.parametrize("refuses", [False, True])
@@ -130,14 +182,35 @@ def test_what_stripe_rejects_after_it_refused_to_cancel_it_may_be_sent_again(boo
     assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
 
 
+def test_a_no_says_nothing_of_an_earlier_cancelling_of_which_nobody_knows_what_came(books: Books) -> None:
+    books.deliver("run-1")
+    books.sandbox.fail(drop_answer(), refuse(404, message="No active meter found"), path=ADJUSTMENTS)
+    for words in ("unknown", r"run-1: .*No active meter.*An earlier try may have"):
+        with pytest.raises(StripeError, match=words):
+            take_back(books, "run-1")
+    assert books.told() == ["cancel asked run-1"]
+    take_back(books, "run-1")
+    assert (books.states(), books.billed()) == ({"run-1": "written_off"}, 0)
+
+
+def test_what_stripe_refused_to_cancel_is_as_certain_as_before(books: Books) -> None:
+    books.deliver("run-1")
+    books.sandbox.advance(hours=3)
+    books.sandbox.fail(refuse(400, message="It is on an invoice that is final."), path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match="invoice"):
+        take_back(books, "run-1")
+    (compared,) = verify(books.ledger, books.gateway).comparisons
+    assert (compared.at_least, compared.uncertain) == (1, 0)
+
+
 def test_what_was_sent_again_while_stripe_answered_is_not_said_to_be_cancelled(books: Books) -> None:
     books.deliver("run-1")
-    event = acts.ask_to_cancel(books.ledger, "run-1")
+    event = reversals.ask_to_cancel(books.ledger, "run-1")
     assert event is not None
-    acts.settle_cancel(books.ledger, event, "another's wish was refused")
+    reversals.settle_cancel(books.ledger, event, "another's wish was refused")
     books.take(*books.sandbox.reject("run-1"))
     with pytest.raises(IllegalMoveError, match="run-1 was rejected while it was being cancelled"):
-        acts.settle_cancel(books.ledger, event, None)
+        reversals.settle_cancel(books.ledger, event, None)
     assert books.states() == {"run-1": "rejected"}
 
 
@@ -164,18 +237,18 @@ def test_a_refused_key_is_told_and_nothing_is_concluded(books: Books) -> None:
     with pytest.raises(StripeError, match="Expired API Key"):
         take_back(books, "run-1")
     books.sandbox.allow(books.sandbox.api_key)
-    assert (books.states(), books.told()) == ({"run-1": "delivered"}, ["cancel asked run-1"])
+    assert (books.states(), books.told()) == ({"run-1": "delivered"}, [])
 
 
 def test_what_was_not_delivered_or_is_unknown_is_refused_by_name(books: Books) -> None:
     books.record("run-1")
     books.record("run-2", at=books.ledger.now() - 40 * DAY)
     books.courier.turn()
-    refused(books, ConfigurationError, "nothing with the identifier 'nobody'", acts.ask_to_cancel, "nobody")
-    refused(books, IllegalMoveError, "run-2 is held", acts.ask_to_cancel, "run-2")
+    refused(books, ConfigurationError, "nothing with the identifier 'nobody'", reversals.ask_to_cancel, "nobody")
+    refused(books, IllegalMoveError, "run-2 is held", reversals.ask_to_cancel, "run-2")
     books.deliver()
     books.take(*books.sandbox.reject("run-1"))
-    refused(books, IllegalMoveError, "run-1-r1 is rejected", acts.ask_to_cancel, "run-1")
+    refused(books, IllegalMoveError, "run-1-r1 is rejected", reversals.ask_to_cancel, "run-1")
     assert not any(request.path == ADJUSTMENTS for request in books.sandbox.requests)
 
 

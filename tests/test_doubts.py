@@ -27,9 +27,10 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
-from langchain_stripe_meter.ledger.acts import ask_to_cancel, retime
+from langchain_stripe_meter.ledger.acts import retime
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
+from langchain_stripe_meter.ledger.reversals import ask_to_cancel
 from langchain_stripe_meter.ledger.schema import acts, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import cancel

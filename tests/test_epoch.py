@@ -25,7 +25,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import IllegalMoveError, LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import acts, epoch, sealing, views
+from langchain_stripe_meter.ledger import acts, epoch, reversals, sealing, views
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.epoch import Epoch, backup
 from langchain_stripe_meter.ledger.forget import forget
@@ -496,7 +496,7 @@ ACTS: dict[str, Callable[[Ledger], Any]] = {
     "assign": lambda ledger: acts.assign(ledger, [1], "cus_1"),
     "retime": lambda ledger: acts.retime(ledger, [2], not_billed=True),
     "write_off": lambda ledger: acts.write_off(ledger, [1], reason="goodwill"),
-    "cancel": lambda ledger: acts.ask_to_cancel(ledger, "sent"),
+    "cancel": lambda ledger: reversals.ask_to_cancel(ledger, "sent"),
     "retry": sealing.retry,
     "settle_doubt": lambda ledger: settle_doubt(ledger, ["doubted"], delivered=True),
     "forget": lambda ledger: forget(ledger, email="ann@example.com"),

@@ -17,7 +17,7 @@ from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
 from langchain_stripe_meter.delivery.courier import CHORES_SECONDS, Courier
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import acts, sealing
+from langchain_stripe_meter.ledger import reversals, sealing
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import cancel
@@ -207,7 +207,7 @@ def test_an_event_that_is_being_cancelled_counts_as_uncertain(small: Books) -> N
     small.sandbox.error_samples = 1
     small.deliver("run-1")
     small.deliver("run-2", at=small.ledger.now() - 300)
-    acts.ask_to_cancel(small.ledger, "run-2")  # and nobody knows what came of it
+    reversals.ask_to_cancel(small.ledger, "run-2")  # and nobody knows what came of it
     small.sandbox.reject("run-2")
     small.take(*small.sandbox.reject("run-1", "run-2"))
     look_twice(small)

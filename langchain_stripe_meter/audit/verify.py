@@ -21,6 +21,7 @@ from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger.reversals import maybe_cancelled
 from langchain_stripe_meter.ledger.store import Ledger
 
 AT_ONCE = 8
@@ -45,6 +46,10 @@ LESS = (
     "stripe-meter retry. Without a webhook, look for the reason in Stripe's Dashboard, and bill what is missing by "
     "stripe-meter correct."
 )
+MAYBE_CANCELLED = (
+    "Of that, these may have been cancelled: {}. Where that explains it, cancel them again; when Stripe no longer does "
+    "that, write them off."
+)
 UNKNOWN = "Stripe has no such customer or meter: {}. Is the key of another account, or was the customer deleted?"
 
 Answer = TypeVar("Answer")
@@ -65,6 +70,8 @@ class Verification:
     """
 
     comparisons: tuple[Comparison, ...]
+    maybe_cancelled: tuple[str, ...] = ()
+    """Identifiers of delivered events, where Stripe has less, of which nobody knows whether they are cancelled."""
 
     @property
     def agrees(self) -> bool:
@@ -93,7 +100,7 @@ class Verification:
         """
         closed = {one.account: one.problem for one in self.not_compared}
         said = [f"The account {account} was not compared: {problem}" for account, problem in closed.items()]
-        kinds: dict[str, list[str]] = {MORE: [], LESS: [], UNKNOWN: []}
+        kinds: dict[str, list[str]] = {MORE: [], LESS: [], MAYBE_CANCELLED: [*self.maybe_cancelled], UNKNOWN: []}
         for one in self.differences:
             kind = MORE if one.difference > 0 else UNKNOWN if one.at_stripe is None else LESS
             on = f"{one.event_name} of {one.account}" if one.account else one.event_name
@@ -140,7 +147,10 @@ def verify(
     asked = list(_at_stripe(gateway, sorted(known), window, progress))
     if any(one.difference for one in compared()):  # what was delivered while Stripe was asked is none
         later = _known(ledger, start, end)
-    return Verification(compared())
+    found = compared()
+    less = {Place(one.account, one.event_name, one.customer) for one in found if one.difference < 0}
+    wished = maybe_cancelled(ledger, start, end) if less else []
+    return Verification(found, tuple(row.identifier for row in wished if Place(*row[:3]) in less))
 
 
 def _known(ledger: Ledger, start: int, end: int) -> dict[Place, Known]:

@@ -5,11 +5,11 @@ Each function that changes something takes all that it is given, or refuses by n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, select, update
 
 from langchain_stripe_meter.core.events import (
     check_account,
@@ -31,16 +31,13 @@ from langchain_stripe_meter.core.states import (
 from langchain_stripe_meter.core.tenants import NO_TENANT
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.epoch import restored_up_to
-from langchain_stripe_meter.ledger.schema import CANCEL_ASKED, CANCEL_REFUSED, CANCELLED, acts, events, readings
-from langchain_stripe_meter.ledger.sealing import REJECTED_LATER, fresh_identifier
+from langchain_stripe_meter.ledger.reversals import MAX_REASON, cancel, event_of, may_be_cancelled, named_move
+from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.store import ASSIGNED, Entry, Ledger, check_same, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
-CANCEL_SECONDS = 86_400
-"""Stripe cancels an event within 24 hours of receiving it."""
 CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
 UNEXPLAINED = "unexplained"
-MAX_REASON = 300
 _IDS_AT_ONCE = 10_000
 
 
@@ -67,133 +64,6 @@ def every_act(ledger: Ledger, most: int = 1000) -> ActList:
     with ledger.read() as connection:
         rows = connection.execute(select(acts).order_by(acts.c.id.desc()).limit(most)).all()
     return ActList(Act(row.at, row.act, row.subject, row.detail or "") for row in reversed(rows))
-
-
-# -- rejected later
-
-
-def reject_later(connection: Connection, row: Any, code: str, now: int) -> str | None:
-    """Stripe refused a delivered event after it took it: rejected, and under an identifier that Stripe has not seen.
-
-    Returns the new identifier; None where the event has moved on meanwhile, or was being cancelled: it is, then.
-    """
-    if _cancelling(connection, row.identifier) == CANCEL_ASKED:
-        _cancel(connection, row.id, row.identifier, f"Stripe rejected it: {code}"[:MAX_REASON], now)
-        return None
-    state = next_event_state(EventState(row.state), Move.REJECTED_LATER)
-    number, identifier = fresh_identifier(connection, row.identifier, row.resent)
-    changed = connection.execute(
-        update(events)
-        .where(events.c.id == row.id, events.c.state == row.state, events.c.identifier == row.identifier)
-        .values(
-            state=state.value,
-            identifier=identifier,
-            resent=number,
-            error=code[:MAX_REASON],
-            settled_at=now,
-            due=now,
-            attempts=0,  # a new identifier: nothing that is known of the old one holds for it
-            sent_at=None,
-            first_unknown_at=None,
-            request_id=None,
-        )
-    ).rowcount
-    if not changed:
-        return None
-    write_act(connection, REJECTED_LATER, row.identifier, f"{code}; it is now {identifier}", now)
-    return identifier
-
-
-# -- cancelled
-
-
-@dataclass(frozen=True, slots=True)
-class Cancellable:
-    """A delivered event that Stripe may still cancel."""
-
-    id: int
-    identifier: str
-    event_name: str
-    account: str
-
-
-def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
-    """Write down that Stripe is about to be asked, so that nothing else concludes from what it then lacks.
-
-    None where it is cancelled already.
-    """
-    with ledger.write() as connection:
-        now = ledger.now()
-        row = _event_of(connection, identifier)
-        if (known := _cancelling(connection, row.identifier)) == CANCELLED:
-            return None
-        _named_move(next_event_state, EventState(row.state), Move.CANCEL, f"The meter event {row.identifier}")
-        if now - row.settled_at > CANCEL_SECONDS:
-            said = f"{row.identifier} was delivered more than 24 hours ago, and Stripe no longer cancels it."
-            if known == CANCEL_ASKED:
-                raise IllegalMoveError(f"{said} An earlier try may have: see with verify before you correct anything.")
-            raise IllegalMoveError(f"{said} Correct the customer's total instead: correct(...).")
-        if known != CANCEL_ASKED:
-            write_act(connection, CANCEL_ASKED, row.identifier, "", now)
-        return Cancellable(row.id, row.identifier, row.event_name, row.account)
-
-
-def settle_cancel(ledger: Ledger, event: Cancellable, refused: str | None) -> bool:
-    """Write down what Stripe said to the wish to cancel: ``refused`` is its definite no. Returns whether the event is
-    cancelled, which it also is if Stripe rejected it meanwhile."""
-    with ledger.write() as connection:
-        if _cancelling(connection, event.identifier) == CANCELLED:
-            return True
-        if refused is not None:
-            write_act(connection, CANCEL_REFUSED, event.identifier, refused[:MAX_REASON], ledger.now())
-            return False
-        if not _cancel(connection, event.id, event.identifier, "", ledger.now()):
-            raise IllegalMoveError(f"{event.identifier} was rejected while it was being cancelled: write it off.")
-        return True
-
-
-def _cancel(connection: Connection, event_id: int, identifier: str, detail: str, now: int) -> bool:
-    delivered = (events.c.state == EventState.DELIVERED.value, events.c.identifier == identifier)
-    state = next_event_state(EventState.DELIVERED, Move.CANCEL).value
-    changed = connection.execute(update(events).where(events.c.id == event_id, *delivered).values(state=state)).rowcount
-    if changed:
-        write_act(connection, CANCELLED, identifier, detail, now)
-    return changed > 0
-
-
-def _cancelling(connection: Connection, identifier: str) -> str | None:
-    """The last of what is written down of the wish to cancel it: CANCEL_ASKED, CANCELLED or CANCEL_REFUSED."""
-    wish = (acts.c.subject == identifier, acts.c.act.in_((CANCEL_ASKED, CANCELLED, CANCEL_REFUSED)))
-    return connection.execute(select(acts.c.act).where(*wish).order_by(acts.c.id.desc()).limit(1)).scalar()
-
-
-def _event_of(connection: Connection, identifier: str) -> Any:
-    """The event with this identifier, or the one that a reading with this identifier became."""
-    row = connection.execute(select(events).where(events.c.identifier == identifier)).first()
-    if row is not None:
-        return row
-    reading = connection.execute(select(readings).where(readings.c.key == identifier)).first()
-    if reading is None:
-        raise ConfigurationError(
-            f"The ledger has nothing with the identifier {identifier!r:.120}. See: stripe-meter tail"
-        )
-    if reading.event_id is None:
-        raise IllegalMoveError(f"The reading {identifier} is {reading.state} and was not sent to Stripe.")
-    row = connection.execute(select(events).where(events.c.id == reading.event_id)).one()
-    parts = select(func.count()).where(readings.c.event_id == reading.event_id)
-    if (count := connection.execute(parts).scalar_one()) > 1:
-        raise IllegalMoveError(
-            f"The reading {identifier} is one of {count} in the meter event {row.identifier}, which only goes whole."
-        )
-    return row
-
-
-def _named_move(table: Callable[[Any, Move], Any], state: Any, move: Move, name: str) -> str:
-    """The state after ``move``; a refusal that names what it is about."""
-    try:
-        return str(table(state, move).value)
-    except IllegalMoveError:
-        raise IllegalMoveError(f"{name} is {state}, so it cannot be changed this way ({move}).") from None
 
 
 # -- corrected
@@ -335,7 +205,7 @@ def retime(ledger: Ledger, held: Readings, at: int | None = None, *, not_billed:
 
 def _retimed(row: Any, now: int, unsure: int) -> str:
     name = f"The reading {row.id} ({row.key})"
-    state = _named_move(next_reading_state, ReadingState(row.state), Move.RETIME, name)
+    state = named_move(next_reading_state, ReadingState(row.state), Move.RETIME, name)
     if row.at >= now - STALE_AFTER:
         raise IllegalMoveError(f"{name} is not too old for Stripe; it is held for another reason: {row.reason}.")
     if row.customer is None or row.value is None:
@@ -349,9 +219,8 @@ def _retimed(row: Any, now: int, unsure: int) -> str:
 
 
 def write_off(ledger: Ledger, what: Readings | str | Iterable[Held | int | str], *, reason: str) -> int:
-    """A person decides not to bill: held readings, by id or identifier; rejected or doubtful events, by identifier.
-
-    Returns how many.
+    """A person decides not to bill: held readings, by id or identifier; rejected or doubtful events, by identifier, and
+    those that may have been cancelled. Returns how many.
     """
     said = check_reason(reason)
     given = named(what, "write_off", int, str)
@@ -362,7 +231,7 @@ def write_off(ledger: Ledger, what: Readings | str | Iterable[Held | int | str],
         held = [_held_reading(connection, name) for name in names]
         for row in dict.fromkeys([*rows, *(row for row in held if row is not None)]):
             name = f"The reading {row.id} ({row.key})"
-            state = _named_move(next_reading_state, ReadingState(row.state), Move.WRITE_OFF, name)
+            state = named_move(next_reading_state, ReadingState(row.state), Move.WRITE_OFF, name)
             values = {"state": state, "reason": said, "due": None, "reference": None}
             connection.execute(update(readings).where(readings.c.id == row.id).values(**values))
             write_act(connection, WRITTEN_OFF, row.key, said, now)
@@ -377,9 +246,12 @@ def _held_reading(connection: Connection, name: str) -> Any:
 
 
 def _write_off_event(connection: Connection, identifier: str, reason: str, now: int) -> None:
-    row = _event_of(connection, identifier)
+    row = event_of(connection, identifier)
+    if may_be_cancelled(connection, row, now):  # nobody knew; the person has looked
+        cancel(connection, row.id, row.identifier, reason, now)
+        return
     name = f"The meter event {row.identifier}"
-    state = _named_move(next_event_state, EventState(row.state), Move.WRITE_OFF, name)
+    state = named_move(next_event_state, EventState(row.state), Move.WRITE_OFF, name)
     connection.execute(update(events).where(events.c.id == row.id).values(state=state, settled_at=now))
     write_act(connection, WRITTEN_OFF, row.identifier, reason, now)
 

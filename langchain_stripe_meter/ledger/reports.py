@@ -17,7 +17,7 @@ from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, se
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState
 from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample, is_settled
-from langchain_stripe_meter.ledger.acts import reject_later
+from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, webhook_events
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
 from langchain_stripe_meter.ledger.store import insert_or_ignore

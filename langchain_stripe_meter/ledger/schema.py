@@ -130,11 +130,12 @@ acts = Table(  # what a person or a webhook decided: re-timed, written off, assi
     Index("acts_subject", "subject"),
 )
 CANCEL_ASKED, CANCELLED, CANCEL_REFUSED = "cancel asked", "cancelled", "cancel refused"
+WISHES = (CANCEL_ASKED, CANCELLED, CANCEL_REFUSED)
 IS_CANCEL = acts.c.act.in_([CANCEL_ASKED, CANCELLED])
 _wishes = acts.alias()
 _LAST_WISH = (
     select(func.max(_wishes.c.id)).where(_wishes.c.subject == events.c.identifier)
-    .where(_wishes.c.act.in_([CANCEL_ASKED, CANCELLED, CANCEL_REFUSED])).correlate(events).scalar_subquery()
+    .where(_wishes.c.act.in_(WISHES)).correlate(events).scalar_subquery()
 )  # fmt: skip
 CANCELLED_AT = (
     select(acts.c.at)

@@ -17,12 +17,11 @@ from langchain_stripe_meter.core.values import EXACT, exact_sum
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
 from langchain_stripe_meter.ledger.schema import (
-    IS_CANCEL,
+    CANCELLED_AT,
     IS_DOUBTFUL,
     IS_PENDING,
     IS_SENDING,
     OPEN_READINGS,
-    acts,
     events,
     notes,
     pruned,
@@ -369,16 +368,13 @@ def amounts(ledger: Ledger, since: int = 0, until: int = LAST_SECOND, account: s
     _check_unpruned(ledger, "since", since, account)
     _check_unpruned(ledger, "until", until, account)
     at = func.coalesce(events.c.at, readings.c.at)  # what was rolled up is Stripe's at the event's time
-    cancelling = select(acts.c.subject, func.max(acts.c.at).label("at")).where(IS_CANCEL)
-    taken_back = cancelling.group_by(acts.c.subject).subquery()
     of_rows = (
         select(
             readings.c.event_name, readings.c.customer, readings.c.value,
             func.coalesce(events.c.state, readings.c.state).label("state"), events.c.settled_at,
-            events.c.first_unknown_at, taken_back.c.at.label("cancelled_at"),
+            events.c.first_unknown_at, CANCELLED_AT,
         )
         .select_from(readings.outerjoin(events, events.c.id == readings.c.event_id))
-        .outerjoin(taken_back, taken_back.c.subject == events.c.identifier)
         .where(readings.c.account == account, at >= since, at < until)
         .where(readings.c.value.is_not(None), readings.c.state != ReadingState.SKIPPED.value)
     )  # fmt: skip
