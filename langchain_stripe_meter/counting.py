@@ -175,7 +175,8 @@ def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> En
     without that person's word. It is on the same account: ``tenant=`` may fail by now."""
     entry = replace(entry, account=other["account"])
     if other["state"] == ReadingState.SKIPPED:
-        return replace(of_nobody(entry, other["reason"]), session=session)
+        reads = tuple((other["reads"] or "").split(","))
+        return replace(of_nobody(entry, other["reason"]), session=session, reads=reads, follows=True)
     written_off = other["state"] == ReadingState.WRITTEN_OFF or other["event_state"] == EventState.WRITTEN_OFF
     if written_off or other["cancelled_at"] is not None:
         reason = f"its estimate {other['key']} was cancelled or written off: write this off too, or assign it"

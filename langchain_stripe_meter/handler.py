@@ -17,7 +17,7 @@ from langchain_stripe_meter.callbacks import MeteringCallbacks
 from langchain_stripe_meter.core.customers import CustomerSource, as_source, first_of, from_auth_user, from_metadata
 from langchain_stripe_meter.core.events import check_account, check_on_error, check_tenant, check_webhook_secret
 from langchain_stripe_meter.core.meters import Call, Meter
-from langchain_stripe_meter.core.tenants import Tenant, TenantSource, lead_fields, lead_region
+from langchain_stripe_meter.core.tenants import Tenant, TenantSource, lead_region, needs_lookup
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError, OnError
 from langchain_stripe_meter.gateway.client import Gateway, check_key
@@ -137,8 +137,9 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
                 create_missing=create_missing, chores=todo, watches=[self._ages.chore],
             )  # fmt: skip
         self.leads = Leads(
-            self._ledger, None if tenant else lead_fields(self.customer), account=self._stripe_account,
-            region=lead_region(self.customer), claimed=self._claimed,
+            self._ledger, account=self._stripe_account, has_tenants=tenant is not None,
+            reads_leads=tenant is not None or needs_lookup(self.customer), region=lead_region(self.customer),
+            claimed=self._claimed,
         )  # fmt: skip
         recorder = Recorder(
             self.meters, self.customer, self._ledger, self.leads, self._courier,

@@ -153,6 +153,20 @@ def test_the_field_that_the_handler_reads_decides_who_is_billed(desk: Desk) -> N
     assert desk.billed() == {desk.ann: 15}
 
 
+def test_what_another_handler_skipped_is_claimed_by_what_that_one_reads(desk: Desk) -> None:
+    """Two products on one ledger, and a lead's address is not the customer of who goes by the number."""
+    mails, phones = desk.handler(), desk.handler(customer=from_lead("phone"))
+    chat(mails)
+    chat(phones)
+    lead: Any = {"email": "bob@example.com", "bill_from": "first_message"}
+    assert mails.leads.capture("s1", **lead) == 1
+    assert desk.states() == {"recorded": 1, "skipped": 1}
+    assert mails.leads.capture("s1", **lead, phone="+4930901820") == 1
+    assert desk.billed() == {desk.ann: 15}
+    (held,) = mails.held()
+    assert held.reference == "email:bob@example.com"
+
+
 def test_a_number_without_a_country_is_read_in_the_region_that_is_given(desk: Desk) -> None:
     handler = desk.handler(customer=from_lead("phone"))
     with pytest.raises(ConfigurationError, match="region=") as refused:
@@ -164,8 +178,14 @@ def test_a_number_without_a_country_is_read_in_the_region_that_is_given(desk: De
 
 def test_the_session_of_one_account_is_not_that_of_another(desk: Desk) -> None:
     leads = Leads(desk.ledger)
-    facts: dict[str, Any] = {"value": Decimal(1), "at": desk.ledger.now(), "state": ReadingState.SKIPPED}
-    leads.record([Entry(f"k{account}", "tokens", **facts, account=account, session="s") for account in ("", "acct_1")])
+    facts: dict[str, Any] = {
+        "value": Decimal(1),
+        "at": desk.ledger.now(),
+        "state": ReadingState.SKIPPED,
+        "session": "s",
+    }
+    facts["reads"] = ("email",)
+    leads.record([Entry(f"k{account}", "tokens", **facts, account=account) for account in ("", "acct_1")])
     leads.capture("s", email="ann@example.com", account="acct_1")
     assert (leads.find("s"), leads.find("s", "acct_1")) == (None, {"email": "ann@example.com"})
     assert leads.capture("s", email="bob@example.com", account="acct_2", bill_from="first_message") == 0
@@ -251,7 +271,7 @@ def test_what_cannot_be_captured_is_refused_and_changes_nothing(desk: Desk) -> N
 
 def test_a_run_that_ends_while_its_lead_is_captured_is_billed_from_either_side(desk: Desk) -> None:
     """It found no lead, and before it is stored the lead is captured: nothing may slip in between."""
-    leads, now = Leads(desk.ledger, ("email",)), desk.ledger.now()
+    leads, now = Leads(desk.ledger), desk.ledger.now()
     waits: Any = {"reason": "x", "session": "s1", "reads": ("email",)}
     decided = Entry("run", "tokens", Decimal(3), now, ReadingState.SKIPPED, **waits)
     leads.capture("s1", email="ann@example.com", bill_from="first_message")
@@ -294,7 +314,7 @@ def test_on_postgresql_a_capture_waits_for_a_run_that_is_just_being_stored(postg
             assert stored_or_waiting.wait(60)
 
     event.listen(one.database.engine, "before_cursor_execute", before)
-    entry = Entry("run", "tokens", Decimal(1), 1_800_000_000, ReadingState.SKIPPED, session="s1")
+    entry = Entry("run", "tokens", Decimal(1), 1_800_000_000, ReadingState.SKIPPED, session="s1", reads=("email",))
 
     def capture() -> int:
         try:

@@ -22,7 +22,6 @@ from langchain_stripe_meter import (
     from_lead,
     from_metadata,
 )
-from langchain_stripe_meter.agents import capture_lead_tool
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
 from langchain_stripe_meter.core.customers import Facts, Reference, static
 from langchain_stripe_meter.core.states import ReadingState
@@ -183,22 +182,25 @@ def test_of_a_lead_only_what_the_tenants_own_source_reads_pays(platform: Platfor
     assert platform.anna.billed("ai_tokens") == {"cus_eve": 15}
 
 
-def test_with_tenants_a_lead_pays_from_now_on_and_from_the_first_message_only_for_one_account(
-    platform: Platform,
-) -> None:
-    """What the source of a skipped run's tenant reads of a lead is known while it runs, and not afterwards."""
-    platform.anna.create_customer(id="cus_eve", email="eve@example.com")
-    with platform.handler(customer=from_lead(by="email"), tenant=of_metadata) as handler:
-        answer(handler, tenant="anna", session_id="s-1")
-        with pytest.raises(ConfigurationError, match=r"tenant=.*stripe_account="):
-            handler.leads.capture("s-1", email="eve@example.com", account=ANNA, bill_from="first_message")
-        assert handler.leads.find("s-1", ANNA) is None
-        with pytest.raises(ConfigurationError, match=r"tenant=.*stripe_account="):
-            capture_lead_tool(handler, bill_from="first_message")
-    with platform.handler(customer=from_lead(by="email"), stripe_account=ANNA) as hers:
-        assert hers.leads.capture("s-1", email="eve@example.com", bill_from="first_message") == 1
-        assert hers.flush().pending == 0
+def test_with_tenants_a_lead_pays_from_the_first_message_as_its_tenants_own_source_says(platform: Platform) -> None:
+    """Anna goes by the address and Bert by the number, whatever the handler's own source reads."""
+    for one, mail in ((platform.anna, "eve@example.com"), (platform.bert, "bob@example.com")):
+        one.create_customer(id=f"cus_{mail[:3]}", email=mail, phone="+4930901820")
+    sources = {"anna": Tenant(ANNA, customer=from_lead("email")), "bert": Tenant(BERT, customer=from_lead("phone"))}
+
+    def tenant(facts: Facts) -> Tenant:
+        return sources[str(facts.metadata["tenant"])]
+
+    with platform.handler(customer="cus_1", tenant=tenant) as handler:
+        for name, account in (("anna", ANNA), ("bert", BERT)):
+            answer(handler, tenant=name, session_id="s-1")
+            lead: Any = {"email": "eve@example.com", "account": account, "bill_from": "first_message"}
+            assert handler.leads.capture("s-1", **lead) == (1 if name == "anna" else 0)
+        lead |= {"phone": "+4930901820"}
+        assert handler.leads.capture("s-1", **lead) == 1
+        assert handler.flush().pending == 0
     assert platform.anna.billed("ai_tokens") == {"cus_eve": 15}
+    assert platform.bert.billed("ai_tokens") == {"cus_bob": 15}
 
 
 def test_a_meter_that_is_missing_on_one_account_holds_only_that_accounts_usage(platform: Platform) -> None:

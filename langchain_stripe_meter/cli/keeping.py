@@ -101,17 +101,14 @@ def capture(
     from_first: Annotated[
         bool, typer.Option("--from-first-message", help="Also bill what was skipped of that session.")
     ] = False,
-    by: Annotated[str, typer.Option(help="What your handler's from_lead() reads: email, name or phone.")] = "email",
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Remember who is behind a session. What somebody typed into a chat proves nothing."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
-        from langchain_stripe_meter.core.customers import from_lead
         from langchain_stripe_meter.ledger.leads import Leads
 
-        source = from_lead(by)  # type: ignore[arg-type]
-        claimed = Leads(opened, (source.by,)).capture(
+        claimed = Leads(opened).capture(
             session, email=email, name=name, phone=phone, region=region, account=account,
             bill_from="first_message" if from_first else "now",
         )  # fmt: skip

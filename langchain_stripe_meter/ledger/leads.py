@@ -39,24 +39,25 @@ def sessions_known(ledger: Ledger) -> int:
 class Leads:
     """What the application learned about the person behind a session: durable, shared by all processes.
 
-    ``by`` are the fields that say who pays, in the order in which they are tried, or None where each tenant has its
-    own, and every call must say its account; ``account`` is the connected account where none is given; ``region`` is
-    where phone numbers without a leading ``+`` are dialled; ``claimed`` is called when skipped readings shall be billed
-    after all.
+    ``account`` is the connected account where none is given; with ``has_tenants``, every call must say its own. Who
+    never pays by a lead (``reads_leads`` is False) claims nothing by one; ``region`` is where phone numbers without a
+    leading ``+`` are dialled; ``claimed`` is called when skipped readings shall be billed after all.
     """
 
     def __init__(
         self,
         ledger: Ledger,
-        by: Sequence[By] | None = LEAD_FIELDS,
         *,
         account: str = "",
+        has_tenants: bool = False,
+        reads_leads: bool = True,
         region: str | None = None,
         claimed: Callable[[], None] = lambda: None,
     ) -> None:
         self._ledger = ledger
-        self._by = None if by is None else tuple(by)
         self._account = account
+        self._has_tenants = has_tenants
+        self._reads_leads = reads_leads
         self._region = region
         self._claimed = claimed
 
@@ -86,8 +87,8 @@ class Leads:
             account: The connected account (``acct_…``) that the session belongs to; by default the handler's
                 ``stripe_account``; with ``tenant=`` it must be said (``""`` for the key's own).
             bill_from: ``"now"`` leaves the runs before this skipped. ``"first_message"`` bills those of this session
-                that were skipped for want of a lead, once, if this lead has what ``customer=`` reads of it; not with
-                ``tenant=``.
+                that were skipped for want of a lead, once, where this lead has what the ``customer=`` of the handler
+                (or tenant) that skipped them reads of it.
 
         Returns:
             How many readings that had been skipped will be billed after all.
@@ -125,13 +126,7 @@ class Leads:
         """Refuse a ``bill_from`` that ``capture`` cannot follow."""
         if bill_from not in ("now", "first_message"):
             raise ConfigurationError(f"bill_from={bill_from!r}: use 'now' or 'first_message'.")
-        if bill_from == "first_message" and self._by is None:
-            raise ConfigurationError(
-                "bill_from='first_message' cannot be followed with tenant=: what a tenant's source reads of a lead is "
-                "not stored with the runs that it skipped. Capture with a handler for that one account: "
-                "stripe_account='acct_…' and that tenant's customer=, on the same ledger."
-            )
-        if bill_from == "first_message" and not self._by:
+        if bill_from == "first_message" and not self._reads_leads:
             raise ConfigurationError("bill_from='first_message' needs a handler whose customer= is from_lead(...).")
 
     async def acapture(self, session: str, **fields: Any) -> int:
@@ -152,7 +147,7 @@ class Leads:
         return _fields_of(row)
 
     def _on(self, account: str | None) -> str:
-        return account_of(account, self._account, has_tenants=self._by is None, what="session")
+        return account_of(account, self._account, has_tenants=self._has_tenants, what="session")
 
     def _note_use(self, mine: ColumnElement[bool], now: int) -> None:
         try:
@@ -202,6 +197,8 @@ class Leads:
     def _look_again(self, connection: Connection, entry: Entry) -> Entry:
         if not entry.session or not _is_session(entry.session):
             return replace(entry, session=None)
+        if entry.follows:
+            return entry
         who = _payer(entry.reads, _find(connection, entry.account, entry.session))
         if who is None:
             return entry
@@ -209,16 +206,20 @@ class Leads:
         return replace(entry, state=state, reference=who, reason=reason, session=None)
 
     def _claim(self, connection: Connection, account: str, session: str) -> int:
-        who = _payer(self._by or (), _find(connection, account, session))
-        if who is None:
-            return 0
-        skipped = (readings.c.session == session_digest(account, session)) & (readings.c.account == account)
+        """Each is claimed by what its own handler reads of the lead, as if it had been known before."""
+        lead = _find(connection, account, session)
+        mine = (readings.c.session == session_digest(account, session)) & (readings.c.account == account)
+        skipped = mine & (readings.c.state == ReadingState.SKIPPED.value) & readings.c.reads.is_not(None)
         count = 0
-        for amount, has_amount in ((0, readings.c.value.is_not(None)), (None, readings.c.value.is_(None))):
-            state, reason = _claim_of(amount)
-            claim = update(readings).where(skipped, readings.c.state == ReadingState.SKIPPED.value, has_amount)
-            values = {"state": state.value, "reference": who.text, "reason": reason, "session": None}
-            count += connection.execute(claim.values(**values)).rowcount
+        for reads in connection.execute(select(readings.c.reads).where(skipped).distinct()).scalars().all():
+            who = _payer(reads.split(","), lead)
+            for amount, has_amount in ((0, readings.c.value.is_not(None)), (None, readings.c.value.is_(None))):
+                if who is None:
+                    continue
+                state, reason = _claim_of(amount)
+                claim = update(readings).where(skipped, readings.c.reads == reads, has_amount)
+                changes = {"state": state.value, "reference": who.text, "reason": reason}
+                count += connection.execute(claim.values(**changes, session=None, reads=None)).rowcount
         if count:
             write_act(connection, "claimed", f"{count} skipped readings", "their lead was captured", self._ledger.now())
         return count

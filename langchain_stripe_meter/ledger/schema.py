@@ -18,7 +18,7 @@ from sqlalchemy import (
     text,
 )
 
-HEAD = "0003"
+HEAD = "0004"
 """The newest migration that this version of the package knows."""
 
 metadata = MetaData()
@@ -50,6 +50,7 @@ readings = Table(
     Column("event_id", BigInteger),  # the meter event that it is part of
     Column("account", String(255), nullable=False, server_default=text("''")),  # "acct_…"; "" is the key's own
     Column("session", String(64)),  # digest of the session of a skipped run, in case its lead shall pay later
+    Column("reads", String(20)),  # what of that lead would say who pays, in order: "email,name"
     _partial("readings_open", "id", where="state IN ('recorded', 'resolved')"),
     _partial("readings_held", "due", where="state = 'held'"),
     _partial("readings_sealed", "event_id", where="event_id IS NOT NULL"),

@@ -34,7 +34,7 @@ LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
 
 _ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
-_SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "", "session": None}
+_SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "", "session": None, "reads": None}
 """Columns that most rows leave at these, the table's own defaults."""
 _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
@@ -47,7 +47,8 @@ class Entry:
 
     ``value`` is ``None`` where the amount is unknown; ``reference`` names who pays until Stripe's customer is known.
     ``session`` is that of a skipped run whose lead may be captured later; only its digest is stored. ``reads`` are the
-    fields of that lead that would say who pays, in order; they are not stored.
+    fields of that lead that would say who pays, in order. What ``follows`` another reading is skipped like that,
+    whatever is known of the lead by now.
     """
 
     key: str
@@ -63,6 +64,7 @@ class Entry:
     account: str = ""
     session: str | None = field(default=None, repr=False)
     reads: tuple[By, ...] = ()
+    follows: bool = False
 
     def row(self) -> tuple[Any, ...]:
         """The values of the columns, in their order."""
@@ -79,6 +81,7 @@ class Entry:
             self.reason,
             self.account,
             session_digest(self.account, self.session) if self.session else None,
+            ",".join(self.reads) if self.session else None,
         )
 
     def columns(self) -> dict[str, Any]:
