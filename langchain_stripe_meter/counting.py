@@ -15,7 +15,7 @@ from langchain_stripe_meter.core.meters import Call, Meter, Reading
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.tenants import Untold
-from langchain_stripe_meter.core.usage import completed
+from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
 from langchain_stripe_meter.ledger.store import Entry
@@ -97,14 +97,29 @@ def readings_of(meters: Sequence[Meter], use: Use) -> list[Reading]:
     return _beyond(readings, readings_of(meters, replace(use, call=use.recorded, recorded=None)))
 
 
-def check_counts_calls(meters: Sequence[Meter]) -> None:
-    """Refuse usage that no run reported where nothing counts it."""
-    if not any(meter.per == "call" for meter in meters):
+def usage_of_job(usage: object, id: object) -> Usage | None:
+    """What ``record_usage`` is told, checked; a sum that is left out is 0, and one that is None unknown."""
+    if not isinstance(id, str) or not id:
+        raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
+    if not isinstance(usage, Mapping) or not {"input_tokens", "output_tokens"} & usage.keys():
+        said = ", ".join(map(str, usage)) if isinstance(usage, Mapping) else type(usage).__name__
+        raise ConfigurationError(
+            "record_usage() takes usage shaped like LangChain's usage_metadata, with input_tokens, output_tokens "
+            f"or both; this has {said or 'neither'}."
+        )
+    return usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
+
+
+def counting_calls(meters: Sequence[Meter]) -> list[Meter]:
+    """Those of ``meters`` that count usage which no run reported; refused where none does."""
+    counting = [meter for meter in meters if meter.per == "call"]
+    if not counting:
         names = ", ".join(meter.event_name for meter in meters)
         raise ConfigurationError(
             f"record_usage() has nothing to count: {names} count answered messages, and this is none. "
             "Add a meter that counts calls: Tokens, Cost, or Credits(per='call')."
         )
+    return counting
 
 
 def _beyond(told: Sequence[Reading], recorded: Sequence[Reading]) -> list[Reading]:

@@ -181,7 +181,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
         ``usage`` is shaped like LangChain's ``usage_metadata``; a sum that is left out is 0. The meters that count
         calls apply (``Tokens``, ``Cost``, ``Credits`` per call). ``id`` names the job: the same id is never billed
-        twice, and is refused for another customer or amount. ``customer`` defaults to the handler's source, read
+        twice, and is refused for another customer, amount or kind. ``customer`` defaults to the handler's source, read
         against ``metadata`` and the run around this, as a run's would be: on an agent server, metadata is the client's
         word. ``at`` is when it happened, in Unix seconds (default now).
 
@@ -190,8 +190,8 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         """
         call = Call(None, model, provider)
         facts = self.facts_at_start(metadata)
-        entries = self._recorder.usage_entries(usage, id=id, call=call, customer=customer, facts=facts, at=at)
-        self._recorder.recorded(self.leads.record_job(entries, id, is_named=customer is not None) if entries else [])
+        job, entries = self._recorder.job_of(usage, id=id, call=call, customer=customer, facts=facts, at=at)
+        self._recorder.recorded(self.leads.record_job(entries, job))
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""

@@ -30,14 +30,13 @@ from langchain_stripe_meter.core.tenants import (
     lead_session,
     needs_lookup,
 )
-from langchain_stripe_meter.core.usage import usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, counted
 from langchain_stripe_meter.counting import (
     Decide,
     Ending,
     Use,
     amounts_of,
-    check_counts_calls,
+    counting_calls,
     estimated,
     estimates_of,
     following,
@@ -48,6 +47,7 @@ from langchain_stripe_meter.counting import (
     of_nobody,
     readings_of,
     said_of,
+    usage_of_job,
 )  # fmt: skip
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import (
@@ -60,6 +60,7 @@ from langchain_stripe_meter.errors import (
     place_of,
 )
 from langchain_stripe_meter.forks import renew_after_fork
+from langchain_stripe_meter.ledger.jobs import Job, job_number
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
@@ -366,7 +367,7 @@ class Recorder:
         session = lead_session(tenant.customer or self.customer, facts)
         return None if session is None else (tenant.account, session)
 
-    def usage_entries(
+    def job_of(
         self,
         usage: Mapping[str, Any],
         *,
@@ -375,25 +376,18 @@ class Recorder:
         customer: CustomerSource | str | None,
         facts: Facts,
         at: int | None,
-    ) -> list[Entry]:
-        """Entries for usage that no run reported; ``facts`` are those of where it is told. Raises where the input is
-        bad."""
-        if not isinstance(id, str) or not id:
-            raise ConfigurationError("record_usage() needs id=, the name of the job, so that it is billed once.")
-        if not isinstance(usage, Mapping) or not {"input_tokens", "output_tokens"} & usage.keys():
-            said = ", ".join(map(str, usage)) if isinstance(usage, Mapping) else type(usage).__name__
-            raise ConfigurationError(
-                "record_usage() takes usage shaped like LangChain's usage_metadata, with input_tokens, output_tokens "
-                f"or both; this has {said or 'neither'}."
-            )
-        now = self.ledger.now()
-        counted = usage_from_metadata({"input_tokens": 0, "output_tokens": 0, **usage})
+    ) -> tuple[Job, list[Entry]]:
+        """Usage that no run reported, and its entries; ``facts`` are those of where it is told. Raises where the input
+        is bad."""
+        used, now = usage_of_job(usage, id), self.ledger.now()
         when = now if at is None else check_timestamp(at, now)
-        use = Use(id, when, facts, "call", replace(call, usage=counted))
+        use = Use(id, when, facts, "call", replace(call, usage=used))
         tenant = self._tenant_of_all or self._tenant(facts)
         if isinstance(tenant, Untold):  # held, it would be billed twice once the job is told again
             raise ConfigurationError(f"{tenant.reason}. Nothing is recorded: record it again, under the same id.")
         entries = self._of_use(use, tenant, None if customer is None else as_source(customer), raises=True)
-        if not entries:
-            check_counts_calls(self.meters if isinstance(tenant, Skip) or tenant.meters is None else tenant.meters)
-        return entries
+        account, own = ("", None) if isinstance(tenant, Skip) else (tenant.account, tenant.meters)
+        meters = counting_calls(self.meters if own is None else own)
+        names = frozenset(meter.event_name for meter in meters)
+        job = Job(id, account, names, is_named=customer is not None)
+        return job, [replace(entry, job=job_number(id, account)) for entry in entries]

@@ -133,6 +133,43 @@ def test_a_job_whose_amount_was_unknown_is_not_taken_for_billed_once_it_is_told(
     assert [row.state for row in tail(meter._ledger, 10)] == ["held"]
 
 
+KINDS = Tokens("tokens", split=True)
+
+
+@pytest.mark.parametrize(
+    ("usage", "options", "said"),
+    [
+        ({"input_tokens": 5}, {}, "'job' stands for 2 of cus_1 on tokens"),
+        ({"input_tokens": 5, "output_tokens": 2}, {"model": "b"}, "'job' stands for [25] of cus_1 on tokens"),
+        ({"input_tokens": 0, "output_tokens": 2}, {}, "'job' stands for 5 of cus_1 on tokens"),
+        ({"input_tokens": 0, "output_tokens": 0}, {}, "'job' stands for [25] of cus_1 on tokens"),
+        ({"input_tokens": 5, "output_tokens": 2}, {}, None),
+    ],
+)
+def test_an_id_that_stands_for_other_kinds_of_tokens_is_refused(
+    recording: Recording, usage: dict[str, int], options: dict[str, Any], said: str | None
+) -> None:
+    meter = recording(KINDS)
+    meter.record_usage({"input_tokens": 5, "output_tokens": 2}, id="job", model="a", provider="openai")
+    again: Any = {"id": "job", "model": "a", "provider": "openai", **options}
+    if said is None:
+        meter.record_usage(usage, **again)
+    else:
+        with pytest.raises(ConfigurationError, match=f"{said}.*another id"):
+            meter.record_usage(usage, **again)
+    assert sorted(row.value or 0 for row in tail(meter._ledger, 10)) == [2, 5]
+
+
+def test_what_other_meters_count_of_a_job_is_of_the_same_customer(recording: Recording) -> None:
+    tokens, credit = recording(), recording(Credits("credits", {}, default=2, per="call"))
+    tokens.record_usage(USAGE, id="job")
+    with pytest.raises(ConfigurationError, match=r"'job' stands for 5 of cus_1 on tokens.*another id"):
+        credit.record_usage(USAGE, id="job", customer="cus_2")
+    credit.record_usage(USAGE, id="job")
+    credit.record_usage(USAGE, id="job 2", customer="cus_2")
+    assert sorted(row.value or 0 for row in tail(tokens._ledger, 10)) == [2, 2, 5]
+
+
 def test_of_two_who_record_different_usage_under_one_id_at_once_one_is_refused(recording: Recording) -> None:
     meter = recording()
     refused: list[str] = []

@@ -31,9 +31,10 @@ from langchain_stripe_meter.core.states import (
 from langchain_stripe_meter.core.tenants import NO_TENANT
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.epoch import restored_up_to
+from langchain_stripe_meter.ledger.jobs import check_same
 from langchain_stripe_meter.ledger.reversals import MAX_REASON, cancel, event_of, may_be_cancelled, named_move
 from langchain_stripe_meter.ledger.schema import acts, events, readings
-from langchain_stripe_meter.ledger.store import ASSIGNED, Entry, Ledger, check_same, insert_or_ignore, write_act
+from langchain_stripe_meter.ledger.store import ASSIGNED, Entry, Ledger, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
 CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"

@@ -15,8 +15,9 @@ from langchain_stripe_meter.core.customers import By, Reference, check_region, n
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.core.tenants import account_of, session_digest
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
+from langchain_stripe_meter.ledger.jobs import Job, check_job
 from langchain_stripe_meter.ledger.schema import leads, readings
-from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, check_same, dialect_insert, write_act
+from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
@@ -184,14 +185,13 @@ class Leads:
             connection.execute(dialect_insert(connection, readings).on_conflict_do_nothing(), rows)
         return final
 
-    def record_job(self, entries: Sequence[Entry], id: str, *, is_named: bool) -> Sequence[Entry]:
-        """As ``record``, for a job with an ``id``. Refused where that stands for something else, or (``is_named``: the
-        caller says who pays) was skipped."""
+    def record_job(self, entries: Sequence[Entry], job: Job) -> Sequence[Entry]:
+        """As ``record``, for a job. Refused where its id stands for something else."""
         with self._ledger.look() as connection:  # before any of it is stored
-            check_same(connection, entries, id, is_named=is_named)
-        stored = self.record(entries)
+            check_job(connection, entries, job)
+        stored = self.record(entries) if entries else entries
         with self._ledger.look() as connection:  # somebody else may have been as fast
-            check_same(connection, stored, id, is_named=is_named)
+            check_job(connection, stored, job)
         return stored
 
     def _look_again(self, connection: Connection, entry: Entry) -> Entry:

@@ -51,10 +51,12 @@ readings = Table(
     Column("account", String(255), nullable=False, server_default=text("''")),  # "acct_…"; "" is the key's own
     Column("session", String(64)),  # digest of the session of a skipped run, in case its lead shall pay later
     Column("reads", String(20)),  # what of that lead would say who pays, in order: "email,name"
+    Column("job", BigInteger),  # of what no run reported: the number of its id, see ledger/jobs.py
     _partial("readings_open", "id", where="state IN ('recorded', 'resolved')"),
     _partial("readings_held", "due", where="state = 'held'"),
     _partial("readings_sealed", "event_id", where="event_id IS NOT NULL"),
     _partial("readings_unclaimed", "session", where="session IS NOT NULL"),
+    _partial("readings_of_jobs", "job", where="job IS NOT NULL"),
 )
 
 events = Table(

@@ -34,7 +34,9 @@ LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
 
 _ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
-_SELDOM = {"reference": None, "dimensions": None, "reason": None, "account": "", "session": None, "reads": None}
+_SELDOM = {
+    "reference": None, "dimensions": None, "reason": None, "account": "", "session": None, "reads": None, "job": None,
+}  # fmt: skip
 """Columns that most rows leave at these, the table's own defaults."""
 _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
@@ -48,7 +50,7 @@ class Entry:
     ``value`` is ``None`` where the amount is unknown; ``reference`` names who pays until Stripe's customer is known.
     ``session`` is that of a skipped run whose lead may be captured later; only its digest is stored. ``reads`` are the
     fields of that lead that would say who pays, in order. What ``follows`` another reading is skipped like that,
-    whatever is known of the lead by now.
+    whatever is known of the lead by now. ``job`` is the number of the job that it belongs to (see ledger/jobs.py).
     """
 
     key: str
@@ -65,6 +67,7 @@ class Entry:
     session: str | None = field(default=None, repr=False)
     reads: tuple[By, ...] = ()
     follows: bool = False
+    job: int | None = None
 
     def row(self) -> tuple[Any, ...]:
         """The values of the columns, in their order."""
@@ -82,6 +85,7 @@ class Entry:
             self.account,
             session_digest(self.account, self.session) if self.session else None,
             ",".join(self.reads) if self.session else None,
+            self.job,
         )
 
     def columns(self) -> dict[str, Any]:
@@ -302,46 +306,6 @@ def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, An
     statement = dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
     # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
-
-
-def check_same(connection: Connection, entries: Sequence[Entry], id: str, *, is_named: bool = False) -> None:
-    """Refuse, with ``ConfigurationError``, what was recorded under an ``id`` that stands for something else.
-
-    Only what is known of both can differ: a customer may have been found since, and a person may have said who pays
-    for what was held. But where it was skipped, or held for want of an amount, and is known now (``is_named``: the
-    caller says who pays), to accept it would be to bill nothing and not to say so.
-    """
-    found = connection.execute(select(readings).where(readings.c.key.in_([entry.key for entry in entries])))
-    rows = {row.key: row for row in found}
-    for entry in entries:
-        row = rows.get(entry.key)
-        if row is None:
-            continue
-        if is_named and row.state == ReadingState.SKIPPED != entry.state:
-            raise ConfigurationError(
-                f"The id {id!r:.120} stands for {row.value} of nobody on {row.event_name}: it was skipped when it was "
-                "first told, and stays so. To bill it, give it another id."
-            )
-        if row.value is None and entry.value is not None:
-            raise ConfigurationError(
-                f"The id {id!r:.120} stands for an unknown amount on {row.event_name}, which a person settles: see "
-                "held(), and say how much it was with assign(held, value=…)."
-            )
-        known: list[tuple[Any, Any]] = [(row.value and Decimal(row.value), entry.value)]
-        if entry.value is not None and not (row.tries and _was_assigned(connection, row.customer)):
-            told = entry.reference.text if entry.reference else None
-            known += [(row.customer, entry.customer), (row.reference, told)]
-        if any(None not in (theirs, ours) and theirs != ours for theirs, ours in known):
-            raise ConfigurationError(
-                f"The id {id!r:.120} stands for {row.value} of {row.customer or 'somebody else'} on {row.event_name}. "
-                "Give this one another id."
-            )
-
-
-def _was_assigned(connection: Connection, customer: str | None) -> bool:
-    """Whether a person has ever said of something that was held that ``customer`` pays."""
-    said = (acts.c.detail + ",").startswith(f"{customer},", autoescape=True)
-    return connection.execute(select(acts.c.id).where(acts.c.act == ASSIGNED, said).limit(1)).first() is not None
 
 
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
