@@ -463,8 +463,11 @@ def test_what_was_cancelled_is_known_though_its_first_answer_was_lost(shop: Doub
     assert shop.billed() == 5
 
 
+@pytest.mark.parametrize("account", ["", "acct_1Sandbox"])  # the key's own, which may be named
 @pytest.mark.parametrize("state", ["delivered", "written_off"])
-def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop: DoubtShop, state: str) -> None:
+def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(
+    shop: DoubtShop, state: str, account: str
+) -> None:
     shop.doubt("a", "b", value=5)
     with shop.ledger.deliver_lane().transaction() as connection:
         connection.execute(update(events).where(events.c.identifier == "a").values(state="written_off"))
@@ -474,7 +477,7 @@ def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(shop
         shop.look(1)
     facts = {"event_name": "ai_tokens", "customer": "cus_1", "day": shop.minute // DAY * DAY, "state": state}
     with shop.ledger.deliver_lane().transaction() as connection:
-        connection.execute(insert(pruned).values(account="", amount="1", readings=1, **facts))
+        connection.execute(insert(pruned).values(account=account, amount="1", readings=1, **facts))
     shop.sandbox.advance(seconds=ASK_AGAIN)
     with pytest.raises(StripeError, match="pruned"):
         shop.look(1)

@@ -16,7 +16,6 @@ from courier_shop import EVENTS, StillShop, of
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import MAX_DELAY
 from langchain_stripe_meter.delivery.guard import (
-    ACCOUNT,
     LISTING_DELAY,
     LISTINGS_AT_ONCE,
     PAUSE_SECONDS,
@@ -28,7 +27,7 @@ from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUPS_PAU
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.ledger import sealing, views
 from langchain_stripe_meter.ledger.resolving import HELD_RETRY, RESOLVE_AT_MOST, Unknown
-from langchain_stripe_meter.ledger.store import LIVEMODE
+from langchain_stripe_meter.ledger.store import ACCOUNT, LIVEMODE
 from langchain_stripe_meter.sandbox import drop_answer, hang, rate_limited, refuse
 from langchain_stripe_meter.sandbox.stripe_sandbox import AccountHandle
 

@@ -19,12 +19,12 @@ from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.delivery.guard import ACCOUNT, PAUSE_SECONDS
+from langchain_stripe_meter.delivery.guard import PAUSE_SECONDS
 from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.schema import events
-from langchain_stripe_meter.ledger.store import Entry, Ledger, pin, refuse_early
+from langchain_stripe_meter.ledger.store import ACCOUNT, Entry, Ledger, pin, refuse_early
 from langchain_stripe_meter.sandbox import StripeSandbox
 
 TEST, LIVE = "sk_test_sandbox", "sk_live_sandbox"

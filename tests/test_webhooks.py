@@ -16,6 +16,7 @@ from faults import settled
 from sqlalchemy import select, update
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter.audit.verify import verify
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts, reports, sealing, views
@@ -37,6 +38,19 @@ def small(tmp_path: Path) -> Iterator[Books]:
 
 
 # -- what a report names
+
+
+def test_usage_on_the_keys_own_account_is_found_also_where_that_was_named(books: Books) -> None:
+    """``stripe_account=`` may name it; Stripe's reports and sums of the own account name none."""
+    books.deliver("run-1", "run-2", account=books.sandbox.account_id)
+    books.deliver("run-3")
+    (result,) = books.take(*books.sandbox.reject("run-1"))
+    assert (result.rejected, result.unknown) == (("run-1",), 0)
+    sealing.retry(books.ledger)
+    books.deliver()
+    books.sandbox.advance(hours=3)
+    found = verify(books.ledger, books.gateway)
+    assert [(one.account, one.delivered, one.at_stripe, one.difference) for one in found.comparisons] == [("", 3, 3, 0)]
 
 
 @pytest.mark.parametrize("shape", ["identifier", "idempotency_key", "request"])

@@ -22,7 +22,7 @@ from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.reversals import maybe_cancelled
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger
 
 AT_ONCE = 8
 """Questions to Stripe at a time; it takes 100 a second, in its sandboxes 25."""
@@ -154,8 +154,9 @@ def verify(
 
 
 def _known(ledger: Ledger, start: int, end: int) -> dict[Place, Known]:
-    now, found = ledger.now(), dict[Place, Known]()
+    now, own, found = ledger.now(), ledger.note(ACCOUNT), dict[Place, Known]()
     for account in views.accounts(ledger):
+        on = "" if account == own else account
         sums: dict[tuple[str, str, str, bool, bool], Decimal] = {}  # so that each of many rows is added once
         for event_name, customer, value, state, *moments in views.amounts(ledger, start, end, account):
             if customer:
@@ -163,7 +164,7 @@ def _known(ledger: Ledger, start: int, end: int) -> dict[Place, Known]:
                 key = (event_name, customer, state, is_settled(state, now, *moments), amount < 0)
                 sums[key] = EXACT.add(sums[key], amount) if key in sums else amount
         for (event_name, customer, state, settled, _), amount in sums.items():
-            known = found.setdefault(Place(account, event_name, customer), Known())
+            known = found.setdefault(Place(on, event_name, customer), Known())
             known.add(amount, state, is_settled=settled)
     return found
 

@@ -28,7 +28,7 @@ from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import meters_named
 from langchain_stripe_meter.gateway.replies import TOLERANCE, Notice, read_notice
 from langchain_stripe_meter.ledger import reports
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger
 
 if TYPE_CHECKING:
     from starlette.requests import Request
@@ -41,8 +41,6 @@ MAX_BODY = 256 * 1024
 MAX_HEADER = 4096
 _SIGNATURE = re.compile(r"v1=[0-9a-f]{64}", re.ASCII)
 _DATE = re.compile(r"t=([1-9]\d{0,11})", re.ASCII)
-ACCOUNT = "account"
-"""The ledger's note of the account that it belongs to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,8 +99,7 @@ def _ledger(url: str) -> Iterator[Finding]:
 
 def _belongs(ledger: Ledger) -> Iterator[Finding]:
     """Whether the key is of the ledger's account and mode."""
-    from langchain_stripe_meter.delivery.guard import ACCOUNT
-    from langchain_stripe_meter.ledger.store import LIVEMODE
+    from langchain_stripe_meter.ledger.store import ACCOUNT, LIVEMODE
 
     try:
         gateway = new_gateway()

@@ -17,10 +17,8 @@ from langchain_stripe_meter.ledger import resolving, sealing
 from langchain_stripe_meter.ledger.epoch import Epoch
 from langchain_stripe_meter.ledger.outbox import Line
 from langchain_stripe_meter.ledger.resolving import Waiting
-from langchain_stripe_meter.ledger.store import Ledger, first_note, pin
+from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger, first_note, pin
 
-ACCOUNT = "account"
-"""The ledger's note of the Stripe account that its usage belongs to."""
 PAUSED = "paused"
 """The ledger's note that says why sending is paused."""
 PAUSE_SECONDS = 30

@@ -15,7 +15,7 @@ from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_DOUBTFUL, events, pruned
-from langchain_stripe_meter.ledger.store import Ledger, write_act
+from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
 DAY = 86_400
@@ -158,7 +158,7 @@ def _trace(row: Any) -> Trace:
 
 
 _PRUNED = select(pruned.c.day).where(
-    pruned.c.account == bindparam("account"),
+    pruned.c.account.in_(bindparam("accounts", expanding=True)),
     pruned.c.event_name == bindparam("event_name"),
     pruned.c.customer == bindparam("customer"),
     pruned.c.day == bindparam("day"),
@@ -167,7 +167,8 @@ _PRUNED = select(pruned.c.day).where(
 
 
 def _is_pruned(connection: Connection, place: Place) -> bool:
-    asked = {**place._asdict(), "day": place.minute - place.minute % DAY}
+    names = [place.account] if place.account else ["", own_account(connection) or ""]
+    asked = {**place._asdict(), "accounts": names, "day": place.minute - place.minute % DAY}
     return connection.execute(_PRUNED, asked).first() is not None
 
 

@@ -35,7 +35,7 @@ from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
 from langchain_stripe_meter.ledger.schema import IS_PENDING, acts, events, notes, readings
-from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.store import Ledger, own_account
 
 SEAL_AT_MOST = 1000
 REJECTED_LATER = "rejected later"
@@ -81,13 +81,19 @@ def seal(connection: Connection, now: int, roll_up: int | None = None, accounts:
     else:
         return 0
     rows = found.mappings().all()
-    sound = [row for row in rows if _is_sound(connection, row)]
+    sound = _nameless(connection, [row for row in rows if _is_sound(connection, row)])
     past = _from_the_past(connection) if sound else None
     last = past["reading"] if past else 0
     old, new = [row for row in sound if row["id"] <= last], [row for row in sound if row["id"] > last]
     _seal(connection, rolled_up(new, roll_up), now)
     _seal(connection, rolled_up(old, roll_up), now, past, rolls_up=roll_up is not None)
     return len(rows)
+
+
+def _nameless(connection: Connection, rows: list[Row]) -> list[Row]:
+    """The rows, those of the key's own account without its name, as Stripe's reports have it."""
+    own = own_account(connection) if any(row["account"] for row in rows) else None
+    return rows if own is None else [{**row, "account": ""} if row["account"] == own else row for row in rows]
 
 
 def _from_the_past(connection: Connection) -> dict[str, Any] | None:

@@ -32,6 +32,8 @@ ASSIGNED = "assigned"
 """The act of a person who said who pays for what was held; its detail begins with that customer."""
 LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
+ACCOUNT = "account"
+"""The ledger's note of the Stripe account that its usage belongs to."""
 
 _ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
 _SELDOM = {
@@ -306,6 +308,11 @@ def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, An
     statement = dialect_insert(connection, table).values(**values).on_conflict_do_nothing()
     # Else SQLAlchemy does not ask PostgreSQL how many rows an insert made.
     return connection.execute(statement, execution_options={"preserve_rowcount": True}).rowcount == 1
+
+
+def own_account(connection: Connection) -> str | None:
+    """The id of the key's own account, where that is known: usage may name it, though it goes without a name."""
+    return connection.execute(select(notes.c.value).where(notes.c.name == ACCOUNT)).scalar()
 
 
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
