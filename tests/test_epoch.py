@@ -119,6 +119,18 @@ def test_what_may_have_been_re_timed_after_the_backup_is_not_re_timed_again_unle
     assert acts.retime(shop.ledger, [4]) == 1
 
 
+def test_what_is_used_after_everything_was_pruned_is_not_taken_for_what_was_restored(shop: Shop) -> None:
+    """SQLite numbers rows by what it still has."""
+    shop.record("run-1", "run-2")
+    shop.deliver()
+    epoch.restored(shop.ledger)
+    shop.sandbox.advance(days=80)
+    prune(shop.ledger, 36)
+    shop.record("run-3", at=shop.ledger.now() - 25 * HOUR)
+    shop.deliver()
+    assert (shop.states(), shop.billed()) == ({"run-3": "delivered"}, ["run-1", "run-2", "run-3"])
+
+
 @pytest.mark.parametrize("hours", [1, 25, 48])
 def test_what_a_restore_put_in_doubt_is_compared_and_ends_delivered_once(shop: Shop, hours: int) -> None:
     """One was sent after the backup, one was not: Stripe's sums tell which."""

@@ -300,6 +300,18 @@ def restored_up_to(ledger: Ledger, connection: Connection) -> int:
     return int(json.loads(_note(connection, RESTORED) or '{"reading": 0}')["reading"])
 
 
+def rows_are_gone(connection: Connection) -> None:
+    """After readings were deleted, in that transaction: SQLite gives the numbers above its last row again, and what
+    gets one of them does not come from the past."""
+    text = _note(connection, RESTORED)
+    if text is None:
+        return
+    past, newest = json.loads(text), connection.execute(select(func.max(readings.c.id))).scalar() or 0
+    if newest < past["reading"]:
+        value = json.dumps({**past, "reading": newest})
+        connection.execute(update(notes).where(notes.c.name == RESTORED).values(value=value))
+
+
 def _note(connection: Connection, name: str) -> str | None:
     return connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
 

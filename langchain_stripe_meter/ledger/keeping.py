@@ -20,6 +20,7 @@ from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.database import clear_errors
+from langchain_stripe_meter.ledger.epoch import rows_are_gone
 from langchain_stripe_meter.ledger.schema import acts, events, leads, notes, pruned, readings, webhook_events
 from langchain_stripe_meter.ledger.store import Ledger, insert_or_ignore
 from langchain_stripe_meter.ledger.views import NotebookTable
@@ -218,6 +219,7 @@ def _prune_events(connection: Connection, ids: Sequence[int], final: Any) -> Pru
     columns = (readings.c.account, readings.c.event_name, readings.c.customer, readings.c.value)
     _keep_sums(connection, select(*columns, events.c.at, events.c.state).select_from(joined).where(mine))
     gone = connection.execute(delete(readings).where(mine)).rowcount
+    rows_are_gone(connection)
     return Pruned(gone, connection.execute(delete(events).where(events.c.id.in_(sure))).rowcount)
 
 
@@ -228,7 +230,9 @@ def _prune_readings(connection: Connection, ids: Sequence[int], final: Any) -> P
     mine = readings.c.id.in_(list(connection.execute(query).scalars()))
     columns = (readings.c.account, readings.c.event_name, readings.c.customer, readings.c.value)
     _keep_sums(connection, select(*columns, readings.c.at, readings.c.state).where(mine))
-    return Pruned(connection.execute(delete(readings).where(mine)).rowcount)
+    gone = connection.execute(delete(readings).where(mine)).rowcount
+    rows_are_gone(connection)
+    return Pruned(gone)
 
 
 def _keep_sums(connection: Connection, query: Any) -> None:
