@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from langchain_stripe_meter.core.events import MAX_DIGITS, significant_digits
 from langchain_stripe_meter.ledger import acts, views
 from langchain_stripe_meter.ledger.sealing import rolled_up
+from langchain_stripe_meter.operations import cancel
 from langchain_stripe_meter.sandbox import drop_answer
 
 MINUTE, DAY = 60, 86_400
@@ -58,6 +59,14 @@ def test_what_differs_in_minute_kind_or_sign_is_not_added_up(shop: Shop) -> None
     pass_the_minute(shop)
     assert len(shop.sandbox.events) == 4
     assert shop.billed() == 2
+
+
+def test_a_correction_stays_by_itself_so_that_it_can_be_cancelled(shop: Shop) -> None:
+    correction = acts.correct(shop.ledger, "cus_1", "ai_tokens", 7, reason="forgotten", id="c")
+    shop.record("run-1", "run-2")
+    pass_the_minute(shop)
+    cancel(shop.ledger, shop.courier.gateway, correction)
+    assert (len(shop.sandbox.events), shop.billed()) == (2, 2)
 
 
 def test_a_span_ends_at_midnight_so_that_nothing_is_billed_for_another_day_or_month(shop: Shop) -> None:

@@ -34,10 +34,10 @@ from langchain_stripe_meter.ledger.epoch import restored_up_to
 from langchain_stripe_meter.ledger.jobs import check_same
 from langchain_stripe_meter.ledger.reversals import MAX_REASON, cancel, event_of, may_be_cancelled, named_move
 from langchain_stripe_meter.ledger.schema import acts, events, readings
-from langchain_stripe_meter.ledger.store import ASSIGNED, Entry, Ledger, insert_or_ignore, write_act
+from langchain_stripe_meter.ledger.store import ASSIGNED, CORRECTED, Entry, Ledger, insert_or_ignore, write_act
 from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
 
-CORRECTED, RETIMED, WRITTEN_OFF = "corrected", "re-timed", "written off"
+RETIMED, WRITTEN_OFF = "re-timed", "written off"
 UNEXPLAINED = "unexplained"
 _IDS_AT_ONCE = 10_000
 

@@ -35,7 +35,7 @@ from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
 from langchain_stripe_meter.ledger.schema import IS_PENDING, acts, events, notes, readings
-from langchain_stripe_meter.ledger.store import Ledger, own_account
+from langchain_stripe_meter.ledger.store import CORRECTED, Ledger, own_account
 
 SEAL_AT_MOST = 1000
 REJECTED_LATER = "rejected later"
@@ -85,9 +85,16 @@ def seal(connection: Connection, now: int, roll_up: int | None = None, accounts:
     past = _from_the_past(connection) if sound else None
     last = past["reading"] if past else 0
     old, new = [row for row in sound if row["id"] <= last], [row for row in sound if row["id"] > last]
-    _seal(connection, rolled_up(new, roll_up), now)
-    _seal(connection, rolled_up(old, roll_up), now, past, rolls_up=roll_up is not None)
+    alone = _corrections(connection, sound) if roll_up else set()
+    _seal(connection, rolled_up(new, roll_up, alone), now)
+    _seal(connection, rolled_up(old, roll_up, alone), now, past, rolls_up=roll_up is not None)
     return len(rows)
+
+
+def _corrections(connection: Connection, rows: list[Row]) -> set[str]:
+    """The keys of what a person corrected by, and may take back."""
+    mine = acts.c.subject.in_([row["key"] for row in rows])
+    return set(connection.execute(select(acts.c.subject).where(acts.c.act == CORRECTED, mine)).scalars())
 
 
 def _nameless(connection: Connection, rows: list[Row]) -> list[Row]:
@@ -135,12 +142,12 @@ def _seal(
     )
 
 
-def rolled_up(rows: Iterable[Row], seconds: int | None) -> list[list[Row]]:
+def rolled_up(rows: Iterable[Row], seconds: int | None, corrections: Collection[str] = ()) -> list[list[Row]]:
     """Readings that become one event: of one customer, meter, kind and span, which ends at midnight (UTC) at the
-    latest, as a billing period may. Corrections stay by themselves."""
+    latest, as a billing period may. What takes back, and the ``corrections`` with these keys, stay by themselves."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        alone = seconds is None or Decimal(row["value"]) <= 0
+        alone = seconds is None or Decimal(row["value"]) <= 0 or row["key"] in corrections
         same = (row["account"], row["customer"], row["event_name"], row["dimensions"])
         span = (row["at"] // DAY, row["at"] // (seconds or 1))
         groups.setdefault((row["id"],) if alone else (*same, *span), []).append(row)

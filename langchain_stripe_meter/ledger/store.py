@@ -30,6 +30,8 @@ from langchain_stripe_meter.reentry import block, inside
 
 ASSIGNED = "assigned"
 """The act of a person who said who pays for what was held; its detail begins with that customer."""
+CORRECTED = "corrected"
+"""The act of a person who corrected a customer's total; its subject is the reading that does it."""
 LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
 ACCOUNT = "account"
