@@ -72,7 +72,9 @@ class Books:
             return act(connection, *arguments)
 
     def resolve(self, who: Reference, customer: str) -> None:
+        """As where something of theirs waited, for only then Stripe is asked."""
         self.do(resolving.resolve, Unknown("", who), customer, self.ledger.now())
+        self.do(resolving.remember, "", who.text, customer, self.ledger.now())
 
     def change(self, key: str, act: str = "changed", **values: Any) -> None:
         """Change a reading as a person's act does."""

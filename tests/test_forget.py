@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, insert, select
+from sqlalchemy import create_engine, func, insert, select
 from typer.testing import CliRunner
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead
@@ -23,7 +23,7 @@ from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.forget import FORGOTTEN, forget
 from langchain_stripe_meter.ledger.keeping import prune
 from langchain_stripe_meter.ledger.leads import Leads
-from langchain_stripe_meter.ledger.resolving import remember
+from langchain_stripe_meter.ledger.resolving import Unknown, remember, resolve
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger
 
@@ -97,6 +97,28 @@ def test_a_person_is_gone_wherever_they_were_named_and_the_amounts_stay(ledger: 
     assert decisions.assign(ledger, group.ids, "cus_1") == 3
     again = forget(ledger, **by)
     assert (again.leads, again.readings, again.complete) == (0, 0, True)
+
+
+def test_acts_that_mention_somebody_with_a_longer_name_or_number_stay(ledger: Ledger) -> None:
+    said = [
+        f"of {one}." for one in (MAIL, f"jo.{MAIL}", f"{MAIL}.au", f"{MAIL}-x", PHONE, f"{PHONE}1", "name:Canary Name")
+    ]
+    with ledger.deliver_lane().transaction() as connection:
+        connection.execute(insert(acts), [{"at": 1, "act": "x", "subject": "y", "detail": one} for one in said])
+    done = forget(ledger, email=MAIL.upper(), phone=PHONE, name="Canary Nam")
+    with ledger.read() as connection:
+        left = connection.execute(select(acts.c.detail).where(acts.c.act == "x").order_by(acts.c.id)).scalars().all()
+    assert (done.traces, left) == (2, [None, *said[1:4], None, *said[5:]])
+
+
+def test_a_lookup_that_was_under_way_remembers_nobody_who_was_forgotten_meanwhile(ledger: Ledger) -> None:
+    """Stripe's answer comes in after the person was erased, and no reading waits for it any more."""
+    fill(ledger)
+    forget(ledger, email=MAIL)
+    for who, left in ((WHO, 1), (Reference("email", "bob@example.com"), 2)):
+        with ledger.deliver_lane().transaction() as connection:
+            resolve(connection, Unknown("", who), "cus_1", ledger.now())
+            assert connection.execute(select(func.count()).select_from(payers)).scalar_one() == left
 
 
 def test_a_name_that_two_people_have_leads_to_both_only_where_it_is_what_was_asked_for(ledger: Ledger) -> None:

@@ -6,6 +6,7 @@ that no amount is lost. A ``cus_…`` id is Stripe's, and stays beside the amoun
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -170,11 +171,16 @@ def _erase_traces(connection: Connection, person: _Person, accounts: set[str], s
     if person.customer is not None:
         mine.append(payers.c.customer == person.customer)
     count = connection.execute(delete(payers).where(or_(*mine))).rowcount
-    for one in everything:
-        said = f"name:{one.value}" if one.by == "name" else one.value
-        told = acts.c.detail.icontains(said, autoescape=True)
-        count += connection.execute(update(acts).where(told).values(detail=None)).rowcount
-    return count
+    return count + sum(_erase_from_acts(connection, one) for one in everything)
+
+
+def _erase_from_acts(connection: Connection, one: Reference) -> int:
+    """Not from those that mention somebody whose name, address or number only contains this one."""
+    said = f"name:{one.value}" if one.by == "name" else one.value
+    whole = re.compile(rf"(?<![\w.%+-]){re.escape(said)}(?![\w@-]|\.\w)", re.IGNORECASE)
+    told = select(acts.c.id, acts.c.detail).where(acts.c.detail.icontains(said, autoescape=True))
+    mine = [row.id for row in connection.execute(told) if whole.search(row.detail)]
+    return connection.execute(update(acts).where(acts.c.id.in_(mine)).values(detail=None)).rowcount
 
 
 def _carrying(connection: Connection, customer: str) -> str:

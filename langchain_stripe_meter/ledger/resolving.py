@@ -114,9 +114,9 @@ def _reference(connection: Connection, told: str | None) -> Reference | None:
 def resolve(connection: Connection, unknown: Unknown, customer: str, now: int) -> int:
     """Every waiting reading of ``unknown`` belongs to ``customer``; the reference itself is erased.
 
-    A keyed digest of it is kept, by which the spend limits know whose it was.
+    A keyed digest of it is kept, by which the spend limits know whose it was; not where nothing waits, for the person
+    may have been forgotten since Stripe was asked.
     """
-    remember(connection, unknown.account, unknown.reference.text, customer, now)
     moved = 0
     for waiting, state, move in (
         (RECORDED, ReadingState.RECORDED, Move.FOUND),
@@ -131,6 +131,8 @@ def resolve(connection: Connection, unknown: Unknown, customer: str, now: int) -
             )
         )
         moved += connection.execute(statement).rowcount
+    if moved:
+        remember(connection, unknown.account, unknown.reference.text, customer, now)
     return moved
 
 
