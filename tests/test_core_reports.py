@@ -128,6 +128,24 @@ def test_what_agrees_costs_one_question() -> None:
     assert asked == [(NOW, NOW + 1440 * MINUTE)]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "sums"),
+    [
+        (Minute(NOW, {"a": Decimal(5)}), Minute(NOW + MINUTE, {"b": Decimal(-5)}), (0, 0)),
+        (Minute(NOW, {"a": Decimal(5)}), Minute(NOW + MINUTE, {}, (Decimal(5),)), (0, 5)),
+        (Minute(NOW, {"a": Decimal(5)}), Minute(NOW + MINUTE, {}, (Decimal(-5),)), (0, 0)),
+    ],
+)
+def test_what_is_missing_in_one_minute_is_not_made_up_for_by_another(
+    first: Minute, second: Minute, sums: tuple[int, int]
+) -> None:
+    def ask(start: int, end: int) -> Decimal:
+        return sum((Decimal(sums[at]) for at in (0, 1) if start <= NOW + at * MINUTE < end), Decimal(0))
+
+    found = [minute for minute, verdict, _ in disagreeing([first, second], ask) if verdict is Verdict.ABSENT]
+    assert found[0] is first
+
+
 def test_where_stripe_cannot_be_asked_every_minute_is_for_a_person() -> None:
     minutes = [Minute(NOW + MINUTE * number, {str(number): Decimal(1)}) for number in range(3)]
     assert [verdict for _, verdict, _ in disagreeing(minutes, lambda _start, _end: None)] == [Verdict.PARTIAL] * 3

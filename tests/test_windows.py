@@ -167,6 +167,30 @@ def test_values_of_both_signs_prove_nothing_at_a_sum_of_zero(small: Books) -> No
     small.take(*small.sandbox.reject("c"))
 
 
+def test_unnamed_refusals_of_both_signs_do_not_hide_each_other(books: Books) -> None:
+    """In another minute each, which may be another day, or month."""
+    books.sandbox.error_samples = 0
+    minute = books.ledger.now() // 60 * 60
+    books.deliver("more", value=5, at=minute - 60)
+    books.deliver("less", value=-5, at=minute)
+    books.deliver("stays", at=minute - 120)
+    books.take(*books.sandbox.reject("more", "less"))
+    look_twice(books)
+    assert rejected(books) == ["less", "more"]
+
+
+def test_two_reports_of_one_minute_are_believed_together(books: Books) -> None:
+    books.sandbox.error_samples = 0
+    books.deliver("a", "b", at=books.ledger.now() // 60 * 60)
+    for key in ("a", "b"):
+        (result,) = books.take(*books.sandbox.reject(key))
+        assert result.ok
+    look_twice(books)
+    assert rejected(books) == ["a", "b"]
+    look_twice(books)  # the other report's own looks
+    assert ("window:" in books.snapshot(), len(books.errors)) == (False, 1)
+
+
 @pytest.mark.parametrize("customers", [("cus_1", "cus_1"), ("cus_1", "cus_2")], ids=["one customer", "two customers"])
 def test_no_more_is_rejected_than_stripe_says_it_refused(small: Books, customers: tuple[str, str]) -> None:
     """Two events are not in Stripe's sums, but it reported one more than it named: the sums may lag."""

@@ -112,10 +112,11 @@ class Windows:
                 yield Difference(event_name, customer, said, tuple(minute.delivered), verdict is Verdict.ABSENT)
 
     def _decide(self, known: Window) -> None:
-        """What two looks saw is absent is rejected; unless it is more than Stripe says it refused: then its sums lag
-        all the same, or somebody cancelled by hand."""
+        """What two looks saw is absent is rejected; unless it is more than Stripe says it refused, in this report and
+        others: then its sums lag all the same, or somebody cancelled by hand."""
         absent = [name for one in known.seen if one.is_absent for name in one.identifiers]
-        rejects = len(absent) <= known.remaining
+        with self._ledger.read() as connection:
+            rejects = len(absent) <= reports.remaining(connection, known)
         unexplained = [one for one in known.seen if not (rejects and one.is_absent)]
         rejected = self._store(known, replace(known, remaining=0), absent if rejects else [], unexplained)
         tell_rejected(self._on_error, rejected or [], [ABSENT_CODE])

@@ -251,14 +251,17 @@ Ask = Callable[[int, int], Decimal | None]
 def disagreeing(minutes: Sequence[Minute], ask: Ask) -> Iterator[tuple[Minute, Verdict, Decimal | None]]:
     """The minutes, given in order, in which Stripe does not have what it took, and its sums.
 
-    It is asked for halves, and for their halves, so that what agrees costs few questions.
+    It is asked for halves, and for their halves, so that what agrees costs few questions; but for every minute where
+    one may make up for what another lacks, with an amount of the other sign, or one that is uncertain.
     """
     if not minutes:
         return
     at_stripe = ask(minutes[0].start, minutes[-1].start + MINUTE)
     delivered = [value for minute in minutes for value in minute.delivered.values()]
-    verdict = judge(delivered, [value for minute in minutes for value in minute.uncertain], at_stripe)
-    if verdict is Verdict.AGREES:
+    uncertain = [value for minute in minutes for value in minute.uncertain]
+    verdict = judge(delivered, uncertain, at_stripe)
+    makes_up = uncertain or min(delivered, default=0) < 0 < max(delivered, default=0)
+    if verdict is Verdict.AGREES and not (makes_up and len(minutes) > 1):
         return
     if len(minutes) == 1 or at_stripe is None:
         yield from ((minute, verdict, at_stripe) for minute in minutes)

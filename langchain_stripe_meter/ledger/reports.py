@@ -171,6 +171,17 @@ def window(connection: Connection, name: str) -> Window | None:
     return Window(**stored)
 
 
+def remaining(connection: Connection, one: Window) -> int:
+    """How many refused events Stripe did not name, in this report and in those that may be about the same events."""
+    others = (window(connection, name) for name in windows(connection))
+    return sum(other.remaining for other in others if other is not None and _overlap(one, other))
+
+
+def _overlap(one: Window, other: Window) -> bool:
+    meets = one.start <= other.end + 2 * SKEW_SECONDS and other.start <= one.end + 2 * SKEW_SECONDS
+    return meets and one.account == other.account and not set(one.event_names).isdisjoint(other.event_names)
+
+
 def _difference(stored: Mapping[str, Any]) -> Difference:
     return Difference(**{**stored, "identifiers": tuple(stored["identifiers"])})
 
