@@ -603,3 +603,24 @@ def test_only_so_many_that_were_let_go_are_waited_for(runs: OpenRuns) -> None:
     runs.sweep(NOW + ABANDONED_AFTER)
     assert runs.end("call 0", NOW + ABANDONED_AFTER) is None
     assert runs.end("call 1", NOW + ABANDONED_AFTER) is not None
+
+
+def test_a_message_that_is_cut_looks_at_nobody_elses_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of users may be disconnected at once."""
+    runs = OpenRuns()
+    for user in range(3):
+        top = Run(f"top {user}", NOW)
+        runs.start(top)
+        for name in ("step", "ended"):
+            runs.start(Run(f"{name} {user}", NOW), top.id)
+            runs.start(Run(f"call in {name} {user}", NOW, is_call=True), f"{name} {user}")
+        runs.receive(f"call in step {user}", "Hello")
+        runs.end("call in ended 1", NOW)
+    everything = list(runs._runs.values())
+    monkeypatch.setattr(runs, "_all", lambda: pytest.fail("it looked at all runs"))
+    ended = runs.end("top 1", NOW)
+    assert ended is not None
+    runs.cut(ended, NOW)
+    assert [run.id for run in runs.take_lost()] == ["call in step 1"]
+    assert [run.id for run in everything if run.late] == []
+    assert ended.inside == {"step 1", "ended 1"}

@@ -45,6 +45,7 @@ class Run:
     said so. ``billed`` is what a call was recorded as, in the readings ``billed_as``; ``begun`` of a message what a
     cancelled call had begun to answer. Of the reports of usage in a stream, ``reported`` is the first, ``latest`` the
     last, ``told`` the sum of their inputs, and ``repeats`` how many there were while each said what it came to so far.
+    ``inside`` are the ids of the open runs that belong to a message.
     """
 
     id: Hashable
@@ -74,6 +75,7 @@ class Run:
     user: Any = field(default=None, repr=False)
     message: Run | None = field(default=None, repr=False)
     active: int = field(default=0, repr=False)
+    inside: set[Hashable] = field(default_factory=set, repr=False)
 
     @property
     def top(self) -> Run:
@@ -158,6 +160,7 @@ class OpenRuns:
             return False
         if parent is not None:
             run.parent, run.message = parent, parent.top
+            run.message.inside.add(run.id)
             if run.is_call:
                 run.facts = parent.facts_inside(run.facts)
             parent.touch(run.started)
@@ -193,7 +196,7 @@ class OpenRuns:
         run.ended = now
         if not run.is_call:
             _remember(self._past, run)
-        del self._runs[run_id]
+        self._close(run)
         self.abandoned -= run.late
         if run.parent is not None:
             run.parent.touch(now)
@@ -253,7 +256,8 @@ class OpenRuns:
 
         What they had received is known by now. The others are waited for a while: what runs in threads goes on.
         """
-        theirs = [run for run in self._all() if run.top is top]
+        open_now = (self._runs.get(one) for one in (top.id, *list(top.inside)))
+        theirs = [run for run in open_now if run is not None and run.top is top]
         self._abandon([run for run in theirs if run.produced], now)
         for run in theirs:
             if run.is_call and not run.produced and not run.late:
@@ -279,7 +283,12 @@ class OpenRuns:
                 run.was_lost = True
                 self.lost.append(run)
             _remember(self._let_go if run.is_call else self._past, run)
-            del self._runs[run.id]
+            self._close(run)
+
+    def _close(self, run: Run) -> None:
+        del self._runs[run.id]
+        if run.message is not None:
+            run.message.inside.discard(run.id)
 
     def take_lost(self) -> list[Run]:
         """What was ``lost``, each once."""
