@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Any
@@ -18,6 +19,7 @@ from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
+from langchain_stripe_meter.ledger.inserting import COLUMNS, Other
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.observed import Observed
 
@@ -202,6 +204,21 @@ def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> En
     return replace(
         entry, state=known, customer=customer, reference=reference, reason=other["reason"], session=None, reads=()
     )
+
+
+def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:
+    """What to say of usage that the ledger did not store, for the id of its run is that of another; each once."""
+    while others:
+        try:
+            row, stored = others.popleft()
+        except IndexError:  # another thread was faster
+            return
+        usage = dict(zip(COLUMNS, row, strict=True))
+        amount, run = f"{usage['value']} on {usage['event_name']}", usage["key"].rpartition("-")[0]
+        yield ConfigurationError(
+            f"{amount} is not billed: the run {run} was recorded before, with {stored}."
+            " LangChain's run_id names one run, not a conversation: give each run its own run_id, or none."
+        )
 
 
 # -- what could not be recorded, as ``UnrecordedError`` tells it, and back again

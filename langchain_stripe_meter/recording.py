@@ -47,6 +47,7 @@ from langchain_stripe_meter.counting import (
     of_nobody,
     readings_of,
     said_of,
+    same_ids,
     usage_of_job,
 )  # fmt: skip
 from langchain_stripe_meter.delivery.courier import Courier
@@ -58,6 +59,7 @@ from langchain_stripe_meter.errors import (
     UnrecordedError,
     hand_on,
     place_of,
+    tell,
 )
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.jobs import Job, job_number
@@ -193,6 +195,9 @@ class Recorder:
         if skipped:
             with self._lock:
                 self.skipped += skipped
+        if self.ledger.others:
+            for told in same_ids(self.ledger.others):
+                tell(self.on_error, told)
         if self.courier is None:
             self.ledger.database.tell_moved(self._tell)  # a courier tells what it finds there
         elif skipped < len(entries):

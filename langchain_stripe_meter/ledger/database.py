@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 from weakref import WeakSet
 
 from sqlalchemy import Connection, Engine
@@ -48,6 +48,7 @@ _IDLE = 0
 """PostgreSQL's name for a connection that does nothing, and is in no transaction."""
 
 logger = logging.getLogger("langchain_stripe_meter")
+T = TypeVar("T")
 
 
 class Lane:
@@ -71,22 +72,21 @@ class Lane:
             self._driver = None
         return self._connection
 
-    def run(self, work: Callable[..., None], *args: Any) -> None:
-        """Give ``work`` the driver's own connection, and ``args``, for the one statement that runs once per run.
+    def run(self, work: Callable[..., T], *args: Any) -> T:
+        """What ``work`` makes of the driver's own connection and ``args``, for the statement that runs once per run.
 
-        If the server turns out to have gone away, ``work`` is done once more on a new connection, so it must change
-        nothing when it is repeated.
+        If the server has gone away, it is done once more on a new connection: that must change nothing.
         """
         with self.lock:
             try:
-                work(self._driver or self._open_driver(), *args)
+                return work(self._driver or self._open_driver(), *args)
             except BaseException as error:
                 found = _condition(self._driver)
                 if found != "idle":  # also where Ctrl-C came before a statement's end
                     self.drop()
                 if found != "closed" or not isinstance(error, Exception):
                     raise
-                work(self._open_driver(), *args)
+                return work(self._open_driver(), *args)
 
     def _open_driver(self) -> Any:
         if self._driver is None:

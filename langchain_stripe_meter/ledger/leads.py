@@ -15,9 +15,10 @@ from langchain_stripe_meter.core.customers import By, Reference, check_region, n
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.core.tenants import account_of, session_digest
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
+from langchain_stripe_meter.ledger.inserting import others
 from langchain_stripe_meter.ledger.jobs import Job, check_job
 from langchain_stripe_meter.ledger.schema import leads, readings
-from langchain_stripe_meter.ledger.store import COLUMNS, Entry, Ledger, dialect_insert, write_act
+from langchain_stripe_meter.ledger.store import Entry, Ledger, dialect_insert, write_act
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
@@ -181,8 +182,9 @@ class Leads:
         with self._ledger.write("record") as connection:
             _lock(connection, [session_digest(one.account, one.session) for one in entries if one.session])
             final = [self._look_again(connection, entry) for entry in entries]
-            rows = [dict(zip(COLUMNS, entry.row(), strict=True)) for entry in final]
-            connection.execute(dialect_insert(connection, readings).on_conflict_do_nothing(), rows)
+            insert = dialect_insert(connection, readings).on_conflict_do_nothing()
+            connection.execute(insert, [entry.columns() for entry in final])
+            self._ledger.others.extend(others(connection.connection.driver_connection, [one.row() for one in final]))
         return final
 
     def record_job(self, entries: Sequence[Entry], job: Job) -> Sequence[Entry]:

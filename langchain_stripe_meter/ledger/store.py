@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import field
@@ -25,6 +26,7 @@ from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, InvalidValueError, MeteringError
 from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.group import GroupCommit
+from langchain_stripe_meter.ledger.inserting import COLUMNS, Other, insert_on_postgres, insert_on_sqlite
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, readings
 from langchain_stripe_meter.reentry import block, inside
 
@@ -34,17 +36,10 @@ CORRECTED = "corrected"
 """The act of a person who corrected a customer's total; its subject is the reading that does it."""
 LIVEMODE = "livemode"
 """The ledger's note of its mode, "test" or "live": whoever opens it first with a key decides."""
+OTHERS = 100
+"""Runs that share the id of another of which a ledger tells at once."""
 ACCOUNT = "account"
 """The ledger's note of the Stripe account that its usage belongs to."""
-
-_ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
-_SELDOM = {
-    "reference": None, "dimensions": None, "reason": None, "account": "", "session": None, "reads": None, "job": None,
-}  # fmt: skip
-"""Columns that most rows leave at these, the table's own defaults."""
-_DEFAULTS = tuple(_SELDOM.values())
-COLUMNS = (*_ALWAYS, *_SELDOM)
-_PLAIN = len(_ALWAYS)
 
 
 @valueclass
@@ -121,7 +116,9 @@ class Ledger:
         self.database = Database(url, synchronous=synchronous)
         self._clock = clock
         self._group: GroupCommit[Entry] = GroupCommit(self._write)
-        self._insert = _insert_on_sqlite if self.database.is_sqlite else _insert_on_postgres
+        self.others: deque[Other] = deque(maxlen=OTHERS)
+        """What was not stored because its key stands for another run already, until it is told."""
+        self._insert = insert_on_sqlite if self.database.is_sqlite else insert_on_postgres
         if is_test is not None:
             self.pin(is_test=is_test)
 
@@ -162,7 +159,9 @@ class Ledger:
         database = self.database
         try:
             database.reopen_if_moved()
-            database.lane("record").run(self._insert, list(map(Entry.row, entries)))
+            found = database.lane("record").run(self._insert, list(map(Entry.row, entries)))
+            if found:
+                self.others.extend(found)
         except MeteringError:
             raise
         except Exception as error:
@@ -248,41 +247,6 @@ def write_act(connection: Connection, act: str, subject: str, detail: str, now: 
     Whoever changes readings that are recorded already leaves an act, so that spend limits count anew.
     """
     connection.execute(insert(acts).values(at=now, act=act, subject=subject, detail=detail))
-
-
-def _insert_statement(mark: str, columns: Sequence[str] = COLUMNS) -> str:
-    """The insert, in SQL: SQLAlchemy's own statement costs three times as much per row."""
-    marks = ", ".join([mark] * len(columns))
-    return f"INSERT INTO {readings.name} ({', '.join(columns)}) VALUES ({marks}) ON CONFLICT (key) DO NOTHING"  # noqa: S608
-
-
-_ON_POSTGRES = _insert_statement("%s")
-_ON_SQLITE = _insert_statement("?")
-_PLAIN_ON_SQLITE = _insert_statement("?", _ALWAYS)
-
-
-def _insert_on_sqlite(driver: Any, rows: list[tuple[Any, ...]]) -> None:
-    """Insert in one transaction: a single row commits by itself, which saves two round trips."""
-    if len(rows) == 1:
-        row = rows[0]
-        if row[_PLAIN:] == _DEFAULTS:
-            driver.execute(_PLAIN_ON_SQLITE, row[:_PLAIN])
-        else:
-            driver.execute(_ON_SQLITE, row)
-        return
-    driver.execute("BEGIN IMMEDIATE")  # where anything fails from here on, the lane rolls back
-    driver.executemany(_ON_SQLITE, rows)
-    driver.execute("COMMIT")
-
-
-def _insert_on_postgres(driver: Any, rows: list[tuple[Any, ...]]) -> None:
-    """As ``_insert_on_sqlite``."""
-    if len(rows) == 1:
-        driver.execute(_ON_POSTGRES, rows[0])
-        return
-    driver.execute("BEGIN")
-    driver.cursor().executemany(_ON_POSTGRES, rows)
-    driver.execute("COMMIT")
 
 
 def _is_the_rows_fault(error: Exception) -> bool:

@@ -1,0 +1,80 @@
+"""Runs that are told twice: what is recorded again changes nothing, and what only looks like it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+
+from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.ledger.views import tail
+
+Making = Callable[..., StripeMeterCallbackHandler]
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def making(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Making]:
+    url = f"sqlite:///{tmp_path}/l.db" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    made: list[StripeMeterCallbackHandler] = []
+
+    def make(*meters: Any, **options: Any) -> StripeMeterCallbackHandler:
+        usual = {"customer": "cus_1", "ledger": url, "deliver": False}
+        made.append(StripeMeterCallbackHandler(*(meters or [Tokens("tokens")]), **{**usual, **options}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def answer(run_id: UUID, tokens: int, *handlers: StripeMeterCallbackHandler, asynchronously: bool = False) -> None:
+    usage: Any = {"input_tokens": tokens, "output_tokens": 0, "total_tokens": tokens}
+    model = GenericFakeChatModel(messages=iter([AIMessage("Hi", usage_metadata=usage)]))
+    config: Any = {"callbacks": list(handlers), "run_id": run_id, "metadata": {"lead": {"email": "ann@example.com"}}}
+    if asynchronously:
+        asyncio.run(model.ainvoke("Hello", config))
+    else:
+        model.invoke("Hello", config)
+
+
+@pytest.mark.parametrize("asynchronously", [False, True])
+@pytest.mark.parametrize("customer", ["cus_1", from_lead()])
+def test_runs_that_an_application_gives_one_id_are_told(
+    making: Making, customer: Any, asynchronously: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A conversation's id, say: by the ledger's key the second run is the first, told again."""
+    told: list[MeteringError] = []
+    handler, conversation = making(customer=customer, on_error=told.append), uuid4()
+    answer(uuid4(), 1, handler, asynchronously=asynchronously)
+    answer(conversation, 15, handler, asynchronously=asynchronously)
+    assert told == []
+    answer(conversation, 20, handler, asynchronously=asynchronously)
+    (error,) = told
+    said = f"20 on tokens is not billed: the run {conversation.hex} was recorded before, with 15."
+    assert str(error).startswith(said)
+    assert "its own run_id" in str(error)
+    assert said in caplog.text
+    assert [row.value for row in tail(handler._ledger)] == [1, 15]
+
+
+def test_one_run_that_two_handlers_of_one_ledger_hear_of_is_billed_once_and_nothing_is_told(making: Making) -> None:
+    told: list[MeteringError] = []
+    meters = (Tokens("tokens"), Messages("messages"))
+    handlers = [making(*meters, on_error=told.append), making(*meters, on_error=told.append)]
+    answer(uuid4(), 15, *handlers)
+    assert (sorted(row.value or 0 for row in tail(handlers[0]._ledger)), told) == ([1, 15], [])
+
+
+def test_a_job_that_is_told_again_is_no_news(making: Making) -> None:
+    told: list[MeteringError] = []
+    handler = making(on_error=told.append)
+    for at in (handler._ledger.now() - 5000, None):
+        handler.record_usage({"input_tokens": 5}, id="job", at=at)
+    assert (len(tail(handler._ledger)), told) == (1, [])
