@@ -31,6 +31,7 @@ from langchain_stripe_meter.observed import (
     observe,
     observe_decision,
     piece_of,
+    piece_of_event,
     received,
     requested_model,
     surrounding_run,
@@ -234,6 +235,10 @@ class MeteringCallbacks(BaseCallbackHandler):
         message = getattr(chunk, "message", None)
         self._runs.receive(run_id, piece_of(token, message), getattr(message, "usage_metadata", None))
 
+    def on_stream_event(self, event: Any, *, run_id: UUID, **kwargs: Any) -> None:
+        """As ``on_llm_new_token``, for models that stream without it, in newer LangChains."""
+        self._runs.hear_event(run_id, piece_of_event(event))
+
     # -- ends: recorded before the run goes on
 
     def _call_ended(self, response: LLMResult, *, run_id: UUID, **kwargs: Any) -> Sequence[Ending]:
@@ -372,8 +377,8 @@ def _is_interrupt(error: BaseException) -> bool:
 def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
     if observed.partial and observed.is_empty and run.produced:  # an error may leave out what came
-        return received(run.running_total or run.reported, run.received)
-    if observed.cached and run.produced:  # what is found in a cache does not come in pieces
+        return received(run.running_total or run.reported, run.pieces)
+    if observed.cached and (run.received or run.reported):  # what is found in a cache comes in no pieces but events
         return replace(observed, cached=False)
     batch = run.batch if isinstance(run, _Completion) else None
     return observed if batch is None else batch.share(observed)
@@ -381,5 +386,5 @@ def _as_told(run: Run, observed: Observed) -> Observed:
 
 def _lost_ending(run: Run) -> Ending:
     """An abandoned call, as far as it is known: what was received of its answer."""
-    observed = received(run.running_total or run.reported, run.received)
+    observed = received(run.running_total or run.reported, run.pieces)
     return Ending(run, observed, call_of(run, observed))

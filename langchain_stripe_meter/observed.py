@@ -212,6 +212,12 @@ def piece_of(token: Any, message: Any) -> str:
     return text
 
 
+def piece_of_event(event: Mapping[str, Any]) -> str:
+    """What an event of a stream adds to the output: text, thoughts, and the arguments of a tool's call."""
+    delta = event.get("delta") or {}
+    return str(delta.get("text") or delta.get("reasoning") or delta.get("args") or "")
+
+
 def as_running_total(observed: Observed, told: int, report: Any) -> Observed:
     """``observed``, whose usage is LangChain's sum of reports that were running totals, by the last ``report`` alone;
     ``told`` is the sum of their inputs."""

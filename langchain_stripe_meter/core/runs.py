@@ -45,7 +45,8 @@ class Run:
     said so. ``billed`` is what a call was recorded as, in the readings ``billed_as``; ``begun`` of a message what a
     cancelled call had begun to answer. Of the reports of usage in a stream, ``reported`` is the first, ``latest`` the
     last, ``told`` the sum of their inputs, and ``repeats`` how many there were while each said what it came to so far.
-    ``inside`` are the ids of the open runs that belong to a message.
+    ``inside`` are the ids of the open runs that belong to a message. ``events`` are pieces of an answer that were told
+    as events: beside those ``received``, instead of them, or of an answer from a cache.
     """
 
     id: Hashable
@@ -59,6 +60,7 @@ class Run:
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     begun: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
+    events: list[str] | None = field(default=None, repr=False)
     reported: Any = field(default=None, repr=False)
     latest: Any = field(default=None, repr=False)
     repeats: int = 0
@@ -86,7 +88,12 @@ class Run:
     @property
     def produced(self) -> bool:
         """Whether there is anything to bill, should its end never be told."""
-        return bool(self.received) or self.reported is not None
+        return bool(self.pieces) or self.reported is not None
+
+    @property
+    def pieces(self) -> Sequence[str]:
+        """What came of the answer, in whichever way it was told."""
+        return self.received or self.events or ()
 
     @property
     def running_total(self) -> Any:
@@ -212,6 +219,13 @@ class OpenRuns:
             run.received.append(text)
         if report and (report.get("input_tokens") or report.get("output_tokens")):
             _hear(run, report)
+
+    def hear_event(self, run_id: Hashable, text: str) -> None:
+        """As ``receive``, for a piece that is told as an event."""
+        run = self._runs.get(run_id)
+        if run is not None and text:
+            run.events = run.events or []
+            run.events.append(text)
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message.
