@@ -34,6 +34,7 @@ from langchain_stripe_meter.errors import (
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import cancel as ask_stripe
 from langchain_stripe_meter.ledger import acts, epoch, reversals, sealing, views
+from langchain_stripe_meter.ledger.keeping import prune
 from langchain_stripe_meter.ledger.schema import events, readings
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.operations import cancel
@@ -125,6 +126,15 @@ def test_verify_names_what_may_have_been_cancelled_and_a_persons_word_settles_it
         {"run-0": "delivered", "run-1": "written_off"},
         "",
     )
+
+
+def test_what_may_have_been_cancelled_is_not_pruned_before_a_person_has_looked(books: Books) -> None:
+    lose_the_answer(books, drop_answer())
+    books.sandbox.advance(days=41)
+    prune(books.ledger, 40)
+    assert "may have been cancelled: run-1" in verify(books.ledger, books.gateway).advice
+    acts.write_off(books.ledger, "run-1", reason="Stripe has one less")
+    assert (books.states(), verify(books.ledger, books.gateway).agrees) == ({"run-1": "written_off"}, True)
 
 
 def test_with_another_accounts_key_nothing_is_cancelled_and_nothing_concluded(books: Books) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, select, text, tuple_, update
+from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, text, tuple_, update
 
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.periods import ON_ITS_WAY_SECONDS, Late, Span
@@ -21,7 +21,16 @@ from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.database import clear_errors
 from langchain_stripe_meter.ledger.epoch import rows_are_gone
-from langchain_stripe_meter.ledger.schema import acts, events, leads, notes, pruned, readings, webhook_events
+from langchain_stripe_meter.ledger.schema import (
+    CANCELLED_AT,
+    acts,
+    events,
+    leads,
+    notes,
+    pruned,
+    readings,
+    webhook_events,
+)
 from langchain_stripe_meter.ledger.store import Ledger, insert_or_ignore
 from langchain_stripe_meter.ledger.views import NotebookTable
 from langchain_stripe_meter.reentry import inside
@@ -39,7 +48,10 @@ CHORE_SECONDS = 1.0
 """How long a courier prunes at a time, and how long it rests once it is through."""
 CHORE_EVERY = 3600
 
-_FINAL_EVENTS = events.c.state.in_([EventState.DELIVERED.value, EventState.WRITTEN_OFF.value])
+_WRITTEN_OFF = events.c.state == EventState.WRITTEN_OFF.value
+_IS_DELIVERED = and_(events.c.state == EventState.DELIVERED.value, CANCELLED_AT.element.is_(None))
+"""For good: of what may have been cancelled, a person must still see what came of it."""
+_FINAL_EVENTS = or_(_WRITTEN_OFF, _IS_DELIVERED)
 _FINAL_READINGS = readings.c.state.in_([ReadingState.SKIPPED.value, ReadingState.WRITTEN_OFF.value])
 
 Progress = Callable[[int, int], None]
