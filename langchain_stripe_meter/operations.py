@@ -253,12 +253,12 @@ def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
     outcome = ask(gateway, event.event_name, event.identifier, event.account)
     if outcome.move is Move.ACCEPTED:
         reversals.settle_cancel(ledger, event, None)
-    elif outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW):
+    elif outcome.move is Move.UNKNOWN:
         raise StripeError(
             f"Whether the meter event {event.identifier} is cancelled is unknown: {outcome.message.rstrip('.')}. "
             "Cancel it again: that is safe."
         )
-    elif outcome.move is not Move.REFUSED or not reversals.settle_cancel(ledger, event, outcome.message):
+    elif not reversals.settle_cancel(ledger, event, outcome.message):
         raise StripeError(
             f"Stripe did not cancel the meter event {event.identifier}: {outcome.message}"
             + (f" {EARLIER_TRY}." if event.was_asked else "")

@@ -128,6 +128,29 @@ def test_verify_names_what_may_have_been_cancelled_and_a_persons_word_settles_it
     )
 
 
+@pytest.mark.parametrize("fault", [refuse(403, message="may not"), refuse(429)])
+def test_what_stripe_surely_did_not_cancel_is_not_taken_for_maybe_cancelled(books: Books, fault: Fault) -> None:
+    books.deliver("run-1")
+    books.sandbox.fail(fault, path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match="did not cancel the meter event run-1"):
+        take_back(books, "run-1")
+    assert books.told() == ["cancel asked run-1", "cancel refused run-1"]
+    books.sandbox.advance(hours=25)
+    with pytest.raises(IllegalMoveError, match="24 hours"):
+        take_back(books, "run-1")
+    refused(books, IllegalMoveError, "run-1 is delivered", acts.write_off, "run-1", reason="x")
+
+
+def test_a_clock_that_was_ahead_when_it_was_delivered_keeps_no_cancelling_open(books: Books) -> None:
+    books.deliver("run-1")
+    books.sandbox.fail(drop_answer(), path=ADJUSTMENTS)
+    with pytest.raises(StripeError, match="unknown"):
+        take_back(books, "run-1")
+    with books.ledger.write() as connection:
+        connection.execute(update(events).values(settled_at=books.ledger.now() + 20 * DAY))
+    assert acts.write_off(books.ledger, "run-1", reason="Stripe has one less") == 1
+
+
 def test_what_may_have_been_cancelled_is_not_pruned_before_a_person_has_looked(books: Books) -> None:
     lose_the_answer(books, drop_answer())
     books.sandbox.advance(days=41)

@@ -97,8 +97,12 @@ def ask_to_cancel(ledger: Ledger, identifier: str) -> Cancellable | None:
 def may_be_cancelled(connection: Connection, row: Any, now: int) -> bool:
     """Whether an event that is delivered, for all that is known, was to be cancelled, and Stripe no longer does that:
     a person must see what came of it."""
-    is_over = row.state == EventState.DELIVERED.value and now - row.settled_at > CANCEL_SECONDS
-    return is_over and cancelling(connection, row.identifier) == CANCEL_ASKED
+    may_ask = 0 <= now - row.settled_at <= CANCEL_SECONDS  # not by a clock that was ahead
+    return (
+        row.state == EventState.DELIVERED.value
+        and not may_ask
+        and cancelling(connection, row.identifier) == CANCEL_ASKED
+    )
 
 
 def maybe_cancelled(ledger: Ledger, since: int, until: int) -> list[Any]:
