@@ -21,7 +21,9 @@ REPORT = Window("window:1", "acct_1", ("ai_tokens",), NOW - 3600, NOW, 5, custom
 DELIVERED, MINUTE, ATTENTION = "events_delivered", "events_minute", "events_attention"
 
 QUESTIONS: dict[str, tuple[Callable[[Connection], object], list[str]]] = {
-    "when its sums can be read": (lambda known: reports.is_readable(known, REPORT, NOW), [DELIVERED]),
+    "when its sums can be read": (
+        lambda known: reports.is_readable(known, REPORT, NOW), ["events_unknown", "events_sending", DELIVERED],
+    ),
     "whose usage it is about": (lambda known: reports.customers(known, REPORT, 20), [DELIVERED]),
     "a customer's minutes": (
         lambda known: reports.minutes(known, REPORT, "ai_tokens", "cus_1", NOW), [DELIVERED, MINUTE],

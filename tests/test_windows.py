@@ -21,7 +21,7 @@ from langchain_stripe_meter.ledger import reversals, sealing
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import cancel
-from langchain_stripe_meter.sandbox import refuse, server_error
+from langchain_stripe_meter.sandbox import drop_answer, refuse, server_error
 
 ADJUSTMENTS = "/v1/billing/meter_event_adjustments"
 
@@ -272,6 +272,25 @@ def test_usage_of_the_same_minute_that_is_delivered_late_hides_no_refusal(books:
     assert "delivered 10, Stripe has 5" in str(books.errors[-1])
     books.sandbox.error_samples = 1
     books.take(*books.sandbox.reject("run-1"))
+
+
+def test_while_an_events_own_answer_is_awaited_no_look_decides(books: Books) -> None:
+    """Its answer was lost, Stripe refused it later, without its name, and then answers nothing for an hour."""
+    books.sandbox.error_samples = 0
+    books.deliver("other", customer="cus_2")
+    books.sandbox.fail(drop_answer())
+    books.record("run-1", value=500)
+    while len(books.sandbox.events) == 1 or books.courier.in_flight:
+        books.courier.turn()
+    books.take(*books.sandbox.reject("run-1"))
+    books.sandbox.fail(refuse(503), times=None)
+    for _ in range(240):
+        books.do_chores()
+    assert "window:" in books.snapshot()
+    books.sandbox.clear_faults()
+    books.deliver()
+    look_twice(books)
+    assert (rejected(books), "window:" in books.snapshot()) == (["run-1"], False)
 
 
 def test_what_is_in_doubt_is_not_waited_for(small: Books) -> None:

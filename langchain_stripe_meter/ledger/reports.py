@@ -18,7 +18,15 @@ from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState
 from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample, is_settled
 from langchain_stripe_meter.ledger.reversals import reject_later
-from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, webhook_events
+from langchain_stripe_meter.ledger.schema import (
+    CANCELLED_AT,
+    IS_PENDING,
+    IS_SENDING,
+    acts,
+    events,
+    notes,
+    webhook_events,
+)
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
 from langchain_stripe_meter.ledger.store import insert_or_ignore
 
@@ -197,7 +205,15 @@ def _inside(one: Window) -> ColumnElement[bool]:
 
 
 def is_readable(connection: Connection, one: Window, now: int) -> bool:
-    """Whether Stripe's sums can be trusted now to show all that was delivered in the window, and are due for a look."""
+    """Whether Stripe's sums can be trusted now to show all that was delivered in the window, and are due for a look.
+
+    What is still to be sent, or sent again, though Stripe may have it, may be what it refused: its answer comes first.
+    """
+    latest, meters = one.end + SKEW_SECONDS, select(events.c.account, events.c.event_name)
+    again = meters.where(IS_PENDING, events.c.first_unknown_at <= latest)  # an index of its own, if asked for no more
+    for awaited in (again, meters.where(IS_SENDING, _first_sent <= latest)):
+        if any(row.account == one.account and row.event_name in one.event_names for row in connection.execute(awaited)):
+            return False
     newest = connection.execute(select(func.max(events.c.settled_at)).where(_inside(one))).scalar()
     had_time = newest is None or now - newest >= SUMS_LAG
     return had_time and (one.seen_at is None or now - one.seen_at >= LOOK_AGAIN)
