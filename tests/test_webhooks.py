@@ -19,9 +19,9 @@ from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.audit.verify import verify
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
-from langchain_stripe_meter.ledger import acts, reports, sealing, views
-from langchain_stripe_meter.ledger.schema import events, webhook_events
-from langchain_stripe_meter.sandbox import drop_answer, server_error
+from langchain_stripe_meter.ledger import acts, epoch, reports, sealing, views
+from langchain_stripe_meter.ledger.schema import events, readings, webhook_events
+from langchain_stripe_meter.sandbox import Rejection, drop_answer, server_error
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -38,6 +38,57 @@ def small(tmp_path: Path) -> Iterator[Books]:
 
 
 # -- what a report names
+
+
+def lose_an_answer_about(books: Books, key: str) -> Rejection:
+    """Stripe takes it, the answer is lost, and Stripe refuses it later."""
+    before = len(books.sandbox.events)
+    books.sandbox.fail(drop_answer())
+    books.record(key)
+    while len(books.sandbox.events) == before or books.courier.in_flight:
+        books.courier.turn()
+    (rejection,) = books.sandbox.reject(key)
+    return rejection
+
+
+def test_what_stripes_sums_showed_after_a_report_is_not_rejected_by_it(books: Books) -> None:
+    """It was sent again meanwhile, and billed, and then the ledger was restored: the report still waits."""
+    books.take(lose_an_answer_about(books, "run-1"))
+    with books.sandbox.outage():
+        books.sandbox.advance(hours=24)
+        books.courier.turn()
+    assert books.states() == {"run-1": "doubtful"}
+    event = {"event_name": "ai_tokens", "identifier": "run-1-again", "timestamp": books.ledger.now() - 86_400}
+    stripe: Any = books.gateway.client
+    stripe.v1.billing.meter_events.create({**event, "payload": {"stripe_customer_id": "cus_1", "value": "1"}})
+    for _ in range(300):
+        books.do_chores()
+    assert books.states() == {"run-1": "delivered"}
+    assert "sent again later: run-1" in str(books.errors[-1])
+
+
+@pytest.mark.parametrize("is_sealed", [True, False])
+def test_a_report_about_what_a_restored_ledger_has_not_sent_yet_waits(books: Books, is_sealed: bool) -> None:
+    """Stripe had it, and refused it, after the backup was made."""
+    books.record("run-1", value=500)
+    if is_sealed:
+        with books.ledger.write() as connection:
+            sealing.seal(connection, books.ledger.now())
+    with books.ledger.read() as connection:
+        (row,) = connection.execute(select(readings)).mappings().all()
+    stripe: Any = books.gateway.client
+    event = {"event_name": "ai_tokens", "identifier": "run-1", "timestamp": row["at"]}
+    stripe.v1.billing.meter_events.create({**event, "payload": {"stripe_customer_id": "cus_1", "value": "500"}})
+    epoch.restored(books.ledger)
+    (result,) = books.take(*books.sandbox.reject("run-1"))
+    assert (result.rejected, result.unknown) == ((), 0)
+    books.deliver()
+    for _ in range(3):
+        books.do_chores()
+    assert books.states() == {"run-1": "rejected"}
+    sealing.retry(books.ledger)
+    books.deliver()
+    assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 500)
 
 
 def test_usage_on_the_keys_own_account_is_found_also_where_that_was_named(books: Books) -> None:

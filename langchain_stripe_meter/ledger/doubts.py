@@ -195,11 +195,12 @@ def _remember(connection: Connection, doubt: Trace, look: Look, reason: str | No
 
 
 def _move(connection: Connection, event_id: int, move: Move, now: int) -> None:
-    """Out of doubt. What Stripe does not have has no unknown outcome any more: its safe window begins anew."""
+    """Out of doubt. What Stripe does not have has no unknown outcome any more: its safe window begins anew. What it
+    has is as if sent now: no report of before is about it."""
     state = next_event_state(EventState.DOUBTFUL, move)
     values: Mapping[str, Any] = {"state": state.value, "seen_value": None, "seen_at": None, "error": None}
     if state is EventState.PENDING:
         values = {**values, "first_unknown_at": None, "settled_at": None, "due": now}
     else:
-        values = {**values, "settled_at": now}
+        values = {**values, "first_unknown_at": None, "sent_at": now, "settled_at": now}
     connection.execute(update(events).where(events.c.id == event_id).values(**values))

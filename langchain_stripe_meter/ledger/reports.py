@@ -22,9 +22,11 @@ from langchain_stripe_meter.ledger.schema import (
     CANCELLED_AT,
     IS_PENDING,
     IS_SENDING,
+    OPEN_READINGS,
     acts,
     events,
     notes,
+    readings,
     webhook_events,
 )
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
@@ -107,14 +109,15 @@ def was_seen(connection: Connection, event_id: str) -> bool:
 
 
 def take(connection: Connection, samples: Iterable[Sample], account: str, end: int, now: int) -> Taken:
-    """Reject what was delivered; what is still on its way is looked at again once its own answer is in."""
+    """Reject what was delivered; what is still on its way is looked at again once its own answer is in. (After a
+    restore, that may be what this ledger has not sent yet, or not even sealed.)"""
     rejected: dict[str, str] = {}
     waiting: dict[str, str] = {}
     late: list[str] = []
     unknown = 0
     for sample in samples:
         row = _named(connection, sample.identifier, account)
-        if row is not None and row.state in _ON_THE_WAY and row.sent_at is not None:
+        if row.state in _ON_THE_WAY if row is not None else _is_open(connection, sample.identifier, account):
             waiting[sample.identifier] = sample.code
         elif row is None or row.state != EventState.DELIVERED.value:
             unknown += 1
@@ -128,6 +131,12 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
 def _named(connection: Connection, identifier: str, account: str) -> Any:
     query = select(events, _first_sent.label("first_sent"))
     return connection.execute(query.where(events.c.identifier == identifier, events.c.account == account)).first()
+
+
+def _is_open(connection: Connection, identifier: str, account: str) -> bool:
+    """Whether a reading of this name is still to be sealed."""
+    mine = and_(readings.c.key == identifier, readings.c.account == account, OPEN_READINGS)
+    return connection.execute(select(readings.c.id).where(mine)).first() is not None
 
 
 def event_names(connection: Connection, samples: Iterable[Sample], account: str) -> set[str]:
