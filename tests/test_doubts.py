@@ -26,7 +26,7 @@ from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import sealing, views
 from langchain_stripe_meter.ledger.acts import retime
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
@@ -106,7 +106,7 @@ def test_what_stripe_does_not_have_is_sent_again_under_its_identifier_and_billed
     assert shop.states() == {"run": "pending"}
     with shop.ledger.read() as connection:
         row = connection.execute(select(events)).one()
-    assert (row.first_unknown_at, row.seen_value, row.seen_at, row.error, row.settled_at) == (None,) * 5
+    assert (row.first_unknown_at, row.seen_value, row.error, row.settled_at) == (None,) * 4
     assert row.attempts > 1
     shop.drive()
     assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
@@ -481,6 +481,48 @@ def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(
     shop.sandbox.advance(seconds=ASK_AGAIN)
     with pytest.raises(StripeError, match="pruned"):
         shop.look(1)
+
+
+# -- what Stripe knows by its identifier, and its sums lack
+
+
+@pytest.mark.parametrize("by_person", [True, False])
+def test_what_stripe_refused_later_is_sent_under_a_new_identifier_once_its_sums_lacked_it_twice(
+    shop: DoubtShop, by_person: bool
+) -> None:
+    """Somebody has looked, and has it sent again; but Stripe still knows the identifier of what it refused."""
+    shop.doubt("run", taken=("run",), value=5)
+    shop.sandbox.reject("run")
+    settle_doubt(shop.ledger, ["run"], delivered=False)
+    shop.drive(seconds=60)
+    assert (shop.states(), shop.billed()) == ({"run": "doubtful"}, 0)
+    assert shop.reason().startswith("Stripe knows its identifier, though it lacked it")
+    if by_person:
+        settle_doubt(shop.ledger, ["run"], delivered=False)
+    else:
+        shop.rest()
+        shop.look(2)
+    assert shop.states() == {"run": "rejected"}
+    assert sealing.retry(shop.ledger) == 1
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
+
+
+def test_who_says_wrongly_that_stripe_lacks_an_event_does_not_have_it_billed_twice(shop: DoubtShop) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    settle_doubt(shop.ledger, ["run"], delivered=False)
+    shop.drive(seconds=60)
+    shop.rest()
+    shop.look(2)
+    assert (shop.states(), sealing.retry(shop.ledger), shop.billed()) == ({"run": "delivered"}, 0, 5)
+
+
+def test_what_was_absent_and_is_sent_again_with_an_answer_that_is_lost_is_known_rightly(shop: DoubtShop) -> None:
+    shop.doubt("run", value=5)
+    settle_doubt(shop.ledger, ["run"], delivered=False)
+    shop.sandbox.fail(drop_answer())
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
 
 
 # -- on both engines, in the handler, and on the command line

@@ -85,6 +85,7 @@ class Move(StrEnum):
     REFUSED = "refused for good"
     SEEN_AT_STRIPE = "seen at Stripe"
     ABSENT_AT_STRIPE = "absent at Stripe"
+    CONTRADICTED = "known to Stripe, though it was absent"
     REJECTED_LATER = "rejected later"
 
 
@@ -119,10 +120,16 @@ EVENT_MOVES: Mapping[EventState, Mapping[Move, EventState]] = {
         _M.NO_ACCESS: _E.PENDING,
         _M.UNKNOWN: _E.PENDING,
         _M.OUT_OF_WINDOW: _E.DOUBTFUL,
+        _M.CONTRADICTED: _E.DOUBTFUL,
         _M.REFUSED: _E.REJECTED,
         _M.UNSEAL: _E.WITHDRAWN,
     },
-    _E.DOUBTFUL: {_M.SEEN_AT_STRIPE: _E.DELIVERED, _M.ABSENT_AT_STRIPE: _E.PENDING, _M.WRITE_OFF: _E.WRITTEN_OFF},
+    _E.DOUBTFUL: {
+        _M.SEEN_AT_STRIPE: _E.DELIVERED,
+        _M.ABSENT_AT_STRIPE: _E.PENDING,
+        _M.REJECTED_LATER: _E.REJECTED,
+        _M.WRITE_OFF: _E.WRITTEN_OFF,
+    },
     _E.DELIVERED: {_M.REJECTED_LATER: _E.REJECTED, _M.CANCEL: _E.WRITTEN_OFF},
     _E.REJECTED: {_M.TRY_AGAIN: _E.PENDING, _M.TOO_OLD: _E.WITHDRAWN, _M.WRITE_OFF: _E.WRITTEN_OFF},
     _E.WITHDRAWN: {},
@@ -160,12 +167,14 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What is known of an event when an attempt ends. Times are Unix seconds, by our clock."""
+    """What is known of an event when an attempt ends. Times are Unix seconds, by our clock. ``was_absent``: it was in
+    doubt before, and Stripe's sums, or a person, said that Stripe did not have it."""
 
     identifier: str
     attempts: int
     sent_at: int
     first_unknown_at: int | None = None
+    was_absent: bool = False
 
     @property
     def is_first(self) -> bool:
@@ -189,11 +198,14 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     An outcome is *unknown* from the moment the request was sent, so the safe window counts from there. A refused
     key, or a closed account, burns no attempt. Once unknown, an event stays so through later refusals until Stripe says
     that it has it: a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not
-    to rejection or to being withdrawn.
+    to rejection or to being withdrawn. Nor is believed at once that Stripe has what was absent and was not sent since:
+    it knows the identifier also of what it refused later.
     """
     first_unknown = attempt.first_unknown_at
     move = outcome.move
-    if move is Move.UNKNOWN and first_unknown is None:
+    if move is Move.DUPLICATE and attempt.was_absent and first_unknown is None:
+        move = Move.CONTRADICTED
+    if move in (Move.UNKNOWN, Move.CONTRADICTED) and first_unknown is None:
         first_unknown = attempt.sent_at
     back_in_queue = next_event_state(EventState.SENDING, move) is EventState.PENDING
     is_final = move in (Move.REFUSED, Move.UNSEAL)

@@ -14,6 +14,8 @@ from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Fac
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
+from langchain_stripe_meter.ledger.outbox import CONTRADICTED
+from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_DOUBTFUL, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
 from langchain_stripe_meter.ledger.views import html_table
@@ -86,7 +88,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     with ledger.write() as connection:
         for identifier in dict.fromkeys(identifiers):
             row = _doubted(connection, identifier)
-            _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
+            _move(connection, row, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
             said = "Stripe has it" if delivered else "Stripe does not have it"
             write_act(connection, "doubt settled", identifier, said, now)
             moved += 1
@@ -95,7 +97,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
 
 def _doubted(connection: Connection, identifier: str) -> Any:
     """The doubtful event with this identifier; a refusal that names it where there is none."""
-    query = select(events.c.id, events.c.at, events.c.state).where(events.c.identifier == identifier)
+    query = select(events).where(events.c.identifier == identifier)
     row = connection.execute(query).first()
     if row is None:
         raise ConfigurationError(
@@ -175,15 +177,15 @@ def _is_pruned(connection: Connection, place: Place) -> bool:
 def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:
     """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
     with ledger.write() as connection:
-        query = select(events.c.id, events.c.seen_at).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
-        known = {row.id: row.seen_at for row in connection.execute(query)}
-        if known != {one.id: one.seen_at for one in doubts}:
+        query = select(events).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
+        known = {row.id: row for row in connection.execute(query)}
+        if {row.id: row.seen_at for row in known.values()} != {one.id: one.seen_at for one in doubts}:
             return False
         for one in doubts:
             if verdict.move is None:
                 _remember(connection, one, look, verdict.reason, now)
             else:
-                _move(connection, one.id, verdict.move, now)
+                _move(connection, known[one.id], verdict.move, now)
                 logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, verdict.move)
     return True
 
@@ -194,13 +196,17 @@ def _remember(connection: Connection, doubt: Trace, look: Look, reason: str | No
     connection.execute(update(events).where(events.c.id == doubt.id).values(**seen, **told))
 
 
-def _move(connection: Connection, event_id: int, move: Move, now: int) -> None:
+def _move(connection: Connection, row: Any, move: Move, now: int) -> None:
     """Out of doubt. What Stripe does not have has no unknown outcome any more: its safe window begins anew. What it
-    has is as if sent now: no report of before is about it."""
+    has is as if sent now: no report of before is about it. What it lacks for the second time, though it knows the
+    identifier, it has refused later."""
+    if move is Move.ABSENT_AT_STRIPE and row.error == CONTRADICTED:
+        reject_later(connection, row, CONTRADICTED, now)
+        return
     state = next_event_state(EventState.DOUBTFUL, move)
     values: Mapping[str, Any] = {"state": state.value, "seen_value": None, "seen_at": None, "error": None}
-    if state is EventState.PENDING:
-        values = {**values, "first_unknown_at": None, "settled_at": None, "due": now}
+    if state is EventState.PENDING:  # it stays known that somebody has looked
+        values = {**values, "seen_at": now, "first_unknown_at": None, "settled_at": None, "due": now}
     else:
         values = {**values, "first_unknown_at": None, "sent_at": now, "settled_at": now}
-    connection.execute(update(events).where(events.c.id == event_id).values(**values))
+    connection.execute(update(events).where(events.c.id == row.id).values(**values))

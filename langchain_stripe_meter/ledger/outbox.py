@@ -67,6 +67,10 @@ LINES_AT_ONCE = 1000
 """How many lines a claim looks at before it leaves the others to the next one."""
 _CAME_BACK = "it may have been sent before the ledger was restored or its courier was killed"
 """Why an event is in doubt whose outcome was never unknown: see ``put_in_doubt``."""
+CONTRADICTED = (
+    "Stripe knows its identifier, though it lacked it before: it refused it later, or somebody cancelled it there"
+)
+"""Why an event is in doubt again that was sent again after a doubt: see ``settle`` in core/states.py."""
 _PAGE = 20
 _FIRST: Line = ("", "", "")
 _PENDING: ColumnElement[str] = literal_column("'pending'")
@@ -261,7 +265,8 @@ def _claimed(connection: Connection, row: Mapping[Any, Any], lease: str, now: in
         sending = next_event_state(EventState.PENDING, Move.SEND)
         _set_aside(connection, row, next_event_state(sending, Move.REFUSED), str(error)[:300], now)
         return None
-    attempt = Attempt(row["identifier"], row["attempts"], now, row["first_unknown_at"])
+    was_absent = row["seen_at"] is not None
+    attempt = Attempt(row["identifier"], row["attempts"], now, row["first_unknown_at"], was_absent)
     return Claimed(row["id"], event, attempt, f"{lease}/{next(_CLAIMS)}")
 
 
@@ -301,6 +306,7 @@ def _finish(
 ) -> EventState | None:
     row_id, lease = claim
     after = settle(attempt, outcome, now)
+    is_contradicted = outcome.move is Move.DUPLICATE and after.state is EventState.DOUBTFUL
     bound = {
         "row_id": row_id,
         "its_lease": lease,
@@ -309,7 +315,7 @@ def _finish(
         "next_due": after.due,
         "unknown_at": after.first_unknown_at,
         "final_at": None if after.state is EventState.PENDING else now,
-        "why": outcome.message or None,
+        "why": CONTRADICTED if is_contradicted else outcome.message or None,
         "request": outcome.request_id,
     }
     if not connection.execute(_SETTLE, bound).rowcount:

@@ -29,7 +29,7 @@ MAX_REASON = 300
 
 
 def reject_later(connection: Connection, row: Any, code: str, now: int) -> str | None:
-    """Stripe refused a delivered event after it took it: rejected, and under an identifier that Stripe has not seen.
+    """Stripe refused an event after it took it: rejected, and under an identifier that Stripe has not seen.
 
     Returns the new identifier; None where the event has moved on meanwhile, or was being cancelled: it is, then.
     """
@@ -51,6 +51,8 @@ def reject_later(connection: Connection, row: Any, code: str, now: int) -> str |
             attempts=0,  # a new identifier: nothing that is known of the old one holds for it
             sent_at=None,
             first_unknown_at=None,
+            seen_value=None,
+            seen_at=None,
             request_id=None,
         )
     ).rowcount
