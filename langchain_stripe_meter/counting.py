@@ -20,6 +20,7 @@ from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metad
 from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
 from langchain_stripe_meter.ledger.inserting import COLUMNS, Other
+from langchain_stripe_meter.ledger.leads import like
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.observed import Observed
 
@@ -193,17 +194,12 @@ def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> En
     entry = replace(entry, account=other["account"])
     if other["state"] == ReadingState.SKIPPED:
         reads = tuple((other["reads"] or "").split(","))
-        return replace(of_nobody(entry, other["reason"]), session=session, reads=reads, follows=True)
+        return replace(of_nobody(entry, other["reason"]), session=session, reads=reads, follows=other["key"])
     written_off = other["state"] == ReadingState.WRITTEN_OFF or other["event_state"] == EventState.WRITTEN_OFF
     if written_off or other["cancelled_at"] is not None:
         reason = f"its estimate {other['key']} was cancelled or written off: write this off too, or assign it"
         return replace(of_nobody(entry, reason), state=ReadingState.HELD)
-    customer, named = other["customer"], other["reference"]
-    reference = Reference.of(named) if named and not customer else None
-    known = ReadingState.RESOLVED if customer else ReadingState.RECORDED if reference else ReadingState.HELD
-    return replace(
-        entry, state=known, customer=customer, reference=reference, reason=other["reason"], session=None, reads=()
-    )
+    return like(entry, other)
 
 
 def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:

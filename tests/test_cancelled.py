@@ -231,6 +231,22 @@ def test_the_rest_goes_wherever_its_estimate_went(by_lead: Any, bill_from: Any) 
         assert handler.leads.capture("s", email="ann@example.com", bill_from="first_message") == 2
 
 
+def test_the_rest_goes_where_its_estimate_went_while_it_was_stored(by_lead: Any, monkeypatch: Any) -> None:
+    """The lead is captured after the estimate was found skipped, and before the rest is in the ledger."""
+    handler = by_lead(Tokens("t"))
+    record = handler.leads.record
+
+    def capture_first(entries: Any) -> Any:
+        if any(entry.follows for entry in entries):
+            assert handler.leads.capture("s", email="ann@example.com", bill_from="first_message") == 1
+        return record(entries)
+
+    monkeypatch.setattr(handler.leads, "record", capture_first)
+    rows = outlived(handler, lambda: None, {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320})
+    assert sum(row.value or 0 for row in rows) == 320
+    assert [row.state for row in rows] == ["recorded"] * 2
+
+
 def test_so_does_a_kind_of_tokens_of_which_the_estimate_knew_nothing(by_lead: Any) -> None:
     handler = by_lead(Tokens("t", split=True))
     usage = {"input_tokens": 300, "output_tokens": 20, "total_tokens": 320, "input_token_details": {"cache_read": 200}}

@@ -21,7 +21,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts, epoch, reports, sealing, views
 from langchain_stripe_meter.ledger.schema import events, readings, webhook_events
-from langchain_stripe_meter.sandbox import Rejection, drop_answer, server_error
+from langchain_stripe_meter.sandbox import Rejection, drop_answer, refuse, server_error
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -102,6 +102,14 @@ def test_usage_on_the_keys_own_account_is_found_also_where_that_was_named(books:
     books.sandbox.advance(hours=3)
     found = verify(books.ledger, books.gateway)
     assert [(one.account, one.delivered, one.at_stripe, one.difference) for one in found.comparisons] == [("", 3, 3, 0)]
+
+
+def test_where_the_key_may_not_read_its_account_its_reports_are_of_whatever_account_was_named(small: Books) -> None:
+    """Which one is its own cannot be known; what they name is this ledger's all the same."""
+    small.sandbox.fail(refuse(403, message="may not"), path="/v1/account", times=None)
+    small.deliver("run-1", account=small.sandbox.account_id)
+    (result,) = small.take(*small.sandbox.reject("run-1"))
+    assert (small.ledger.note("account"), result.rejected, result.unknown) == (None, ("run-1",), 0)
 
 
 @pytest.mark.parametrize("shape", ["identifier", "idempotency_key", "request"])

@@ -200,7 +200,9 @@ class Leads:
         if not entry.session or not _is_session(entry.session):
             return replace(entry, session=None)
         if entry.follows:
-            return entry
+            query = select(readings).where(readings.c.key == entry.follows)
+            other = connection.execute(query).mappings().first()
+            return entry if other is None or other["state"] == ReadingState.SKIPPED else like(entry, other)
         who = _payer(entry.reads, _find(connection, entry.account, entry.session))
         if who is None:
             return entry
@@ -225,6 +227,15 @@ class Leads:
         if count:
             write_act(connection, "claimed", f"{count} skipped readings", "their lead was captured", self._ledger.now())
         return count
+
+
+def like(entry: Entry, other: Mapping[Any, Any]) -> Entry:
+    """The same usage, for whom the ``other`` reading is by now."""
+    customer, named = other["customer"], other["reference"]
+    reference = Reference.of(named) if named and not customer else None
+    state = ReadingState.RESOLVED if customer else ReadingState.RECORDED if reference else ReadingState.HELD
+    who: Any = {"customer": customer, "reference": reference, "reason": other["reason"]}
+    return replace(entry, state=state, **who, session=None, reads=(), follows=None)
 
 
 def _payer(reads: Sequence[By], lead: Mapping[str, str] | None) -> Reference | None:

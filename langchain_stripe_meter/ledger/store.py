@@ -48,8 +48,9 @@ class Entry:
 
     ``value`` is ``None`` where the amount is unknown; ``reference`` names who pays until Stripe's customer is known.
     ``session`` is that of a skipped run whose lead may be captured later; only its digest is stored. ``reads`` are the
-    fields of that lead that would say who pays, in order. What ``follows`` another reading is skipped like that,
-    whatever is known of the lead by now. ``job`` is the number of the job that it belongs to (see ledger/jobs.py).
+    fields of that lead that would say who pays, in order. What ``follows`` another reading, by its key, is skipped
+    while that one is, whatever is known of the lead by now. ``job`` is the number of the job that it belongs to (see
+    ledger/jobs.py).
     """
 
     key: str
@@ -65,7 +66,7 @@ class Entry:
     account: str = ""
     session: str | None = field(default=None, repr=False)
     reads: tuple[By, ...] = ()
-    follows: bool = False
+    follows: str | None = None
     job: int | None = None
 
     def row(self) -> tuple[Any, ...]:
