@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, and_, delete, exists, func, select, tuple_
+from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, select, true, tuple_
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState
@@ -30,7 +30,7 @@ from langchain_stripe_meter.ledger.schema import (
     webhook_events,
 )
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
-from langchain_stripe_meter.ledger.store import insert_or_ignore
+from langchain_stripe_meter.ledger.store import insert_or_ignore, own_account
 
 _WINDOW = "window:"
 _ON_THE_WAY = (EventState.PENDING.value, EventState.SENDING.value, EventState.DOUBTFUL.value)
@@ -130,12 +130,20 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
 
 def _named(connection: Connection, identifier: str, account: str) -> Any:
     query = select(events, _first_sent.label("first_sent"))
-    return connection.execute(query.where(events.c.identifier == identifier, events.c.account == account)).first()
+    mine = (events.c.identifier == identifier, _is_on(connection, events.c.account, account))
+    return connection.execute(query.where(*mine)).first()
+
+
+def _is_on(connection: Connection, column: Column[str], account: str) -> ColumnElement[bool]:
+    """Whether it is on the ``account`` of a report. Which one is the key's own, a key may not be allowed to know: then
+    it may be any that was named. (What reports of the own account name, nobody else has sent.)"""
+    is_any = not account and own_account(connection) is None
+    return true() if is_any else column == account
 
 
 def _is_open(connection: Connection, identifier: str, account: str) -> bool:
     """Whether a reading of this name is still to be sealed."""
-    mine = and_(readings.c.key == identifier, readings.c.account == account, OPEN_READINGS)
+    mine = and_(readings.c.key == identifier, _is_on(connection, readings.c.account, account), OPEN_READINGS)
     return connection.execute(select(readings.c.id).where(mine)).first() is not None
 
 
