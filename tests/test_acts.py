@@ -160,12 +160,18 @@ def test_what_may_have_been_cancelled_is_not_pruned_before_a_person_has_looked(b
     assert (books.states(), verify(books.ledger, books.gateway).agrees) == ({"run-1": "written_off"}, True)
 
 
-def test_with_another_accounts_key_nothing_is_cancelled_and_nothing_concluded(books: Books) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [({"account_id": "acct_1Other"}, "belongs to acct_1Other"), ({"api_key": "sk_live_1"}, "one for live mode")],
+)
+def test_with_a_key_of_another_account_or_mode_nothing_is_cancelled_and_nothing_concluded(
+    books: Books, theirs: Any, said: str
+) -> None:
     """There, no meter of the name is known: that says nothing of the event here."""
     books.deliver("run-1")
     before = books.snapshot()
-    with StripeSandbox(account_id="acct_1Other") as other, closing(Gateway(other.api_key, api_base=other.url)) as key:
-        with pytest.raises(ForeignLedgerError, match=r"belongs to acct_1Other"):
+    with StripeSandbox(**theirs) as other, closing(Gateway(other.api_key, api_base=other.url)) as key:
+        with pytest.raises(ForeignLedgerError, match=said):
             cancel(books.ledger, key, "run-1")
         assert not any(request.path == ADJUSTMENTS for request in other.requests)
     assert books.snapshot() == before
@@ -213,6 +219,28 @@ def test_what_stripe_rejects_after_it_refused_to_cancel_it_may_be_sent_again(boo
     assert (books.states(), sealing.retry(books.ledger)) == ({"run-1": "rejected"}, 1)
     books.deliver()
     assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
+
+
+def test_cancelling_pins_the_ledger_to_nobodys_account(books: Books) -> None:
+    """Where the key that delivers may not read its account, another's that may must not decide whose ledger it is."""
+    narrow = {"meter_events:write", "meters:read"}
+    books.sandbox.allow("rk_test_narrow", narrow)
+    with closing(Gateway("rk_test_narrow", api_base=books.sandbox.url)) as key:
+        courier = Courier(books.ledger, key)
+        books.record("run-1")
+        while books.states() != {"run-1": "delivered"}:
+            courier.turn()
+        courier.close(5)
+    other = StripeSandbox(account_id="acct_1Other")
+    with (
+        other,
+        closing(Gateway(other.api_key, api_base=other.url)) as key,
+        pytest.raises(StripeError, match="did not cancel"),
+    ):
+        cancel(books.ledger, key, "run-1")
+    assert books.ledger.note("account") is None
+    take_back(books, "run-1")
+    assert (books.states(), books.billed()) == ({"run-1": "written_off"}, 0)
 
 
 def test_a_no_says_nothing_of_an_earlier_cancelling_of_which_nobody_knows_what_came(books: Books) -> None:

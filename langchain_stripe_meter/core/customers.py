@@ -205,8 +205,7 @@ class FromAuthUser:
 
     def identify(self, facts: Facts) -> Reference | Skip:
         user = facts.named if facts.named and self.key in facts.named else facts.auth_user
-        said = None if user is None else _get(user, self.key)
-        return _by_id(said, "the authenticated user", self.key)
+        return _by_id(_get(user, self.key), "the authenticated user", self.key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,10 +271,8 @@ class FirstOf:
     sources: tuple[CustomerSource, ...]
 
     def identify(self, facts: Facts) -> Reference | Skip:
-        reasons, doubted, sources = [], None, self.sources
-        if facts.named is not None:
-            sources = tuple(sorted(sources, key=lambda one: type(one) is not FromAuthUser))
-        for source in sources:
+        reasons, doubted = [], None
+        for source in sorted(self.sources, key=lambda one: facts.named is not None and type(one) is not FromAuthUser):
             if doubted is not None and not (facts.on_server and _is_servers_word(source)):
                 continue
             who = source.identify(facts)

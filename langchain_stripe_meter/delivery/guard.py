@@ -84,8 +84,7 @@ class Guard:
         try:
             self._epoch.keep(now)
             if not self._is_ours:
-                check_owner(self._ledger, self._gateway)
-                self._is_ours = True
+                self._check_account()
         except ForeignLedgerError as error:
             self._pause(str(error), now)
             return False
@@ -230,19 +229,20 @@ class Guard:
         if held and (before is None or before.why != problem):
             self._tell(StripeError(f"{counted(held, 'reading')} held: {problem}."))
 
+    def _check_account(self) -> None:
+        """Pin the ledger to the key's mode and account. A key that may not read its account does not pin that."""
+        pin(self._ledger.deliver_lane(), self._ledger.now(), is_test=self._gateway.is_test)
+        account = self._gateway.account_id()
+        if account is not None:
+            with self._ledger.deliver_lane().transaction() as connection:
+                refuse_foreign(first_note(connection, ACCOUNT, account, self._ledger.now()), account)
+        self._is_ours = True
 
-def check_owner(ledger: Ledger, gateway: Gateway) -> None:
-    """Pin the ledger to the key's mode and account. A key that may not read its account does not pin that.
 
-    Raises ``ForeignLedgerError`` where it belongs to another one, ``StripeError`` where Stripe does not say.
-    """
-    pin(ledger.deliver_lane(), ledger.now(), is_test=gateway.is_test)
-    account = gateway.account_id()
-    if account is None:
-        return
-    with ledger.deliver_lane().transaction() as connection:
-        pinned = first_note(connection, ACCOUNT, account, ledger.now())
-    if pinned != account:
+def refuse_foreign(pinned: str | None, account: str | None) -> None:
+    """``ForeignLedgerError`` where a ledger that is pinned to one account is given a key of another, as far as both are
+    known."""
+    if None not in (pinned, account) and pinned != account:
         raise ForeignLedgerError(
             f"The ledger holds usage of the Stripe account {pinned}, but the key belongs to {account}; nothing is "
             "sent. Use that account's key, or give this account a ledger of its own."
