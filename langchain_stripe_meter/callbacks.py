@@ -237,7 +237,7 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def on_stream_event(self, event: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """As ``on_llm_new_token``, for models that stream without it, in newer LangChains."""
-        self._runs.hear_event(run_id, piece_of_event(event))
+        self._runs.hear_event(run_id, event.get("index"), piece_of_event(event))
 
     # -- ends: recorded before the run goes on
 
@@ -378,7 +378,7 @@ def _as_told(run: Run, observed: Observed) -> Observed:
     """The end of a call in the light of what was told before it."""
     if observed.partial and observed.is_empty and run.produced:  # an error may leave out what came
         return received(run.running_total or run.reported, run.pieces)
-    if observed.cached and (run.received or run.reported):  # what is found in a cache comes in no pieces but events
+    if observed.cached and run.produced:  # what is found in a cache does not come in pieces
         return replace(observed, cached=False)
     batch = run.batch if isinstance(run, _Completion) else None
     return observed if batch is None else batch.share(observed)

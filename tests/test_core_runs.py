@@ -624,3 +624,24 @@ def test_a_message_that_is_cut_looks_at_nobody_elses_runs(monkeypatch: pytest.Mo
     assert [run.id for run in runs.take_lost()] == ["call in step 1"]
     assert [run.id for run in everything if run.late] == []
     assert ended.inside == {"step 1", "ended 1"}
+
+
+@pytest.mark.parametrize(
+    ("events", "pieces"),
+    [
+        ([], []),
+        ([(0, "one two"), (1, "{}")], []),  # as from a cache: each block in one piece
+        ([(0, "one "), (0, ""), (1, "{}")], []),
+        ([(0, "one "), (0, "two"), (1, "{}")], ["one ", "two", "{}"]),
+    ],
+)
+def test_pieces_that_are_told_as_events_count_where_they_cannot_come_from_a_cache(
+    runs: OpenRuns, events: list[tuple[int, str]], pieces: list[str]
+) -> None:
+    call = start(runs, "call", call=True)
+    for block, text in events:
+        runs.hear_event("call", block, text)
+    runs.hear_event("nobody", 0, "x")
+    assert (list(call.pieces), call.produced) == (pieces, bool(pieces))
+    runs.receive("call", "one ")
+    assert list(call.pieces) == ["one "]

@@ -11,10 +11,11 @@ from typing import Any
 
 import pytest
 from langchain_core.caches import InMemoryCache
-from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import RunnableLambda
 from metering import Shop
 
 from langchain_stripe_meter import Messages, Tokens
@@ -94,6 +95,31 @@ def test_of_a_stream_of_events_that_breaks_what_had_come_is_billed(shop: Shop) -
     with suppress(ConnectionError):
         asyncio.run(read(Quiet(breaks=True), shop.config()))
     assert LIKE_TEN[0] <= shop.billed()["tokens"] <= LIKE_TEN[1]
+
+
+def test_an_answer_from_the_cache_is_not_billed_though_its_reader_leaves_while_it_is_told(shop: Shop) -> None:
+    """It comes in events, too, but each of its blocks in one piece."""
+    told = asyncio.Event()
+
+    class Slow(AsyncCallbackHandler, streaming._V2StreamingCallbackHandler):
+        async def on_stream_event(self, event: Any, **kwargs: Any) -> None:
+            if event["event"] == "content-block-finish":
+                told.set()
+                await asyncio.sleep(60)
+
+    model, config = Quiet(cache=InMemoryCache()), shop.config()
+    model.invoke("Hi", {**config, "callbacks": [*config["callbacks"], Listener()]})
+    chain = RunnableLambda(lambda question: question) | model
+
+    async def leave() -> None:
+        task = asyncio.create_task(chain.ainvoke("Hi", {**config, "callbacks": [*config["callbacks"], Slow()]}))
+        await asyncio.wait_for(told.wait(), 60)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    assert shop.billed() == {"tokens": 15, "messages": 1}
 
 
 def test_an_answer_from_the_cache_is_not_billed_though_it_is_told_in_pieces(shop: Shop) -> None:

@@ -46,7 +46,7 @@ class Run:
     cancelled call had begun to answer. Of the reports of usage in a stream, ``reported`` is the first, ``latest`` the
     last, ``told`` the sum of their inputs, and ``repeats`` how many there were while each said what it came to so far.
     ``inside`` are the ids of the open runs that belong to a message. ``events`` are pieces of an answer that were told
-    as events: beside those ``received``, instead of them, or of an answer from a cache.
+    as events, block by block: beside those ``received``, instead of them, or of an answer from a cache.
     """
 
     id: Hashable
@@ -60,7 +60,7 @@ class Run:
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     begun: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
-    events: list[str] | None = field(default=None, repr=False)
+    events: list[tuple[Hashable, str]] = field(default_factory=list, repr=False)
     reported: Any = field(default=None, repr=False)
     latest: Any = field(default=None, repr=False)
     repeats: int = 0
@@ -92,8 +92,11 @@ class Run:
 
     @property
     def pieces(self) -> Sequence[str]:
-        """What came of the answer, in whichever way it was told."""
-        return self.received or self.events or ()
+        """What came of the answer, in whichever way it was told. What is found in a cache comes in events, too, but it
+        does so with each of its blocks in one piece."""
+        if self.received or len({block for block, _ in self.events}) == len(self.events):
+            return self.received
+        return [text for _, text in self.events]
 
     @property
     def running_total(self) -> Any:
@@ -220,12 +223,11 @@ class OpenRuns:
         if report and (report.get("input_tokens") or report.get("output_tokens")):
             _hear(run, report)
 
-    def hear_event(self, run_id: Hashable, text: str) -> None:
-        """As ``receive``, for a piece that is told as an event."""
+    def hear_event(self, run_id: Hashable, block: Hashable, text: str) -> None:
+        """As ``receive``, for a piece of one ``block`` of the answer that is told as an event."""
         run = self._runs.get(run_id)
         if run is not None and text:
-            run.events = run.events or []
-            run.events.append(text)
+            run.events.append((block, text))
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message.
