@@ -27,7 +27,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import sealing, views
-from langchain_stripe_meter.ledger.acts import retime
+from langchain_stripe_meter.ledger.acts import retime, write_off
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.reversals import ask_to_cancel
@@ -486,26 +486,55 @@ def test_what_was_pruned_or_written_off_in_doubt_makes_the_sum_tell_nothing(
 # -- what Stripe knows by its identifier, and its sums lack
 
 
-@pytest.mark.parametrize("by_person", [True, False])
-def test_what_stripe_refused_later_is_sent_under_a_new_identifier_once_its_sums_lacked_it_twice(
-    shop: DoubtShop, by_person: bool
-) -> None:
-    """Somebody has looked, and has it sent again; but Stripe still knows the identifier of what it refused."""
+def contradict(shop: DoubtShop) -> None:
+    """Stripe took it and refused it later; a person has it sent again, and Stripe still knows its identifier."""
     shop.doubt("run", taken=("run",), value=5)
     shop.sandbox.reject("run")
     settle_doubt(shop.ledger, ["run"], delivered=False)
     shop.drive(seconds=60)
     assert (shop.states(), shop.billed()) == ({"run": "doubtful"}, 0)
-    assert shop.reason().startswith("Stripe knows its identifier, though it lacked it")
-    if by_person:
-        settle_doubt(shop.ledger, ["run"], delivered=False)
-    else:
-        shop.rest()
-        shop.look(2)
-    assert shop.states() == {"run": "rejected"}
-    assert sealing.retry(shop.ledger) == 1
+
+
+def test_what_stripe_knows_and_lacks_waits_for_a_person_and_then_goes_out_under_a_new_identifier(
+    shop: DoubtShop,
+) -> None:
+    contradict(shop)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match=r"refused it later, or somebody cancelled it there"):
+        shop.look(1)
+    assert settle_doubt(shop.ledger, ["run"], delivered=False) == 1
     shop.drive()
     assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
+    assert shop.sandbox.events[-1].identifier == "run-r1"
+
+
+def test_what_somebody_cancelled_at_stripe_is_billed_by_no_retry(shop: DoubtShop) -> None:
+    contradict(shop)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="cancelled"):
+        shop.look(1)
+    assert sealing.retry(shop.ledger) == 0
+    write_off(shop.ledger, "run", reason="it was cancelled in the Dashboard")
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"run": "written_off"}, 0)
+
+
+def test_that_stripe_knows_it_is_not_forgotten_over_another_reason_to_ask_a_person(shop: DoubtShop) -> None:
+    contradict(shop)
+    shop.send_foreign("3")
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="Stripe has 3 in that minute"):
+        shop.look(1)
+    foreign = {"event_name": "ai_tokens", "type": "cancel", "cancel": {"identifier": "foreign"}}
+    shop.courier.gateway.client.v1.billing.meter_event_adjustments.create(foreign)  # type: ignore[arg-type]
+    shop.sandbox.advance(seconds=ASK_AGAIN)
+    shop.look(1, apart=ASK_AGAIN)
+    with pytest.raises(StripeError, match="somebody cancelled it there"):
+        shop.look(1)
+    assert shop.states() == {"run": "doubtful"}
 
 
 def test_who_says_wrongly_that_stripe_lacks_an_event_does_not_have_it_billed_twice(shop: DoubtShop) -> None:

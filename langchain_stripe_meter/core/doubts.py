@@ -21,6 +21,10 @@ ASK_AGAIN = 3600
 """Seconds between looks once a person has been told."""
 PERSON = "A person must decide: "
 """How the reason begins with which an event stays doubtful."""
+CONTRADICTED = (
+    "Stripe knows its identifier, though it lacked it before: it refused it later, or somebody cancelled it there"
+)
+"""Why an event is in doubt again that was sent again after a doubt: see ``settle`` in core/states.py."""
 MANY_SUMS = 2000
 """Beyond so many different sums of the doubts of a minute, chance explains anything, and nothing is told from them."""
 
@@ -62,6 +66,11 @@ class Trace:
         """Whether it was written off although Stripe may have it. (What it cancelled, it has no more.)"""
         is_unknown = self.first_unknown_at is not None and self.cancelled_at is None
         return self.state is EventState.WRITTEN_OFF and is_unknown
+
+    @property
+    def is_contradicted(self) -> bool:
+        """Whether Stripe knew its identifier when it was sent again because Stripe lacked it."""
+        return CONTRADICTED in (self.error or "")
 
     @property
     def awaits_person(self) -> bool:
@@ -179,6 +188,8 @@ def _compare(facts: Facts, at_stripe: Decimal, now: int) -> Verdict:
         )
     if unexplained == in_doubt:
         return Verdict(Move.SEEN_AT_STRIPE)
+    if any(doubt.is_contradicted for doubt in facts.doubts):
+        return _ask(f"{CONTRADICTED}. If it refused it, settle it as absent, and it goes out under a new identifier.")
     if any(now - doubt.at > STALE_AFTER for doubt in facts.doubts):
         return _ask("Stripe does not have it, but it is older than 34 days, and Stripe would refuse it.")
     return Verdict(Move.ABSENT_AT_STRIPE)

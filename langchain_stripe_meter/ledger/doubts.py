@@ -10,11 +10,10 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, and_, bindparam, or_, select, update
 
-from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
+from langchain_stripe_meter.core.doubts import CONTRADICTED, LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
-from langchain_stripe_meter.ledger.outbox import CONTRADICTED
 from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_DOUBTFUL, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
@@ -88,7 +87,10 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     with ledger.write() as connection:
         for identifier in dict.fromkeys(identifiers):
             row = _doubted(connection, identifier)
-            _move(connection, row, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
+            if not delivered and CONTRADICTED in (row.error or ""):
+                _send_anew(connection, row, now)
+            else:
+                _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
             said = "Stripe has it" if delivered else "Stripe does not have it"
             write_act(connection, "doubt settled", identifier, said, now)
             moved += 1
@@ -177,36 +179,42 @@ def _is_pruned(connection: Connection, place: Place) -> bool:
 def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:
     """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
     with ledger.write() as connection:
-        query = select(events).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
-        known = {row.id: row for row in connection.execute(query)}
-        if {row.id: row.seen_at for row in known.values()} != {one.id: one.seen_at for one in doubts}:
+        query = select(events.c.id, events.c.seen_at).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
+        known = {row.id: row.seen_at for row in connection.execute(query)}
+        if known != {one.id: one.seen_at for one in doubts}:
             return False
         for one in doubts:
             if verdict.move is None:
                 _remember(connection, one, look, verdict.reason, now)
             else:
-                _move(connection, known[one.id], verdict.move, now)
+                _move(connection, one.id, verdict.move, now)
                 logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, verdict.move)
     return True
 
 
 def _remember(connection: Connection, doubt: Trace, look: Look, reason: str | None, now: int) -> None:
     seen = {"seen_value": None if look.value is None else number_text(look.value), "seen_at": now}
+    if doubt.is_contradicted and reason is not None and CONTRADICTED not in reason:
+        reason = f"{reason} {CONTRADICTED}."  # which is not forgotten over another reason
     told = {} if reason is None else {"error": reason}
     connection.execute(update(events).where(events.c.id == doubt.id).values(**seen, **told))
 
 
-def _move(connection: Connection, row: Any, move: Move, now: int) -> None:
+def _move(connection: Connection, event_id: int, move: Move, now: int) -> None:
     """Out of doubt. What Stripe does not have has no unknown outcome any more: its safe window begins anew. What it
-    has is as if sent now: no report of before is about it. What it lacks for the second time, though it knows the
-    identifier, it has refused later."""
-    if move is Move.ABSENT_AT_STRIPE and row.error == CONTRADICTED:
-        reject_later(connection, row, CONTRADICTED, now)
-        return
+    has is as if sent now: no report of before is about it."""
     state = next_event_state(EventState.DOUBTFUL, move)
     values: Mapping[str, Any] = {"state": state.value, "seen_value": None, "seen_at": None, "error": None}
     if state is EventState.PENDING:  # it stays known that somebody has looked
         values = {**values, "seen_at": now, "first_unknown_at": None, "settled_at": None, "due": now}
     else:
         values = {**values, "first_unknown_at": None, "sent_at": now, "settled_at": now}
-    connection.execute(update(events).where(events.c.id == row.id).values(**values))
+    connection.execute(update(events).where(events.c.id == event_id).values(**values))
+
+
+def _send_anew(connection: Connection, row: Any, now: int) -> None:
+    """Send what Stripe refused later, under an identifier that it does not know."""
+    reject_later(connection, row, CONTRADICTED, now)
+    pending = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
+    again = {"state": pending, "error": None, "settled_at": None}
+    connection.execute(update(events).where(events.c.id == row.id).values(**again))

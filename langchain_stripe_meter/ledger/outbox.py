@@ -31,6 +31,7 @@ from sqlalchemy import (
     update,
 )
 
+from langchain_stripe_meter.core.doubts import CONTRADICTED
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
     CLOCK_MARGIN,
@@ -67,10 +68,6 @@ LINES_AT_ONCE = 1000
 """How many lines a claim looks at before it leaves the others to the next one."""
 _CAME_BACK = "it may have been sent before the ledger was restored or its courier was killed"
 """Why an event is in doubt whose outcome was never unknown: see ``put_in_doubt``."""
-CONTRADICTED = (
-    "Stripe knows its identifier, though it lacked it before: it refused it later, or somebody cancelled it there"
-)
-"""Why an event is in doubt again that was sent again after a doubt: see ``settle`` in core/states.py."""
 _PAGE = 20
 _FIRST: Line = ("", "", "")
 _PENDING: ColumnElement[str] = literal_column("'pending'")
