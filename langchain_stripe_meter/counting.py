@@ -211,9 +211,13 @@ def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:
             return
         usage = dict(zip(COLUMNS, row, strict=True))
         amount, run = f"{usage['value']} on {usage['event_name']}", usage["key"].rpartition("-")[0]
+        said = f"{amount} is not billed: the run {run} was recorded before, with {stored}."
+        if Decimal(stored) == Decimal(usage["value"]):
+            said = (
+                f"{amount} was taken for a repetition of the run {run}, long after that. If it is another, it is lost."
+            )
         yield ConfigurationError(
-            f"{amount} is not billed: the run {run} was recorded before, with {stored}."
-            " LangChain's run_id names one run, not a conversation: give each run its own run_id, or none."
+            f"{said} LangChain's run_id names one run, not a conversation: give each run its own run_id, or none."
         )
 
 

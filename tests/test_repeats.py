@@ -72,6 +72,20 @@ def test_one_run_that_two_handlers_of_one_ledger_hear_of_is_billed_once_and_noth
     assert (sorted(row.value or 0 for row in tail(handlers[0]._ledger)), told) == ([1, 15], [])
 
 
+@pytest.mark.parametrize(("seconds", "told"), [(10, False), (3600, True)])
+def test_as_much_as_before_is_only_told_where_it_can_hardly_be_one_run(
+    making: Making, seconds: int, told: bool
+) -> None:
+    """Two handlers may have to wait for the ledger, one after the other. Nobody is told to correct what is billed."""
+    errors: list[MeteringError] = []
+    now, run = [1_800_000_000.0], uuid4()
+    handler = making(on_error=errors.append, clock=lambda: now[0])
+    answer(run, 15, handler)
+    now[0] += seconds
+    answer(run, 15, handler)
+    assert ["taken for a repetition of the run" in str(error) for error in errors] == [True] * told
+
+
 def test_a_job_that_is_told_again_is_no_news(making: Making) -> None:
     told: list[MeteringError] = []
     handler = making(on_error=told.append)

@@ -17,8 +17,8 @@ _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
 _PLAIN = len(_ALWAYS)
 _KEY, _VALUE, _AT, _JOB = map(COLUMNS.index, ("key", "value", "at", "job"))
-SAME_SECONDS = 2
-"""How far apart two handlers' times of one run may be."""
+SAME_SECONDS = 300
+"""How far apart two handlers' times of one run may be, which wait for the ledger one after the other."""
 
 Row = tuple[Any, ...]
 """The values of ``COLUMNS``."""
@@ -66,7 +66,7 @@ def insert_on_postgres(driver: Any, rows: list[Row]) -> Sequence[Other]:
 
 
 def others(driver: Any, rows: Sequence[Row]) -> list[Other]:
-    """Of rows that were inserted, those whose key stands for another run: it has another amount, or was long before.
+    """Of rows that were inserted, those whose key stands for another run: it has another amount, or is of another time.
 
     A job may be told again at another time.
     """
