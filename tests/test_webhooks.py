@@ -17,6 +17,7 @@ from sqlalchemy import select, update
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.audit.verify import verify
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts, epoch, reports, sealing, views
@@ -67,10 +68,10 @@ def test_what_stripes_sums_showed_after_a_report_is_not_rejected_by_it(books: Bo
     assert "sent again later: run-1" in str(books.errors[-1])
 
 
-@pytest.mark.parametrize("is_sealed", [True, False])
-def test_a_report_about_what_a_restored_ledger_has_not_sent_yet_waits(books: Books, is_sealed: bool) -> None:
+@pytest.mark.parametrize("is_sealed", [True, False, None])  # None: it is held, and assigned afterwards
+def test_a_report_about_what_a_restored_ledger_has_not_sent_yet_waits(books: Books, is_sealed: bool | None) -> None:
     """Stripe had it, and refused it, after the backup was made."""
-    books.record("run-1", value=500)
+    books.record("run-1", value=500, **({} if is_sealed is not None else {"state": ReadingState.HELD}))
     if is_sealed:
         with books.ledger.write() as connection:
             sealing.seal(connection, books.ledger.now())
@@ -82,6 +83,8 @@ def test_a_report_about_what_a_restored_ledger_has_not_sent_yet_waits(books: Boo
     epoch.restored(books.ledger)
     (result,) = books.take(*books.sandbox.reject("run-1"))
     assert (result.rejected, result.unknown) == ((), 0)
+    if is_sealed is None:
+        acts.assign(books.ledger, [row["id"]], "cus_1")
     books.deliver()
     for _ in range(3):
         books.do_chores()

@@ -15,14 +15,13 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, select, true, tuple_
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
-from langchain_stripe_meter.core.states import EventState
+from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample, is_settled
 from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import (
     CANCELLED_AT,
     IS_PENDING,
     IS_SENDING,
-    OPEN_READINGS,
     acts,
     events,
     notes,
@@ -34,6 +33,7 @@ from langchain_stripe_meter.ledger.store import insert_or_ignore, own_account
 
 _WINDOW = "window:"
 _ON_THE_WAY = (EventState.PENDING.value, EventState.SENDING.value, EventState.DOUBTFUL.value)
+_UNSEALED = (ReadingState.RECORDED, ReadingState.RESOLVED, ReadingState.HELD)
 _first_sent = func.coalesce(events.c.first_unknown_at, events.c.sent_at)
 """What Stripe was sent again while it surely knew the identifier is what it was sent first."""
 
@@ -142,9 +142,9 @@ def _is_on(connection: Connection, column: Column[str], account: str) -> ColumnE
 
 
 def _is_open(connection: Connection, identifier: str, account: str) -> bool:
-    """Whether a reading of this name is still to be sealed."""
-    mine = and_(readings.c.key == identifier, _is_on(connection, readings.c.account, account), OPEN_READINGS)
-    return connection.execute(select(readings.c.id).where(mine)).first() is not None
+    """Whether a reading of this name may still be sealed."""
+    mine = and_(readings.c.key == identifier, _is_on(connection, readings.c.account, account))
+    return connection.execute(select(readings.c.state).where(mine)).scalar() in _UNSEALED
 
 
 def event_names(connection: Connection, samples: Iterable[Sample], account: str) -> set[str]:
