@@ -180,7 +180,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         """Record what LangChain has no callback for: embeddings, images, provider batch jobs.
 
         ``usage`` is shaped like LangChain's ``usage_metadata``; a sum that is left out is 0. The meters that count
-        calls apply (``Tokens``, ``Cost``, ``Credits`` per call). ``id`` names the job: the same id is never billed
+        calls apply (``Tokens``, ``Cost``, ``Credits`` per call). ``id`` names the job: on a meter, it is never billed
         twice, and is refused for another customer, amount or kind. ``customer`` defaults to the handler's source, read
         against ``metadata`` and the run around this, as a run's would be: on an agent server, metadata is the client's
         word. ``at`` is when it happened, in Unix seconds (default now).

@@ -25,7 +25,7 @@ from langchain_stripe_meter.ledger.store import Ledger, write_act
 
 CUSTOMERS_AT_ONCE = 20
 """How many customers one look at a window asks Stripe about; delivery waits meanwhile, and goes first."""
-ABSENT_CODE = "absent at Stripe after it reported unnamed errors"
+ABSENT_CODE = "absent at Stripe after it reported unnamed errors; not to be sent again if cancelled at Stripe by hand"
 
 logger = logging.getLogger("langchain_stripe_meter")
 
