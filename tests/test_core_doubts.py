@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from langchain_stripe_meter.core.doubts import (
     ASK_AGAIN,
+    CONTRADICTED,
     LOOK_AGAIN,
     PERSON,
     SUMS_LAG,
@@ -111,6 +112,25 @@ def test_a_sum_that_delivered_usage_in_the_place_of_the_doubt_would_explain_is_a
     assert decide(facts, Look(Decimal(at_stripe)), NOW).move is None
 
 
+def test_a_person_is_told_what_else_the_sum_may_show() -> None:
+    facts = doubts_of([Decimal(10)], [Decimal(30), Decimal(10)], Decimal(40))
+    assert decide(facts, Look(Decimal(40)), NOW).reason == (
+        "A person must decide: Stripe has 40 in that minute: either what is delivered, or as much of what is in doubt, "
+        "if it refused the other later."
+    )
+
+
+def test_what_stripe_knew_by_its_identifier_is_not_called_absent_but_a_persons() -> None:
+    (doubt,) = doubts_of([Decimal(5)], [], Decimal(0)).events
+    told = Facts((replace(doubt, error=CONTRADICTED),))
+    assert decide(told, Look(Decimal(0)), NOW).reason == (
+        "A person must decide: Stripe knows its identifier, though it lacked it before: it refused it later, or "
+        "somebody cancelled it there. If it refused it, settle it as absent, and it goes out under a new identifier."
+    )
+    seen = Facts((replace(told.events[0], seen_value=Decimal(5)),))
+    assert decide(seen, Look(Decimal(5)), NOW) == Verdict(Move.SEEN_AT_STRIPE)
+
+
 @pytest.mark.parametrize("delivered", [0, 7])
 def test_a_doubt_about_nothing_is_no_doubt(delivered: int) -> None:
     facts = doubts_of([Decimal(0)], Decimal(delivered), Decimal(delivered))
@@ -142,8 +162,10 @@ def test_a_look_from_before_the_sums_had_settled_does_not_count() -> None:
     "changed", [{"sent_at": NOW - SUMS_LAG, "settled_at": NOW - SUMS_LAG}, {"cancelled_at": NOW - SUMS_LAG}]
 )
 def test_activity_in_the_minute_puts_the_next_look_off(changed: dict[str, int]) -> None:
-    assert is_ready(beside(**changed), NOW)
-    assert not is_ready(beside(**changed), NOW - 1)
+    doubt, other = beside(**changed).events
+    facts = Facts((replace(doubt, seen_at=None), other))
+    assert is_ready(facts, NOW)
+    assert not is_ready(facts, NOW - 1)
 
 
 def test_sums_settle_for_two_hours_and_are_looked_at_ten_minutes_apart_or_an_hour_where_a_person_was_told() -> None:

@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from langchain_stripe_meter.core.customers import first_of, from_lead, from_metadata
-from langchain_stripe_meter.core.tenants import lead_fields, lead_region, needs_lookup, session_digest
+import pytest
+
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, first_of, from_lead, from_metadata
+from langchain_stripe_meter.core.tenants import (
+    account_of,
+    lead_fields,
+    lead_region,
+    lead_session,
+    needs_lookup,
+    session_digest,
+)
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 
 PLAIN = from_metadata("stripe_customer_id")
 NESTED = first_of(PLAIN, first_of(from_lead("phone", region="DE"), from_lead("email")), from_lead("phone"))
@@ -32,3 +42,32 @@ def test_an_upgrade_does_not_change_what_stands_for_a_session_or_its_usage_could
 
 def test_any_text_may_name_a_session() -> None:
     assert len(session_digest("", "\ud800")) == 64
+
+
+@pytest.mark.parametrize(
+    ("source", "session"),
+    [
+        (PLAIN, None),
+        (from_lead(), "thread"),
+        (from_lead(trust_client=True), "told"),
+        (first_of(from_lead(trust_client=True), from_lead("name")), "thread"),
+    ],
+)
+def test_a_lead_is_of_the_session_that_every_source_which_reads_it_believes(
+    source: CustomerSource, session: str | None
+) -> None:
+    facts = Facts({"session_id": "told", "thread_id": "thread"}, on_server=True)
+    assert lead_session(source, facts) == session
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "acct_9"), ("", ""), ("acct_1", "acct_1")])
+def test_an_account_is_the_handlers_own_unless_it_is_given(given: str | None, expected: str) -> None:
+    assert account_of(given, "acct_9", has_tenants=False, what="customer") == expected
+
+
+def test_with_tenants_the_account_must_be_given_and_is_checked() -> None:
+    assert account_of("acct_1", "acct_9", has_tenants=True, what="session") == "acct_1"
+    with pytest.raises(ConfigurationError, match="the same session is somebody else's on each account"):
+        account_of(None, "acct_9", has_tenants=True, what="session")
+    with pytest.raises(MeteringError, match="no connected account"):
+        account_of("cus_1", "", has_tenants=False, what="customer")

@@ -70,6 +70,17 @@ day, ever = Period("day"), Period("ever")
 TODAY = 100 * DAY
 
 
+def test_what_somebody_has_used_can_become_anothers_in_every_period() -> None:
+    spent, cost = Spent((day, ever)), ("", "c")
+    spend(spent, TODAY, 5)
+    spend(spent, TODAY - DAY, 2)
+    spent.add([("bob", TOKENS, TODAY, Decimal(1)), ("ann", cost, TODAY, Decimal(7))], TODAY)
+    spent.move("ann", "bob")
+    spent.move("nobody", "bob")
+    assert [spent.of(["bob"], TOKENS, period, TODAY) for period in (day, ever)] == [6, 8]
+    assert [spent.of([name], cost, day, TODAY) for name in ("ann", "bob")] == [0, 7]
+
+
 def spend(spent: Spent, at: int, amount: int, now: int = TODAY) -> None:
     spent.add([("ann", TOKENS, at, Decimal(amount))], now)
 

@@ -63,6 +63,15 @@ def test_a_report_that_is_not_as_documented_names_nothing_and_is_of_the_last_day
     assert (report.samples, report.errors, report.start, report.end) == ((), 0, NOW - 86_400, NOW)
 
 
+def test_what_stripe_refused_as_a_repetition_is_no_refusal_of_the_event() -> None:
+    kinds = [
+        {"code": code, "error_count": count, "sample_errors": [{"request": {"identifier": f"run-{count}"}}]}
+        for code, count in (("duplicate_meter_event", 3), ("a", 2))
+    ]
+    report = read_report({"reason": {"error_types": kinds}}, NOW)
+    assert (report.samples, report.errors, report.codes) == ((Sample("run-2", "a"),), 2, {"a"})
+
+
 @pytest.mark.parametrize("request_", [{}, {"identifier": None}, {"identifier": 7}, {"id": "req_1"}])
 def test_a_sample_that_names_no_event_is_none_of_ours(request_: dict[str, Any]) -> None:
     assert identifier_of(request_) == ""
@@ -144,6 +153,33 @@ def test_what_is_missing_in_one_minute_is_not_made_up_for_by_another(
 
     found = [minute for minute, verdict, _ in disagreeing([first, second], ask) if verdict is Verdict.ABSENT]
     assert found[0] is first
+
+
+@pytest.mark.parametrize(
+    "minutes",
+    [
+        [{}, {}],
+        [{"a": 0}, {"b": 5}],
+        [{"a": -5}, {"b": 0}],
+        [{"a": 5}, {"b": Decimal("0.5")}],
+        [{"a": 5, "b": -5}],  # in one minute, nothing can be told apart
+    ],
+)
+def test_of_one_sign_or_one_minute_the_sum_of_all_is_enough(minutes: list[dict[str, int | Decimal]]) -> None:
+    given_ = [
+        Minute(NOW + MINUTE * at, {name: Decimal(value) for name, value in one.items()})
+        for at, one in enumerate(minutes)
+    ]
+    asked: list[int] = []
+
+    def ask(start: int, end: int) -> Decimal:
+        asked.append(start)
+        return sum(
+            (value for one in given_ if start <= one.start < end for value in one.delivered.values()), Decimal(0)
+        )
+
+    assert list(disagreeing(given_, ask)) == []
+    assert asked == [NOW]
 
 
 def test_where_stripe_cannot_be_asked_every_minute_is_for_a_person() -> None:

@@ -407,6 +407,61 @@ def test_of_the_reports_amid_a_stream_the_first_that_says_anything_is_kept(
     assert call.reported is first
 
 
+TOTALS = [{"input_tokens": 5, "output_tokens": came} for came in (0, 0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("reports", "total", "told"),
+    [
+        (TOTALS, TOTALS[-1], 15),
+        (TOTALS[:2], None, 10),  # two may be parts of a sum
+        ([{"input_tokens": 6, "output_tokens": 0}, *TOTALS], None, 21),
+        ([*TOTALS, {"input_tokens": 5, "output_tokens": 1}], None, 20),
+        ([*TOTALS[:2], {"output_tokens": 2}, *TOTALS], None, 25),  # once a part, and none is a total any more
+        ([{"input_tokens": None, "output_tokens": 3}] * 3, None, 0),
+    ],
+)
+def test_reports_that_tell_the_prompt_three_times_and_never_less_are_running_totals(
+    runs: OpenRuns, reports: list[dict[str, int | None]], total: Any, told: int
+) -> None:
+    call = start(runs, "call", call=True)
+    for report in reports:
+        runs.receive("call", "", report)
+    assert (call.running_total, call.told, call.reported) == (total, told, reports[0])
+
+
+def test_a_call_is_known_as_one_while_it_is_open(runs: OpenRuns) -> None:
+    start(runs, "step")
+    start(runs, "call", call=True)
+    assert [runs.is_call(name) for name in ("step", "call", "other")] == [False, True, False]
+    runs.end("call", NOW)
+    assert not runs.is_call("call")
+
+
+def test_when_nobody_will_hear_of_an_end_what_was_received_is_handed_over_and_the_rest_is_waited_for(
+    runs: OpenRuns,
+) -> None:
+    for name in ("first", "second"):
+        start(runs, name, call=True)
+    runs.receive("first", "Hel")
+    runs.cut_all(NOW + 7)
+    assert [(run.id, run.ended) for run in runs.take_lost()] == [("first", NOW + 7)]
+    assert "second" in runs
+
+
+@pytest.mark.parametrize("where", [("root", None), (None, "root"), ("other", "root")])
+def test_who_pays_can_be_asked_before_a_call_starts_where_it_will(
+    runs: OpenRuns, where: tuple[str | None, str | None]
+) -> None:
+    runs.start(Run("root", NOW, user="ann"))
+    facts = runs.facts_at(where[0], Facts(now=NOW + 60), where[1])
+    assert (facts.auth_user, facts.on_server, facts.now) == ("ann", True, NOW)
+    assert runs.facts_at(None, Facts(now=NOW + 60)) == Facts()
+    late = Facts(now=NOW + 60)
+    runs.end("root", NOW)
+    assert runs.facts_at("other", late) is late
+
+
 def test_each_call_that_a_cut_message_waits_for_counts_as_abandoned(runs: OpenRuns) -> None:
     root = start(runs, "root")
     for name in ("first", "second"):
@@ -543,6 +598,11 @@ def test_a_call_that_lost_its_user_has_that_of_the_nearest_step_around_it(runs: 
     step, call = start(runs, "step", "inner"), start(runs, "call", "step", call=True)
     assert call.facts == Facts({"who": "call"}, auth_user="bob", on_server=True)
     assert step.facts == Facts()
+
+
+def test_a_call_that_knows_its_own_user_keeps_it(runs: OpenRuns) -> None:
+    runs.start(Run("step", NOW, user="bob"))
+    assert runs.facts_at("step", Facts(auth_user="ann", on_server=True)).auth_user == "ann"
 
 
 def test_where_nobody_was_authenticated_a_call_stays_as_it_was(runs: OpenRuns) -> None:

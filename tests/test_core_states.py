@@ -141,6 +141,23 @@ def test_stripes_yes_is_delivered_however_old_the_doubt(move: Move, first: int |
     assert settle(attempt(first_unknown=first), Outcome(move), NOW).state is EventState.DELIVERED
 
 
+@pytest.mark.parametrize(
+    ("was_absent", "first", "move", "state", "unknown"),
+    [
+        (True, None, Move.DUPLICATE, EventState.DOUBTFUL, NOW - 5),
+        (True, None, Move.ACCEPTED, EventState.DELIVERED, None),
+        (True, NOW - HOUR, Move.DUPLICATE, EventState.DELIVERED, NOW - HOUR),  # a lost answer of ours explains it
+        (False, None, Move.DUPLICATE, EventState.DELIVERED, None),
+    ],
+)
+def test_that_stripe_knows_what_it_lacked_is_doubted_unless_it_was_sent_since(
+    was_absent: bool, first: int | None, move: Move, state: EventState, unknown: int | None
+) -> None:
+    before = Attempt("run-1", 2, NOW - 5, first, was_absent=was_absent)
+    after = settle(before, Outcome(move), NOW)
+    assert (after.state, after.first_unknown_at) == (state, unknown)
+
+
 def test_an_event_whose_customer_is_gone_is_withdrawn_but_after_an_unknown_outcome_it_is_doubtful() -> None:
     assert settle(attempt(), Outcome(Move.UNSEAL), NOW).state is EventState.WITHDRAWN
     assert settle(attempt(first_unknown=NOW - 1), Outcome(Move.UNSEAL), NOW).state is EventState.DOUBTFUL

@@ -90,6 +90,11 @@ def test_a_comparison_names_whose_usage_of_what_on_which_account_it_is() -> None
     assert {type(amount) for amount in (found.recorded, found.delivered, found.uncertain)} == {Decimal}
 
 
+def test_where_stripe_could_not_be_asked_the_comparison_says_why_and_no_difference() -> None:
+    found = compare("ai_tokens", "cus_1", known(delivered=5), None, problem="no access")
+    assert (found.problem, found.difference) == ("no access", 0)
+
+
 @pytest.mark.parametrize(
     ("delivered", "at_stripe", "difference"),
     [

@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from langchain_core.messages import AIMessage
 
 from langchain_stripe_meter.core.usage import (
     KINDS,
     Usage,
+    beside_text,
     completed,
     text_of,
     thoughts_of,
@@ -237,3 +239,10 @@ def test_content_blocks_hold_text_and_thoughts_and_whatever_else_says_nothing() 
     assert (text_of(blocks), thoughts_of(blocks)) == ("Hello", "Hm, so, then.")
     for nothing in (None, "Hello", [], {"type": "text", "text": "Hello"}):
         assert (text_of(nothing), thoughts_of(nothing)) == ("", "")
+
+
+def test_beside_the_text_of_a_message_thoughts_and_refusals_are_charged() -> None:
+    blocks = [{"type": "text", "text": "Hello"}, {"type": "thinking", "thinking": "Hm"}, {"refusal": ". No"}, "bare"]
+    extra = {"reasoning_content": ", so", "refusal": " way.", "other": "x"}
+    assert beside_text(AIMessage(blocks, additional_kwargs=extra)) == "Hm. No, so way."
+    assert beside_text(AIMessage("Hello")) == ""
