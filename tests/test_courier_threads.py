@@ -17,7 +17,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.delivery import courier as module
 from langchain_stripe_meter.errors import LedgerError, MeteringError
-from langchain_stripe_meter.ledger import database, outbox, sealing, views
+from langchain_stripe_meter.ledger import lanes, outbox, sealing, views
 from langchain_stripe_meter.ledger.store import Ledger
 
 ANN = Reference("email", "ann@example.com")
@@ -244,7 +244,7 @@ def busy(
     shop.ledger = Ledger(url, clock=lambda: shop.now)
     shop.courier = shop.another_courier()
     assert holder.note("x") == shop.ledger.note("x")  # both are open
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.05)
+    monkeypatch.setattr(lanes, "BUSY_SECONDS", 0.05)
     yield shop, holder
     shop.close()
     shop.ledger.close()

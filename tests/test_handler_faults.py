@@ -27,7 +27,7 @@ from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.counting import entry_of, lost_of
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, Unrecorded, UnrecordedError
-from langchain_stripe_meter.ledger import database
+from langchain_stripe_meter.ledger import lanes
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import FlushReport, tail
 from langchain_stripe_meter.sandbox import hang
@@ -73,7 +73,7 @@ def _ours_since(before: set[threading.Thread]) -> list[threading.Thread]:
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give up at once on a database that another process holds."""
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(lanes, "BUSY_SECONDS", 0.01)
 
 
 @contextmanager
@@ -199,7 +199,7 @@ def fail_inside(handler: StripeMeterCallbackHandler) -> None:
 def test_a_ledger_that_recovers_records_again(
     path: Path, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.01)
+    monkeypatch.setattr(lanes, "BUSY_SECONDS", 0.01)
     told: list[Any] = []
     with locked_by_another_process(path) as where:
         handler = recorder(where, on_error=told.append)

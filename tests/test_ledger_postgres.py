@@ -17,7 +17,7 @@ from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import InvalidValueError, LedgerError
-from langchain_stripe_meter.ledger import database, resolving
+from langchain_stripe_meter.ledger import lanes, resolving
 from langchain_stripe_meter.ledger.forget import forget
 from langchain_stripe_meter.ledger.resolving import Unknown, secret_of
 from langchain_stripe_meter.ledger.schema import readings
@@ -230,7 +230,7 @@ def test_two_couriers_that_learn_of_the_same_people_in_another_order_do_not_stop
 def test_a_process_that_was_stopped_in_the_middle_does_not_keep_the_others_from_going_on(
     ledger: Ledger, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "STOPPED_SECONDS", 1)
+    monkeypatch.setattr(lanes, "STOPPED_SECONDS", 1)
     stopped = Ledger(postgres_url)
 
     def others_go_on(_connection: Connection) -> None:
@@ -245,7 +245,7 @@ def test_a_process_that_was_stopped_in_the_middle_does_not_keep_the_others_from_
 def test_who_waits_for_its_turn_in_vain_says_so_and_gets_it_later(
     ledger: Ledger, postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 1)
+    monkeypatch.setattr(lanes, "BUSY_SECONDS", 1)
     slow = Ledger(postgres_url)
     with slow.deliver_lane().transaction(), pytest.raises(LedgerError, match="Another process holds it"):
         ledger.set_note("name", "x")
@@ -257,7 +257,7 @@ def test_who_waits_for_its_turn_in_vain_says_so_and_gets_it_later(
 def test_a_flush_keeps_its_time_while_the_courier_waits_for_its_turn(
     postgres_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 100)
+    monkeypatch.setattr(lanes, "BUSY_SECONDS", 100)
     with StripeSandbox() as sandbox:
         for name, value in sandbox.environment().items():
             monkeypatch.setenv(name, value)

@@ -33,7 +33,7 @@ CALLED_INSIDE = {
     "ledger.group.GroupCommit._write_until": "within()",
     "ledger.group.GroupCommit._tell": "within()",
     "ledger.group.GroupCommit._ring": "within()",
-    "ledger.database.Lane.run": "within(), by GroupCommit",
+    "ledger.lanes.Lane.run": "within(), by GroupCommit",
     "ledger.database._before_fork": "nothing else runs while a process forks",
     "ledger.database.Database.before_fork": "nothing else runs while a process forks",
 }

@@ -26,7 +26,7 @@ from langchain_stripe_meter.errors import (
 )
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import meters_named
-from langchain_stripe_meter.gateway.replies import TOLERANCE, Notice, read_notice
+from langchain_stripe_meter.gateway.notices import TOLERANCE, Notice, read_notice
 from langchain_stripe_meter.ledger import reports
 from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger
 

@@ -25,8 +25,6 @@ from langchain_stripe_meter.reentry import inside
 if TYPE_CHECKING:
     from stripe import StripeClient
 
-    from langchain_stripe_meter.gateway.meters import Price
-
 CONNECT_SECONDS = 5
 READ_SECONDS = 30
 METERS_CACHED_SECONDS = 300
@@ -35,6 +33,20 @@ ACCOUNTS_CACHED = 1000
 _UNSENT = {Move.UNKNOWN: Move.REFUSED_FOR_NOW, Move.REFUSED: Move.NO_ACCESS, Move.UNSEAL: Move.NO_ACCESS}
 """What it means for an event that the meters of its account could not be listed."""
 _KEY = re.compile(r"[sr]k_(test|live)_\w+\Z", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """What one unit of a meter costs: ``unit_amount`` in the minor unit (cents) of ``currency``, per ``interval``.
+
+    ``id`` (``price_…``) is what a customer's subscription needs, ``product`` (``prod_…``) what its invoice shows.
+    """
+
+    id: str
+    product: str
+    unit_amount: Decimal
+    currency: str
+    interval: str
 
 
 @dataclass(frozen=True, slots=True)

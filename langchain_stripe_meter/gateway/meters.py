@@ -9,14 +9,13 @@ import html
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
-from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.core.events import check_account, check_event_name
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
-from langchain_stripe_meter.gateway.client import Gateway, MeterInfo, as_stripe_error, meter_info, on_account
+from langchain_stripe_meter.gateway.client import Gateway, MeterInfo, Price, as_stripe_error, meter_info, on_account
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -25,20 +24,6 @@ Interval = Literal["day", "week", "month", "year"]
 _INTERVALS = ("day", "week", "month", "year")
 MAX_DECIMALS = 12
 """Decimal places of a price, in the currency's minor unit (Stripe's API reference)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Price:
-    """What one unit of a meter costs: ``unit_amount`` in the minor unit (cents) of ``currency``, per ``interval``.
-
-    ``id`` (``price_…``) is what a customer's subscription needs, ``product`` (``prod_…``) what its invoice shows.
-    """
-
-    id: str
-    product: str
-    unit_amount: Decimal
-    currency: str
-    interval: str
 
 
 class MeterList(list[MeterInfo]):

@@ -1,24 +1,17 @@
-"""What Stripe's replies mean for an event, the one place where exceptions become outcomes; and its notifications."""
+"""What Stripe's replies mean for an event, the one place where exceptions become outcomes."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from email.utils import parsedate_to_datetime
-from typing import Any
 
 import stripe
 
 from langchain_stripe_meter.core.states import Move, Outcome
-from langchain_stripe_meter.core.totals import Report, read_report
-from langchain_stripe_meter.errors import InvalidValueError
-from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error
 
 MAX_MESSAGE = 300
-TOLERANCE = 300
-"""Seconds by which a notification's date may differ from now."""
 _GONE_CODES = ("archived_meter", "no_meter", "meter_event_customer_not_found")
 _GONE_WORDS = ("No such customer", "No such meter", "No active meter")
 _AHEAD = "minutes in the future"
@@ -159,56 +152,3 @@ def advise(error: Exception) -> str:
     if getattr(error, "http_status", None) == 401:
         return f"{said.rstrip('.')}. Set $STRIPE_API_KEY to a key that is in use."
     return said
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """A notification whose signature is right. It says what happened, not to what: ``fetch`` asks Stripe.
-
-    ``account`` is the connected account that it concerns, or ``""``; ``meter`` the meter's id, where there is one.
-    """
-
-    id: str
-    type: str
-    account: str
-    livemode: bool
-    meter: str | None
-    fetch: Callable[[int], Report] = field(repr=False)
-
-
-def read_notice(gateway: Gateway, raw: bytes, signature: str, secret: str) -> Notice:
-    """Check a notification's signature and read it. ``InvalidValueError`` says why it is none of Stripe's.
-
-    Stripe's own check: it refuses dates of more than ``TOLERANCE`` seconds ago, but none in the future.
-    """
-    try:
-        told: Any = gateway.client.parse_event_notification(raw, signature, secret, TOLERANCE)
-        return _notice(told)
-    except stripe.SignatureVerificationError as error:
-        raise InvalidValueError("The signature is not this endpoint's: forged, changed, or another secret.") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InvalidValueError(
-            "The body is no thin event. Set the event destination's payload style to thin in Stripe."
-        ) from error
-
-
-def _notice(told: Any) -> Notice:
-    related = getattr(told, "related_object", None)
-    context = str(told.context or "").rpartition("/")[2]
-    if not isinstance(told.id, str) or not 0 < len(told.id) <= 255 or not isinstance(told.type, str):
-        raise ValueError("no id or type")
-    return Notice(
-        id=told.id,
-        type=told.type,
-        account=context if context.startswith("acct_") else "",
-        livemode=told.livemode,
-        meter=getattr(related, "id", None),
-        fetch=lambda now: _fetch(told, now),
-    )
-
-
-def _fetch(told: Any, now: int) -> Report:
-    with as_stripe_error("fetch the event of a notification"):
-        event = told.fetch_event()
-    data = event.to_dict().get("data")
-    return read_report(data if isinstance(data, Mapping) else {}, now)

@@ -22,7 +22,7 @@ from langchain_stripe_meter.core.periods import Period, Spent, What
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.database import explain
+from langchain_stripe_meter.ledger.lanes import explain
 from langchain_stripe_meter.ledger.resolving import known_by, secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.reentry import inside

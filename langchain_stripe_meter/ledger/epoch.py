@@ -31,7 +31,7 @@ from sqlalchemy import Connection, and_, case, func, literal, select, update
 
 from langchain_stripe_meter.core.states import SAFE_WINDOW, EventState, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
-from langchain_stripe_meter.ledger.database import clear_errors
+from langchain_stripe_meter.ledger.lanes import clear_errors
 from langchain_stripe_meter.ledger.opening import make_durable, sidecar_of
 from langchain_stripe_meter.ledger.schema import events, notes, readings
 from langchain_stripe_meter.ledger.store import Ledger, set_note

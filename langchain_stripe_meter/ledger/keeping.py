@@ -19,8 +19,8 @@ from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.database import clear_errors
 from langchain_stripe_meter.ledger.epoch import rows_are_gone
+from langchain_stripe_meter.ledger.lanes import clear_errors
 from langchain_stripe_meter.ledger.schema import (
     CANCELLED_AT,
     acts,

@@ -11,7 +11,7 @@ import stat
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Column, Connection, Engine, MetaData, String, Table, create_engine, event, insert, inspect, text
 from sqlalchemy.engine import URL, make_url
@@ -21,15 +21,11 @@ from sqlalchemy.pool import NullPool
 from sqlalchemy.schema import CreateTable
 
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.ledger.lanes import BUSY_SECONDS, Lane
 from langchain_stripe_meter.ledger.schema import HEAD, metadata
-
-if TYPE_CHECKING:
-    from langchain_stripe_meter.ledger.database import Lane
 
 # -- where it is
 
-BUSY_SECONDS = 5
-"""How long a write waits for another process before it gives up; ``?timeout=`` in a SQLite address says otherwise."""
 
 logger = logging.getLogger("langchain_stripe_meter")
 

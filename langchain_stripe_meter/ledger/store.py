@@ -24,9 +24,10 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, InvalidValueError, MeteringError
-from langchain_stripe_meter.ledger.database import Database, Lane, clear_errors, explain
+from langchain_stripe_meter.ledger.database import Database
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.inserting import COLUMNS, Other, insert_on_postgres, insert_on_sqlite
+from langchain_stripe_meter.ledger.lanes import Lane, clear_errors, explain
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, readings
 from langchain_stripe_meter.reentry import block, inside
 
