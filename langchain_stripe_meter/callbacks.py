@@ -237,7 +237,7 @@ class MeteringCallbacks(BaseCallbackHandler):
 
     def on_stream_event(self, event: Any, *, run_id: UUID, **kwargs: Any) -> None:
         """As ``on_llm_new_token``, for models that stream without it, in newer LangChains."""
-        self._runs.hear_event(run_id, event.get("index"), piece_of_event(event))
+        self._runs.hear_event(run_id, event.get("event", ""), piece_of_event(event))
 
     # -- ends: recorded before the run goes on
 

@@ -686,22 +686,30 @@ def test_a_message_that_is_cut_looks_at_nobody_elses_runs(monkeypatch: pytest.Mo
     assert ended.inside == {"step 1", "ended 1"}
 
 
+REPLAYED = ["message-start", "block-start", "block-delta", "block-finish", "block-start", "block-finish"]
+
+
 @pytest.mark.parametrize(
-    ("events", "pieces"),
+    ("events", "live"),
     [
-        ([], []),
-        ([(0, "one two"), (1, "{}")], []),  # as from a cache: each block in one piece
-        ([(0, "one "), (0, ""), (1, "{}")], []),
-        ([(0, "one "), (0, "two"), (1, "{}")], ["one ", "two", "{}"]),
+        ([], False),
+        (["message-start"], False),
+        ([*REPLAYED, "message-finish", *REPLAYED, "message-finish"], False),
+        (["block-start", "block-delta", "block-delta"], True),
+        (["block-start", "block-delta", "block-start"], True),  # before the one before it is finished
+        (["block-start", "block-start", "block-delta"], True),
+        ([*REPLAYED, "block-start", "block-delta", "block-delta"], True),
     ],
 )
 def test_pieces_that_are_told_as_events_count_where_they_cannot_come_from_a_cache(
-    runs: OpenRuns, events: list[tuple[int, str]], pieces: list[str]
+    runs: OpenRuns, events: list[str], live: bool
 ) -> None:
+    """There, each block is told in one piece, and finished before the next begins."""
     call = start(runs, "call", call=True)
-    for block, text in events:
-        runs.hear_event("call", block, text)
-    runs.hear_event("nobody", 0, "x")
-    assert (list(call.pieces), call.produced) == (pieces, bool(pieces))
+    for number, event in enumerate(events):
+        runs.hear_event("call", event.replace("block", "content-block"), f"{number} " if "delta" in event else "")
+    runs.hear_event("nobody", "content-block-delta", "x")
+    pieces = [f"{number} " for number, event in enumerate(events) if "delta" in event]
+    assert (list(call.pieces), call.produced) == (pieces, True) if live else ([], False)
     runs.receive("call", "one ")
     assert list(call.pieces) == ["one "]

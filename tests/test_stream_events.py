@@ -14,6 +14,7 @@ from langchain_core.caches import InMemoryCache
 from langchain_core.callbacks import AsyncCallbackHandler, BaseCallbackHandler
 from langchain_core.language_models import BaseChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableLambda
 from metering import Shop
@@ -128,3 +129,35 @@ def test_an_answer_from_the_cache_is_not_billed_though_it_is_told_in_pieces(shop
     for _ in range(2):
         model.invoke("Hi", config)
     assert shop.billed() == {"tokens": 15, "messages": 2}
+
+
+class Two(Quiet):
+    """Answers twice."""
+
+    def _generate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        both = ("one two", "three four")
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(one, usage_metadata=USAGE)) for one in both])
+
+
+def test_two_answers_from_the_cache_are_not_billed_though_they_are_told_as_events(shop: Shop) -> None:
+    model, config = Two(cache=InMemoryCache()), shop.config()
+    model.invoke("Hi", config)
+    for _ in range(2):
+        model.invoke("Hi", {**config, "callbacks": [*config["callbacks"], Listener()]})
+    assert shop.billed()["tokens"] == 15
+
+
+class Calling(Quiet):
+    """Says a sentence and calls two tools, each in one piece; then nothing comes any more."""
+
+    async def _astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[ChatGenerationChunk]:
+        yield ChatGenerationChunk(message=AIMessageChunk("one two three"))
+        for number in range(2):
+            call = tool_call_chunk(name="search", args='{"query": "four five six"}', id=f"c{number}", index=number)
+            yield ChatGenerationChunk(message=AIMessageChunk("", tool_call_chunks=[call]))
+        await asyncio.sleep(60)
+
+
+def test_an_answer_of_several_blocks_in_one_piece_each_is_billed_when_its_reader_leaves(shop: Shop) -> None:
+    asyncio.run(read(Calling(), shop.config(), until=6))
+    assert shop.billed()["tokens"] > LIKE_TEN[1]

@@ -33,6 +33,11 @@ RUNNING = 3
 """Reports of one stream, each with the prompt and none smaller than the one before, that are no parts of a sum: nobody
 sends a prompt three times. (Two may be: what a provider's own tools added to the prompt.)"""
 
+_START, _DELTA = "content-block-start", "content-block-delta"
+_LIVE = frozenset({(_DELTA, _DELTA), (_DELTA, _START), (_START, _START)})
+"""Events that follow each other in no answer from a cache: there, each block comes in one piece, and is finished before
+the next begins."""
+
 _NO_FACTS = Facts()
 
 
@@ -45,8 +50,9 @@ class Run:
     said so. ``billed`` is what a call was recorded as, in the readings ``billed_as``; ``begun`` of a message what a
     cancelled call had begun to answer. Of the reports of usage in a stream, ``reported`` is the first, ``latest`` the
     last, ``told`` the sum of their inputs, and ``repeats`` how many there were while each said what it came to so far.
-    ``inside`` are the ids of the open runs that belong to a message. ``events`` are pieces of an answer that were told
-    as events, block by block: beside those ``received``, instead of them, or of an answer from a cache.
+    ``inside`` are the ids of the open runs that belong to a message. ``told_as_events`` are pieces of an answer that
+    came as events, block by block: beside those ``received``, instead of them, or of an answer from a cache;
+    ``is_live`` says that it is none of those, and ``last_event`` which came last.
     """
 
     id: Hashable
@@ -60,7 +66,9 @@ class Run:
     answer: tuple[Call, Facts] | None = field(default=None, repr=False)
     begun: tuple[Call, Facts] | None = field(default=None, repr=False)
     received: list[str] = field(default_factory=list, repr=False)
-    events: list[tuple[Hashable, str]] = field(default_factory=list, repr=False)
+    told_as_events: list[str] = field(default_factory=list, repr=False)
+    last_event: str = ""
+    is_live: bool = False
     reported: Any = field(default=None, repr=False)
     latest: Any = field(default=None, repr=False)
     repeats: int = 0
@@ -92,11 +100,8 @@ class Run:
 
     @property
     def pieces(self) -> Sequence[str]:
-        """What came of the answer, in whichever way it was told. What is found in a cache comes in events, too, but it
-        does so with each of its blocks in one piece."""
-        if self.received or len({block for block, _ in self.events}) == len(self.events):
-            return self.received
-        return [text for _, text in self.events]
+        """What came of the answer, in whichever way it was told."""
+        return self.told_as_events if self.is_live and not self.received else self.received
 
     @property
     def running_total(self) -> Any:
@@ -223,11 +228,15 @@ class OpenRuns:
         if report and (report.get("input_tokens") or report.get("output_tokens")):
             _hear(run, report)
 
-    def hear_event(self, run_id: Hashable, block: Hashable, text: str) -> None:
-        """As ``receive``, for a piece of one ``block`` of the answer that is told as an event."""
+    def hear_event(self, run_id: Hashable, event: str, text: str) -> None:
+        """As ``receive``, for an answer that is told as events, maybe with a piece of it."""
         run = self._runs.get(run_id)
-        if run is not None and text:
-            run.events.append((block, text))
+        if run is None:
+            return
+        run.is_live |= (run.last_event, event) in _LIVE
+        run.last_event = event
+        if text:
+            run.told_as_events.append(text)
 
     def answered(self, run: Run, call: Call) -> None:
         """``run`` is a model call that succeeded: for now, it is what answers its message.
