@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 from langchain_core.language_models import GenericFakeChatModel
-from langchain_core.messages import AIMessage
+from langchain_core.messages import AIMessage, HumanMessage
 
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead
 from langchain_stripe_meter.errors import MeteringError
@@ -84,6 +84,19 @@ def test_as_much_as_before_is_only_told_where_it_can_hardly_be_one_run(
     now[0] += seconds
     answer(run, 15, handler)
     assert ["taken for a repetition of the run" in str(error) for error in errors] == [True] * told
+
+
+def test_two_handlers_that_gave_up_one_stream_at_different_times_estimate_one_run(making: Making) -> None:
+    told: list[MeteringError] = []
+    now, run = [1_800_000_000.0], uuid4()
+    handlers = [making(on_error=told.append, clock=lambda: now[0]) for _ in range(2)]
+    for handler in handlers:
+        handler.on_chat_model_start({}, [[HumanMessage("Hi")]], run_id=run)
+        handler.on_llm_new_token("one two", run_id=run)
+    for handler in handlers:
+        handler.close()  # nobody will hear of its end
+        now[0] += 1200
+    assert (len(tail(handlers[0]._ledger)), told) == (1, [])
 
 
 def test_a_job_that_is_told_again_is_no_news(making: Making) -> None:

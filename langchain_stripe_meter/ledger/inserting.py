@@ -16,9 +16,10 @@ _SELDOM = {
 _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
 _PLAIN = len(_ALWAYS)
-_KEY, _VALUE, _AT, _JOB = map(COLUMNS.index, ("key", "value", "at", "job"))
+_KEY, _VALUE, _AT, _JOB, _ESTIMATED = map(COLUMNS.index, ("key", "value", "at", "job", "estimated"))
 SAME_SECONDS = 300
-"""How far apart two handlers' times of one run may be, which wait for the ledger one after the other."""
+"""How far apart two handlers' times of one run may be, which wait for the ledger one after the other. (An estimate is
+dated when each of them gave the run up.)"""
 
 Row = tuple[Any, ...]
 """The values of ``COLUMNS``."""
@@ -77,6 +78,7 @@ def others(driver: Any, rows: Sequence[Row]) -> list[Other]:
         if there is None or row[_JOB] is not None:
             continue
         known = None not in (there[0], row[_VALUE])
-        if known and (Decimal(there[0]) != Decimal(row[_VALUE]) or abs(there[1] - row[_AT]) > SAME_SECONDS):
+        at_once = row[_ESTIMATED] or abs(there[1] - row[_AT]) <= SAME_SECONDS
+        if known and not (at_once and Decimal(there[0]) == Decimal(row[_VALUE])):
             found.append((row, there[0]))
     return found
