@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from langchain_stripe_meter.core.doubts import (
     ASK_AGAIN,
-    CONTRADICTED,
     LOOK_AGAIN,
     PERSON,
     SUMS_LAG,
@@ -120,15 +119,29 @@ def test_a_person_is_told_what_else_the_sum_may_show() -> None:
     )
 
 
-def test_what_stripe_knew_by_its_identifier_is_not_called_absent_but_a_persons() -> None:
-    (doubt,) = doubts_of([Decimal(5)], [], Decimal(0)).events
-    told = Facts((replace(doubt, error=CONTRADICTED),))
-    assert decide(told, Look(Decimal(0)), NOW).reason == (
-        "A person must decide: Stripe knows its identifier, though it lacked it before: it refused it later, or "
-        "somebody cancelled it there. If it refused it, settle it as absent, and it goes out under a new identifier."
+def test_what_stripe_knew_by_its_identifier_is_not_called_absent_but_a_persons_and_its_neighbours_are() -> None:
+    known, other = (replace(doubt, is_contradicted=doubt.id == 0) for doubt in doubts_of(
+        [Decimal(5), Decimal(7)], [], Decimal(0)
+    ).events)  # fmt: skip
+    verdict = decide(Facts((known, other)), Look(Decimal(0)), NOW)
+    assert verdict.on(other) == Verdict(Move.ABSENT_AT_STRIPE)
+    assert verdict.on(known).move is None
+    assert verdict.on(known).reason == (
+        "A person must decide: Stripe knows its identifier, though it was said to lack it, and its sums lack it: it "
+        "refused it later, or somebody cancelled it there. If it refused it, settle it as absent, and it goes out "
+        "under a new identifier; if it was cancelled, write it off."
     )
-    seen = Facts((replace(told.events[0], seen_value=Decimal(5)),))
-    assert decide(seen, Look(Decimal(5)), NOW) == Verdict(Move.SEEN_AT_STRIPE)
+
+
+def test_that_stripe_knew_its_identifier_is_told_with_whatever_else_is_told_and_changes_nothing_else() -> None:
+    known = replace(doubts_of([Decimal(5)], [], Decimal(3)).events[0], is_contradicted=True)
+    assert decide(Facts((known,)), Look(Decimal(3)), NOW).on(known).reason == (
+        "A person must decide: Stripe has 3 in that minute; 0 is delivered, 5 in doubt. Stripe knows its identifier, "
+        "though it was said to lack it."
+    )
+    for seen, expected in ((None, Verdict()), (Decimal(5), Verdict(Move.SEEN_AT_STRIPE))):
+        facts = Facts((replace(known, seen_value=seen),))
+        assert decide(facts, Look(Decimal(5)), NOW).on(known) == expected
 
 
 @pytest.mark.parametrize("delivered", [0, 7])

@@ -146,11 +146,11 @@ def test_stripes_yes_is_delivered_however_old_the_doubt(move: Move, first: int |
     [
         (True, None, Move.DUPLICATE, EventState.DOUBTFUL, NOW - 5),
         (True, None, Move.ACCEPTED, EventState.DELIVERED, None),
-        (True, NOW - HOUR, Move.DUPLICATE, EventState.DELIVERED, NOW - HOUR),  # a lost answer of ours explains it
+        (True, NOW - HOUR, Move.DUPLICATE, EventState.DOUBTFUL, NOW - HOUR),  # it may know it from before, all the same
         (False, None, Move.DUPLICATE, EventState.DELIVERED, None),
     ],
 )
-def test_that_stripe_knows_what_it_lacked_is_doubted_unless_it_was_sent_since(
+def test_that_stripe_knows_what_it_was_said_to_lack_is_doubted(
     was_absent: bool, first: int | None, move: Move, state: EventState, unknown: int | None
 ) -> None:
     before = Attempt("run-1", 2, NOW - 5, first, was_absent=was_absent)

@@ -537,10 +537,47 @@ def test_that_stripe_knows_it_is_not_forgotten_over_another_reason_to_ask_a_pers
     assert shop.states() == {"run": "doubtful"}
 
 
+def test_its_neighbours_in_the_minute_are_not_called_known_to_stripe(shop: DoubtShop) -> None:
+    """Stripe took a and refused it later; it never had b, which is sent again by itself."""
+    shop.doubt("a", "b", taken=("a",), value=5)
+    shop.sandbox.reject("a")
+    settle_doubt(shop.ledger, ["a"], delivered=False)
+    shop.drive(seconds=60)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="Usage of 1 minutes"):
+        shop.look(1)
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"a": "doubtful", "b": "delivered"}, 5)
+    assert [(row.identifier, "knows its identifier" in row.reason) for row in doubtful(shop.ledger)] == [("a", True)]
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_a_person_is_told_of_it_once_whatever_else_there_is_to_tell(shop: DoubtShop, forbidden: bool) -> None:
+    """Beside as much that is delivered, or where the key may not read sums."""
+    contradict(shop)
+    if forbidden:
+        shop.sandbox.fail(refuse(403, message="may not"), path=SUMMARIES, times=None)
+    else:
+        shop.record("other", at=shop.minute + 1, value=5)
+        shop.drive(seconds=60)
+    courier = shop.another_courier(chores=[Doubts(shop.ledger, shop.courier.gateway)])
+    shop.errors.clear()
+    for _ in range(30 * 6):
+        courier.turn()
+        shop.sandbox.advance(seconds=120)
+    (told,) = shop.errors
+    assert "Stripe knows its identifier" in str(told)
+    assert shop.reason() in str(told)
+
+
 def test_who_says_wrongly_that_stripe_lacks_an_event_does_not_have_it_billed_twice(shop: DoubtShop) -> None:
     shop.doubt("run", taken=("run",), value=5)
     settle_doubt(shop.ledger, ["run"], delivered=False)
     shop.drive(seconds=60)
+    assert shop.reason() == "Stripe knows its identifier, though it was said to lack it"
+    with pytest.raises(IllegalMoveError, match=r"Stripe knows the identifier of run.*two hours"):
+        settle_doubt(shop.ledger, ["run"], delivered=False)
     shop.rest()
     shop.look(2)
     assert (shop.states(), sealing.retry(shop.ledger), shop.billed()) == ({"run": "delivered"}, 0, 5)
@@ -550,6 +587,23 @@ def test_what_was_absent_and_is_sent_again_with_an_answer_that_is_lost_is_known_
     shop.doubt("run", value=5)
     settle_doubt(shop.ledger, ["run"], delivered=False)
     shop.sandbox.fail(drop_answer())
+    shop.drive(seconds=60)
+    shop.rest()
+    shop.look(2)
+    assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
+
+
+def test_a_hiccup_on_the_way_does_not_make_it_delivered(shop: DoubtShop) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    shop.sandbox.reject("run")
+    settle_doubt(shop.ledger, ["run"], delivered=False)
+    shop.sandbox.fail(refuse(503))
+    shop.drive(seconds=60)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError, match="refused it later"):
+        shop.look(1)
+    settle_doubt(shop.ledger, ["run"], delivered=False)
     shop.drive()
     assert (shop.states(), shop.billed()) == ({"run": "delivered"}, 5)
 

@@ -21,6 +21,7 @@ from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts, epoch, reports, sealing, views
+from langchain_stripe_meter.ledger.doubts import settle_doubt
 from langchain_stripe_meter.ledger.schema import events, readings, webhook_events
 from langchain_stripe_meter.sandbox import Rejection, drop_answer, refuse, server_error
 
@@ -68,30 +69,57 @@ def test_what_stripes_sums_showed_after_a_report_is_not_rejected_by_it(books: Bo
     assert "sent again later: run-1" in str(books.errors[-1])
 
 
-@pytest.mark.parametrize("is_sealed", [True, False, None])  # None: it is held, and assigned afterwards
-def test_a_report_about_what_a_restored_ledger_has_not_sent_yet_waits(books: Books, is_sealed: bool | None) -> None:
+@pytest.mark.parametrize("as_it_stands", ["sealed", "resolved", "on the own account", "held", "skipped"])
+def test_a_report_about_what_a_restored_ledger_has_not_sent_yet_waits(books: Books, as_it_stands: str) -> None:
     """Stripe had it, and refused it, after the backup was made."""
-    books.record("run-1", value=500, **({} if is_sealed is not None else {"state": ReadingState.HELD}))
-    if is_sealed:
+    books.deliver("run-0")
+    facts: dict[str, dict[str, Any]] = {
+        "on the own account": {"account": books.sandbox.account_id},
+        "held": {"state": ReadingState.HELD},
+        "skipped": {"state": ReadingState.SKIPPED, "customer": None, "session": "s1", "reads": ("email",)},
+    }
+    books.record("run-1", value=500, **facts.get(as_it_stands, {}))
+    if as_it_stands == "sealed":
         with books.ledger.write() as connection:
             sealing.seal(connection, books.ledger.now())
     with books.ledger.read() as connection:
-        (row,) = connection.execute(select(readings)).mappings().all()
+        (row,) = connection.execute(select(readings).where(readings.c.key == "run-1")).mappings().all()
     stripe: Any = books.gateway.client
     event = {"event_name": "ai_tokens", "identifier": "run-1", "timestamp": row["at"]}
     stripe.v1.billing.meter_events.create({**event, "payload": {"stripe_customer_id": "cus_1", "value": "500"}})
     epoch.restored(books.ledger)
     (result,) = books.take(*books.sandbox.reject("run-1"))
     assert (result.rejected, result.unknown) == ((), 0)
-    if is_sealed is None:
+    if as_it_stands == "held":
         acts.assign(books.ledger, [row["id"]], "cus_1")
+    if as_it_stands == "skipped":  # as when its lead is captured
+        claimed = {"state": ReadingState.RESOLVED.value, "customer": "cus_1", "session": None, "reads": None}
+        with books.ledger.write() as connection:
+            connection.execute(update(readings).where(readings.c.key == "run-1").values(**claimed))
     books.deliver()
     for _ in range(3):
         books.do_chores()
-    assert books.states() == {"run-1": "rejected"}
+    assert books.states() == {"run-0": "delivered", "run-1": "rejected"}
     sealing.retry(books.ledger)
     books.deliver()
-    assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 500)
+    assert (books.states(), books.billed()) == ({"run-0": "delivered", "run-1": "delivered"}, 501)
+
+
+def test_a_report_names_why_stripe_knew_what_it_lacked_so_nobody_need_be_asked(books: Books) -> None:
+    """It took it, its answer was lost, and it refused it later; a day after, it was found absent, and sent again."""
+    books.take(lose_an_answer_about(books, "run-1"))
+    with books.sandbox.outage():
+        books.sandbox.advance(hours=23, seconds=300)
+        books.courier.turn()
+    assert books.states() == {"run-1": "doubtful"}
+    settle_doubt(books.ledger, ["run-1"], delivered=False)
+    for _ in range(3):
+        books.do_chores()
+    assert books.states() == {"run-1": "rejected"}
+    assert "Stripe rejected 1 meter events" in str(books.errors[-1])
+    sealing.retry(books.ledger)
+    books.deliver()
+    assert (books.states(), books.billed()) == ({"run-1": "delivered"}, 1)
 
 
 def test_usage_on_the_keys_own_account_is_found_also_where_that_was_named(books: Books) -> None:

@@ -47,10 +47,12 @@ class Doubts:
         if not looks:
             return
         still = self._known(now)
-        reasons = [
-            self._settle(known[place], look, now) for place, look in looks.items() if known[place] == still.get(place)
+        told = [
+            doubts.store(self._ledger, known[place].doubts, look, decide(known[place], look, now), now)
+            for place, look in looks.items()
+            if known[place] == still.get(place)
         ]
-        new = [reason for reason in reasons if reason]
+        new = [reasons[0] for reasons in told if reasons]
         if new:
             raise StripeError(f"Usage of {len(new)} minutes stays in doubt. {new[0]} See: stripe-meter doubtful")
 
@@ -84,13 +86,6 @@ class Doubts:
         minute = (place.minute, place.minute + MINUTE)
         billed = billed_on(self._gateway, [meter.id for meter in named], place.customer, minute, place.account)
         return Look(billed, "" if billed is not None else f"Stripe has no sums of the customer {place.customer}.")
-
-    def _settle(self, facts: Facts, look: Look, now: int) -> str | None:
-        """Store what was seen and decided; the reason for which a person is needed, if it is a new one."""
-        verdict = decide(facts, look, now)
-        stored = doubts.store(self._ledger, facts.doubts, look, verdict, now)
-        is_news = any(doubt.error != verdict.reason for doubt in facts.doubts)
-        return verdict.reason if stored and is_news else None
 
 
 def _order(facts: Facts) -> tuple[bool, int]:

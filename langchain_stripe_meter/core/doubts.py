@@ -21,10 +21,12 @@ ASK_AGAIN = 3600
 """Seconds between looks once a person has been told."""
 PERSON = "A person must decide: "
 """How the reason begins with which an event stays doubtful."""
-CONTRADICTED = (
-    "Stripe knows its identifier, though it lacked it before: it refused it later, or somebody cancelled it there"
-)
+KNOWN_THERE = "Stripe knows its identifier, though it was said to lack it"
 """Why an event is in doubt again that was sent again after a doubt: see ``settle`` in core/states.py."""
+_LACKED_AND_KNOWN = (
+    f"{KNOWN_THERE}, and its sums lack it: it refused it later, or somebody cancelled it there. If it refused it, "
+    "settle it as absent, and it goes out under a new identifier; if it was cancelled, write it off."
+)
 MANY_SUMS = 2000
 """Beyond so many different sums of the doubts of a minute, chance explains anything, and nothing is told from them."""
 
@@ -40,7 +42,8 @@ class Look:
 @dataclass(frozen=True, slots=True)
 class Trace:
     """One event as the ledger has it. Times are Unix seconds; ``seen_value`` and ``seen_at`` are the last look, and
-    ``cancelled_at`` also stands for the wish to cancel it."""
+    ``cancelled_at`` also stands for the wish to cancel it. ``is_contradicted``: Stripe knew its identifier when it was
+    sent again because Stripe was said to lack it."""
 
     id: int
     identifier: str
@@ -54,6 +57,7 @@ class Trace:
     seen_at: int | None = None
     error: str | None = None
     cancelled_at: int | None = None
+    is_contradicted: bool = False
 
     @property
     def is_open(self) -> bool:
@@ -66,11 +70,6 @@ class Trace:
         """Whether it was written off although Stripe may have it. (What it cancelled, it has no more.)"""
         is_unknown = self.first_unknown_at is not None and self.cancelled_at is None
         return self.state is EventState.WRITTEN_OFF and is_unknown
-
-    @property
-    def is_contradicted(self) -> bool:
-        """Whether Stripe knew its identifier when it was sent again because Stripe lacked it."""
-        return CONTRADICTED in (self.error or "")
 
     @property
     def awaits_person(self) -> bool:
@@ -108,6 +107,15 @@ class Verdict:
 
     move: Move | None = None
     reason: str | None = None
+
+    def on(self, doubt: Trace) -> Verdict:
+        """What it means for one of them: what Stripe knew by its identifier is not called absent, but a person's, who
+        is told so whatever else there is to tell."""
+        if not doubt.is_contradicted:
+            return self
+        if self.move is Move.ABSENT_AT_STRIPE:
+            return _ask(_LACKED_AND_KNOWN)
+        return self if self.reason is None else Verdict(reason=f"{self.reason} {KNOWN_THERE}.")
 
 
 def is_ready(facts: Facts, now: int) -> bool:
@@ -188,8 +196,6 @@ def _compare(facts: Facts, at_stripe: Decimal, now: int) -> Verdict:
         )
     if unexplained == in_doubt:
         return Verdict(Move.SEEN_AT_STRIPE)
-    if any(doubt.is_contradicted for doubt in facts.doubts):
-        return _ask(f"{CONTRADICTED}. If it refused it, settle it as absent, and it goes out under a new identifier.")
     if any(now - doubt.at > STALE_AFTER for doubt in facts.doubts):
         return _ask("Stripe does not have it, but it is older than 34 days, and Stripe would refuse it.")
     return Verdict(Move.ABSENT_AT_STRIPE)

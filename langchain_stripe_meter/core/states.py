@@ -85,7 +85,7 @@ class Move(StrEnum):
     REFUSED = "refused for good"
     SEEN_AT_STRIPE = "seen at Stripe"
     ABSENT_AT_STRIPE = "absent at Stripe"
-    CONTRADICTED = "known to Stripe, though it was absent"
+    CONTRADICTED = "known to Stripe, though said to be absent"
     REJECTED_LATER = "rejected later"
 
 
@@ -198,12 +198,12 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
     An outcome is *unknown* from the moment the request was sent, so the safe window counts from there. A refused
     key, or a closed account, burns no attempt. Once unknown, an event stays so through later refusals until Stripe says
     that it has it: a 429 says nothing of the earlier try, and neither does a final no, so that one leads to doubt, not
-    to rejection or to being withdrawn. Nor is believed at once that Stripe has what was absent and was not sent since:
-    it knows the identifier also of what it refused later.
+    to rejection or to being withdrawn. Nor is believed at once that Stripe has what was said to be absent: it knows the
+    identifier also of what it refused later.
     """
     first_unknown = attempt.first_unknown_at
     move = outcome.move
-    if move is Move.DUPLICATE and attempt.was_absent and first_unknown is None:
+    if move is Move.DUPLICATE and attempt.was_absent:
         move = Move.CONTRADICTED
     if move in (Move.UNKNOWN, Move.CONTRADICTED) and first_unknown is None:
         first_unknown = attempt.sent_at

@@ -10,12 +10,22 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Select, and_, bindparam, or_, select, update
 
-from langchain_stripe_meter.core.doubts import CONTRADICTED, LOOK_AGAIN, MINUTE, SUMS_LAG, Facts, Look, Trace, Verdict
+from langchain_stripe_meter.core.doubts import (
+    KNOWN_THERE,
+    LOOK_AGAIN,
+    MINUTE,
+    PERSON,
+    SUMS_LAG,
+    Facts,
+    Look,
+    Trace,
+    Verdict,
+)
 from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.reversals import reject_later
-from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_DOUBTFUL, events, pruned
+from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_CONTRADICTED, IS_DOUBTFUL, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
@@ -87,7 +97,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     with ledger.write() as connection:
         for identifier in dict.fromkeys(identifiers):
             row = _doubted(connection, identifier)
-            if not delivered and CONTRADICTED in (row.error or ""):
+            if row.is_contradicted and not delivered:
                 _send_anew(connection, row, now)
             else:
                 _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
@@ -99,7 +109,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
 
 def _doubted(connection: Connection, identifier: str) -> Any:
     """The doubtful event with this identifier; a refusal that names it where there is none."""
-    query = select(events).where(events.c.identifier == identifier)
+    query = select(events, IS_CONTRADICTED.label("is_contradicted")).where(events.c.identifier == identifier)
     row = connection.execute(query).first()
     if row is None:
         raise ConfigurationError(
@@ -128,7 +138,7 @@ def _neighbours() -> Select[Any]:
     line = (events.c.account, events.c.customer, events.c.event_name)
     places = select(*line, minute.label("minute")).where(IS_DOUBTFUL).distinct().subquery()
     same = [column == places.c[column.name] for column in line]
-    query = select(events, places.c.minute, CANCELLED_AT)
+    query = select(events, places.c.minute, CANCELLED_AT, IS_CONTRADICTED.label("is_contradicted"))
     inside = (events.c.at >= places.c.minute, events.c.at < places.c.minute + MINUTE)  # a range, which an index has
     return query.join(places, and_(*same, *inside)).order_by(events.c.id)
 
@@ -158,6 +168,7 @@ def _trace(row: Any) -> Trace:
         seen_at=row.seen_at,
         error=row.error,
         cancelled_at=row.cancelled_at,
+        is_contradicted=row.is_contradicted,
     )
 
 
@@ -176,26 +187,28 @@ def _is_pruned(connection: Connection, place: Place) -> bool:
     return connection.execute(_PRUNED, asked).first() is not None
 
 
-def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> bool:
-    """Remember a look and carry out its verdict; False, and nothing is changed, where a doubt has changed meanwhile."""
+def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdict, now: int) -> list[str]:
+    """Remember a look and carry out its verdict, unless a doubt has changed meanwhile: then nothing is changed. Returns
+    for what reasons a person is needed, where those are new."""
+    new = []
     with ledger.write() as connection:
         query = select(events.c.id, events.c.seen_at).where(IS_DOUBTFUL, events.c.id.in_([one.id for one in doubts]))
         known = {row.id: row.seen_at for row in connection.execute(query)}
         if known != {one.id: one.seen_at for one in doubts}:
-            return False
+            return []
         for one in doubts:
-            if verdict.move is None:
-                _remember(connection, one, look, verdict.reason, now)
+            its = verdict.on(one)
+            if its.move is None:
+                _remember(connection, one, look, its.reason, now)
+                new += [its.reason] if its.reason not in (None, one.error) else []
             else:
-                _move(connection, one.id, verdict.move, now)
-                logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, verdict.move)
-    return True
+                _move(connection, one.id, its.move, now)
+                logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, its.move)
+    return new
 
 
 def _remember(connection: Connection, doubt: Trace, look: Look, reason: str | None, now: int) -> None:
     seen = {"seen_value": None if look.value is None else number_text(look.value), "seen_at": now}
-    if doubt.is_contradicted and reason is not None and CONTRADICTED not in reason:
-        reason = f"{reason} {CONTRADICTED}."  # which is not forgotten over another reason
     told = {} if reason is None else {"error": reason}
     connection.execute(update(events).where(events.c.id == doubt.id).values(**seen, **told))
 
@@ -214,7 +227,12 @@ def _move(connection: Connection, event_id: int, move: Move, now: int) -> None:
 
 def _send_anew(connection: Connection, row: Any, now: int) -> None:
     """Send what Stripe refused later, under an identifier that it does not know."""
-    reject_later(connection, row, CONTRADICTED, now)
+    if not (row.error or "").startswith(PERSON):
+        raise IllegalMoveError(
+            f"Stripe knows the identifier of {row.identifier}, which was called absent before. Wait until its sums are "
+            "read twice, after about two hours (stripe-meter doubtful says what they tell), or settle it as delivered."
+        )
+    reject_later(connection, row, KNOWN_THERE, now)
     pending = next_event_state(EventState.REJECTED, Move.TRY_AGAIN).value
     again = {"state": pending, "error": None, "settled_at": None}
     connection.execute(update(events).where(events.c.id == row.id).values(**again))

@@ -31,7 +31,7 @@ from sqlalchemy import (
     update,
 )
 
-from langchain_stripe_meter.core.doubts import CONTRADICTED
+from langchain_stripe_meter.core.doubts import KNOWN_THERE
 from langchain_stripe_meter.core.events import MeterEvent
 from langchain_stripe_meter.core.states import (
     CLOCK_MARGIN,
@@ -46,8 +46,9 @@ from langchain_stripe_meter.core.states import (
     safe_window,
     settle,
 )
-from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, events, readings
+from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, KNOWN, events, readings
 from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
+from langchain_stripe_meter.ledger.store import write_act
 
 LEASE_SECONDS = 120
 """How long a courier may take for one event before another takes it for dead; longer than any HTTP timeout."""
@@ -312,11 +313,13 @@ def _finish(
         "next_due": after.due,
         "unknown_at": after.first_unknown_at,
         "final_at": None if after.state is EventState.PENDING else now,
-        "why": CONTRADICTED if is_contradicted else outcome.message or None,
+        "why": KNOWN_THERE if is_contradicted else outcome.message or None,
         "request": outcome.request_id,
     }
     if not connection.execute(_SETTLE, bound).rowcount:
         return None
+    if is_contradicted:
+        write_act(connection, KNOWN, attempt.identifier, KNOWN_THERE, now)
     if after.state is EventState.WITHDRAWN:
         unseal(connection, row_id, outcome.message, now)
     return after.state

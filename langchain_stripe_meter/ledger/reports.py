@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, select, true, tuple_
+from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, or_, select, true, tuple_
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
 from langchain_stripe_meter.core.states import EventState, ReadingState
@@ -20,6 +20,7 @@ from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute
 from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import (
     CANCELLED_AT,
+    IS_CONTRADICTED,
     IS_PENDING,
     IS_SENDING,
     acts,
@@ -33,7 +34,7 @@ from langchain_stripe_meter.ledger.store import insert_or_ignore, own_account
 
 _WINDOW = "window:"
 _ON_THE_WAY = (EventState.PENDING.value, EventState.SENDING.value, EventState.DOUBTFUL.value)
-_UNSEALED = (ReadingState.RECORDED, ReadingState.RESOLVED, ReadingState.HELD)
+_UNSEALED = (ReadingState.RECORDED.value, ReadingState.RESOLVED.value, ReadingState.HELD.value)
 _first_sent = func.coalesce(events.c.first_unknown_at, events.c.sent_at)
 """What Stripe was sent again while it surely knew the identifier is what it was sent first."""
 
@@ -117,19 +118,27 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
     unknown = 0
     for sample in samples:
         row = _named(connection, sample.identifier, account)
-        if row.state in _ON_THE_WAY if row is not None else _is_open(connection, sample.identifier, account):
-            waiting[sample.identifier] = sample.code
-        elif row is None or row.state != EventState.DELIVERED.value:
-            unknown += 1
-        elif row.first_sent is not None and row.first_sent > end + SKEW_SECONDS:
+        if row is None or not _is_answered(row):
+            if row.state in _ON_THE_WAY if row is not None else _is_open(connection, sample.identifier, account):
+                waiting[sample.identifier] = sample.code
+            else:
+                unknown += 1
+        elif row.state == EventState.DELIVERED.value and (row.first_sent or 0) > end + SKEW_SECONDS:
             late.append(sample.identifier)
         elif (fresh := reject_later(connection, row, sample.code, now)) is not None:
             rejected[sample.identifier] = fresh
     return Taken(rejected, waiting, tuple(late), unknown)
 
 
+def _is_answered(row: Any) -> bool:
+    """Whether Stripe has taken it, or knew its identifier though it was said to lack it, and cannot have taken it
+    since."""
+    is_known = row.state == EventState.DOUBTFUL.value and row.is_contradicted and row.first_unknown_at == row.sent_at
+    return is_known or row.state == EventState.DELIVERED.value
+
+
 def _named(connection: Connection, identifier: str, account: str) -> Any:
-    query = select(events, _first_sent.label("first_sent"))
+    query = select(events, _first_sent.label("first_sent"), IS_CONTRADICTED.label("is_contradicted"))
     mine = (events.c.identifier == identifier, _is_on(connection, events.c.account, account))
     return connection.execute(query.where(*mine)).first()
 
@@ -137,14 +146,18 @@ def _named(connection: Connection, identifier: str, account: str) -> Any:
 def _is_on(connection: Connection, column: Column[str], account: str) -> ColumnElement[bool]:
     """Whether it is on the ``account`` of a report. Which one is the key's own, a key may not be allowed to know: then
     it may be any that was named. (What reports of the own account name, nobody else has sent.)"""
-    is_any = not account and own_account(connection) is None
-    return true() if is_any else column == account
+    if account:
+        return column == account
+    own = own_account(connection)
+    return true() if own is None else column.in_(("", own))
 
 
 def _is_open(connection: Connection, identifier: str, account: str) -> bool:
-    """Whether a reading of this name may still be sealed."""
-    mine = and_(readings.c.key == identifier, _is_on(connection, readings.c.account, account))
-    return connection.execute(select(readings.c.state).where(mine)).scalar() in _UNSEALED
+    """Whether a reading of this name may still be sealed, once it is assigned or its lead is captured."""
+    mine = (readings.c.key == identifier, _is_on(connection, readings.c.account, account))
+    claimable = and_(readings.c.state == ReadingState.SKIPPED.value, readings.c.session.is_not(None))
+    found = select(readings.c.id).where(*mine, or_(readings.c.state.in_(_UNSEALED), claimable))
+    return connection.execute(found).first() is not None
 
 
 def event_names(connection: Connection, samples: Iterable[Sample], account: str) -> set[str]:

@@ -13,6 +13,7 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    exists,
     func,
     select,
     text,
@@ -149,6 +150,10 @@ CANCELLED_AT = (
 )
 """When an event was cancelled, or was last asked to be; None where Stripe has refused that: a column for a query of
 events."""
+
+KNOWN = "known to Stripe"
+IS_CONTRADICTED = exists(acts.c.id).where(acts.c.subject == events.c.identifier, acts.c.act == KNOWN)
+"""Whether Stripe knew the event's identifier when it was sent again because Stripe was said to lack it."""
 
 webhook_events = Table(  # Stripe's notifications that were taken in, each once
     "webhook_events",
