@@ -10,16 +10,17 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
-from langchain_stripe_meter.core.customers import Facts, Reference, Skip
+from langchain_stripe_meter.core.customers import Facts, Skip
 from langchain_stripe_meter.core.events import derive_identifier, number_text
 from langchain_stripe_meter.core.meters import Call, Meter, Reading
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
-from langchain_stripe_meter.ledger.inserting import COLUMNS, Other
+from langchain_stripe_meter.ledger.inserting import COLUMNS, Other, pays_otherwise
 from langchain_stripe_meter.ledger.leads import like
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.observed import Observed
@@ -211,13 +212,21 @@ def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:
             return
         usage = dict(zip(COLUMNS, row, strict=True))
         amount, run = f"{usage['value']} on {usage['event_name']}", usage["key"].rpartition("-")[0]
-        said = f"{amount} is not billed: the run {run} was recorded before, with {stored}."
-        if Decimal(stored) == Decimal(usage["value"]):
-            said = (
-                f"{amount} was taken for a repetition of the run {run}, long after that. If it is another, it is lost."
+        if pays_otherwise(row, stored):
+            yield ConfigurationError(
+                f"{amount} is not billed to whom this handler names: the run {run} was recorded before, for "
+                f"{'another customer' if stored.customer else 'nobody'}. Of two handlers that share a ledger and a "
+                "meter, the first one decides: attach one of them to a run."
             )
+            continue
+        said = (
+            f"{amount} was taken for a repetition of the run {run}, long after that. If it is another, it is lost."
+            if Decimal(stored.value or 0) == Decimal(usage["value"] or 0)
+            else f"{amount} is not billed: the run {run} was recorded before, with {stored.value}."
+        )
         yield ConfigurationError(
-            f"{said} LangChain's run_id names one run, not a conversation: give each run its own run_id, or none."
+            f"{said} LangChain's run_id names one run, not a conversation: give each run its own run_id, or none. And "
+            "attach one handler to a run, not two that share a ledger and a meter."
         )
 
 

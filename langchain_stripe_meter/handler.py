@@ -114,14 +114,15 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
         if concurrency < 1:
             raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
-        if roll_up is not None and not 1 <= roll_up <= MAX_ROLL_UP:
-            raise ConfigurationError(f"roll_up={roll_up}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
+        if roll_up is not None and not (isinstance(roll_up, int) and 1 <= roll_up <= MAX_ROLL_UP):
+            raise ConfigurationError(f"roll_up={roll_up!r}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
         if stripe_account is not None and tenant is not None:
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         check_tenant(tenant)
         check_on_error(on_error)
         url = ledger or os.environ.get("STRIPE_METER_LEDGER") or DEFAULT_LEDGER
         self._ledger = Ledger(url, clock=clock, synchronous=synchronous)
+        self._ledger.check_place()
         self._webhook_secret, self._on_error = check_webhook_secret(webhook_secret), on_error
         self._stripe_account = check_account(stripe_account or "")
         self._has_tenants = tenant is not None
@@ -357,7 +358,7 @@ def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> 
     if isinstance(otherwise, str) and otherwise in ("skip", "raise"):
         return customer
     if isinstance(otherwise, str) and not otherwise.startswith("cus_"):
-        raise ConfigurationError(f"on_unidentified={otherwise!r}: use 'skip', 'raise', a 'cus_…' id or a source.")
+        raise ConfigurationError("on_unidentified= takes 'skip', 'raise', a 'cus_…' id or a source such as static(…).")
     return first_of(customer, otherwise)
 
 

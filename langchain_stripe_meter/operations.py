@@ -17,7 +17,7 @@ from langchain_stripe_meter.ledger import acts as decisions
 from langchain_stripe_meter.ledger import doubts, reversals, sealing, views
 from langchain_stripe_meter.ledger.doubts import DoubtfulList
 from langchain_stripe_meter.ledger.forget import Forgotten, forget
-from langchain_stripe_meter.ledger.store import ACCOUNT, LIVEMODE, Ledger, pin
+from langchain_stripe_meter.ledger.store import ACCOUNT, LIVEMODE, Ledger, refuse_other_mode
 from langchain_stripe_meter.ledger.views import SkipList, skips
 from langchain_stripe_meter.recording import Recorder
 
@@ -246,8 +246,7 @@ def cancel(ledger: Ledger, gateway: Gateway, identifier: str) -> None:
     from langchain_stripe_meter.delivery.guard import refuse_foreign
     from langchain_stripe_meter.gateway.meters import cancel as ask
 
-    if ledger.note(LIVEMODE) is not None:  # else it has delivered nothing: only who does so decides whose it is
-        pin(ledger.deliver_lane(), ledger.now(), is_test=gateway.is_test)
+    refuse_other_mode(ledger.note(LIVEMODE), is_test=gateway.is_test)
     refuse_foreign(ledger.note(ACCOUNT), gateway.account_id())
     event = reversals.ask_to_cancel(ledger, identifier)
     if event is None:

@@ -57,7 +57,8 @@ def checked_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
         raise ConfigurationError("A handler needs at least one meter, such as Tokens('ai_tokens').")
     for meter in meters:
         if not isinstance(meter, Meter):
-            raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.")
+            how = " Pass several one after another, not as a list." if isinstance(meter, list | tuple) else ""
+            raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.{how}")
     names = [meter.event_name for meter in meters]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

@@ -16,9 +16,10 @@ from functools import partial
 from typing import Any, Literal
 from uuid import uuid4
 
-from langchain_stripe_meter.core.customers import CustomerSource, Facts, Reference, Skip, as_source
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, Skip, as_source
 from langchain_stripe_meter.core.events import check_timestamp
 from langchain_stripe_meter.core.meters import Call, Meter
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.runs import Run
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import (

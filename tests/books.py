@@ -10,8 +10,8 @@ from typing import Any
 
 from sqlalchemy import delete, insert, update
 
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.periods import Period
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.ledger import resolving
 from langchain_stripe_meter.ledger.counters import Counters

@@ -26,7 +26,7 @@ import alembic.command  # noqa: F401 - for all children
 import psycopg
 from sqlalchemy import Engine, event
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.gateway.client import Gateway

@@ -29,8 +29,8 @@ from requests.structures import CaseInsensitiveDict
 from sqlalchemy import select
 
 from langchain_stripe_meter.audit.chores import Doubts
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, SUMS_LAG
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import MeteringError

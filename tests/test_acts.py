@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.audit.verify import verify
 from langchain_stripe_meter.cli import app
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import (
@@ -115,7 +115,14 @@ def test_where_stripe_is_too_late_to_say_what_came_of_a_cancelling_nothing_is_co
 
 def test_verify_names_what_may_have_been_cancelled_and_a_persons_word_settles_it(books: Books) -> None:
     books.deliver("run-0")
-    refused(books, IllegalMoveError, "run-0 is delivered", acts.write_off, "run-0", reason="x")
+    refused(
+        books,
+        IllegalMoveError,
+        r"run-0 is delivered, .*It is billed: cancel\(\) it",
+        acts.write_off,
+        "run-0",
+        reason="x",
+    )
     lose_the_answer(books, drop_answer())
     found = verify(books.ledger, books.gateway)
     assert [one.difference for one in found.differences] == [-1]

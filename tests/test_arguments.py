@@ -24,7 +24,8 @@ from langchain_stripe_meter.agents.limits import (
     SpendLimitMiddleware,
     StripeCredit,
 )
-from langchain_stripe_meter.core.customers import Reference, from_metadata, static
+from langchain_stripe_meter.core.customers import from_metadata, static
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 from langchain_stripe_meter.ledger import resolving

@@ -30,7 +30,8 @@ from langchain_stripe_meter import (
     static,
 )
 from langchain_stripe_meter.cli import app
-from langchain_stripe_meter.core.customers import Facts, Reference, normalise
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.references import Reference, normalise
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway

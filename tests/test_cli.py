@@ -109,7 +109,13 @@ def test_deliver_says_with_its_exit_code_that_something_is_still_pending(
     with sandbox.outage():
         result = call("deliver", "--once", "--timeout", "0.5", "--json", code=1)
     assert json.loads(result.stdout)["pending"] == 2
-    assert "Not everything could be sent" in result.stderr
+    assert "Not everything could be sent: Stripe did not let us read the account: HTTP 503" in result.stderr
+    assert "It is kept; run this again later." in result.stderr
+
+
+def test_what_a_sandbox_cannot_make_a_customer_of_is_named() -> None:
+    said = call("sandbox", "--port", "0", "--customer", "ann", code=2).stderr
+    assert "--customer ann: give an e-mail" in " ".join(said.split())
 
 
 def test_deliver_with_a_timeout_says_so_too(sandbox: StripeSandbox, recorded: None) -> None:
@@ -271,9 +277,10 @@ def test_status_tells_why_runs_were_skipped_and_nothing_that_it_cannot_know(sand
     with StripeMeterCallbackHandler(Tokens("ai_tokens"), customer=from_lead(), deliver=False) as handler:
         handler.record_usage({"input_tokens": 1}, id="job")
     found = as_json("status")
-    assert found["why_skipped"] == {"the lead has no email": 1}
+    why = "metadata has no 'lead', and no 'session_id', 'thread_id' or 'conversation_id' to find one by"
+    assert found["why_skipped"] == {why: 1}
     assert "open_runs" not in found
-    assert "1  the lead has no email" in call("status").stdout
+    assert f"1  {why}" in " ".join(call("status").stdout.split(" "))
 
 
 @pytest.mark.parametrize("name", ["[agents]", "a[bold]b", ":key:"])

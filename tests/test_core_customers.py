@@ -13,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from langchain_stripe_meter.core.customers import (
-    MAX_TEXT,
-    By,
     CustomerSource,
     Disbelieved,
     Facts,
     FirstOf,
     FromSignedToken,
-    Reference,
     Skip,
     Static,
     as_source,
@@ -29,9 +26,9 @@ from langchain_stripe_meter.core.customers import (
     from_context,
     from_lead,
     from_metadata,
-    normalise,
     static,
 )
+from langchain_stripe_meter.core.references import MAX_TEXT, By, Reference, normalise
 from langchain_stripe_meter.core.tenants import needs_lookup
 from langchain_stripe_meter.core.tokens import Secrets
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
@@ -277,7 +274,7 @@ def test_the_captured_lead_is_believed_on_a_server_and_comes_before_the_metadata
 def test_a_captured_number_is_read_in_the_region_too() -> None:
     facts: dict[str, Any] = {"metadata": {"thread_id": "t"}, "lead": lambda _: {"phone": "030 901820"}}
     assert who(from_lead("phone", region="DE"), **facts) == Reference("phone", "+4930901820")
-    assert who(from_lead("phone"), **facts) == Skip("the customer's phone is malformed")
+    assert who(from_lead("phone"), **facts) == Skip("the customer's phone is malformed; it looks like '+49 30 901820'")
 
 
 def test_without_a_session_or_a_store_of_leads_only_the_metadata_can_name_one() -> None:
@@ -323,7 +320,7 @@ def test_the_first_source_that_names_somebody_decides_and_all_reasons_are_kept()
 @pytest.mark.parametrize("source", [from_metadata(KEY), from_auth_user(KEY), from_context(KEY)])
 def test_who_is_named_wrongly_is_nobodys_to_pay_for_whatever_comes_next(source: CustomerSource, value: Any) -> None:
     skip = who(first_of(source, "cus_house"), metadata={KEY: value}, auth_user={KEY: value}, context={KEY: value})
-    assert skip == Disbelieved("the customer's id is malformed")
+    assert skip == Disbelieved("the customer's id is malformed; it looks like 'cus_123'")
     before = first_of(from_metadata("absent"), source, from_lead(), "cus_house")
     assert who(before, metadata={KEY: value}, auth_user={KEY: value}, context={KEY: value}) == skip
 
@@ -352,7 +349,7 @@ def test_a_client_of_a_server_does_not_ride_free_on_a_claim_that_is_none() -> No
     own, known = {"email": "ann@example.com"}, {KEY: "cus_1"}
     facts: dict[str, Any] = {"on_server": True, "metadata": {KEY: "nonsense", "thread_id": "t", "lead": own}}
     everything = first_of(claims, from_lead(), from_auth_user(KEY), from_lead(trust_client=True), "cus_house")
-    assert who(everything, **facts) == Disbelieved("the customer's id is malformed")
+    assert who(everything, **facts) == Disbelieved("the customer's id is malformed; it looks like 'cus_123'")
     assert who(everything, **facts, auth_user=known) == Reference("id", "cus_1")
     assert who(everything, **facts, lead={"t": own}.get) == Reference("email", "ann@example.com")
     another_claim = first_of(claims, from_context(KEY, trust_client=True), from_auth_user(KEY))

@@ -196,6 +196,11 @@ def test_more_tokens_than_stripe_can_write_are_refused_by_number() -> None:
         Tokens("t", weights={"input": 10**9}).readings(Call(Usage(10**9, 0)))
 
 
+def test_credits_are_by_model() -> None:
+    with pytest.raises(ConfigurationError, match="Credits takes credits by model, such as"):
+        Credits("credits", ["gpt-4o"])  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from langchain_stripe_meter import MeteringSettings
 from langchain_stripe_meter.agents import from_signed_token, sign_customer
-from langchain_stripe_meter.core.customers import Disbelieved, Facts, FromSignedToken, Reference, Skip, first_of
+from langchain_stripe_meter.core.customers import Disbelieved, Facts, FromSignedToken, Skip, first_of
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.tokens import MAX_TOKEN, Secrets, sign
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 

@@ -12,16 +12,13 @@ import pytest
 
 from langchain_stripe_meter.core.customers import (
     Facts,
-    Reference,
     Skip,
     as_source,
-    check_region,
     first_of,
     from_auth_user,
     from_context,
     from_lead,
     from_metadata,
-    normalise,
     static,
 )
 from langchain_stripe_meter.core.events import (
@@ -34,6 +31,7 @@ from langchain_stripe_meter.core.events import (
     check_value,
 )
 from langchain_stripe_meter.core.meters import Call, Cost, Credits, Meter, Tokens
+from langchain_stripe_meter.core.references import Reference, check_region, normalise
 from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state, next_reading_state
 from langchain_stripe_meter.core.tokens import Secrets, sign
 from langchain_stripe_meter.core.usage import Usage, usage_from_metadata, usage_from_token_usage
@@ -158,16 +156,19 @@ def test_a_source_that_makes_no_sense_is_named_with_those_that_do(make: Callable
         (from_metadata("k"), Facts(), "metadata has no 'k'"),
         (from_metadata("k"), Facts({"k": ""}), "metadata has no 'k'"),
         (from_metadata("k"), Facts(configurable={"k": "cus_1"}), "metadata, unlike the configurable, has no 'k'"),
-        (from_metadata("k"), Facts({"k": "ann"}), "the customer's id is malformed"),
+        (from_metadata("k"), Facts({"k": "ann"}), "the customer's id is malformed; it looks like 'cus_123'"),
         (from_metadata("k"), Facts({"k": "cus_1"}, on_server=True),
          "metadata comes from the client of an agent server"),
         (from_auth_user("k"), Facts(), "the authenticated user has no 'k'"),
         (from_context("k"), Facts(), "the context has no 'k'"),
         (from_context("k"), Facts(context={"k": "cus_1"}, on_server=True),
          "the context comes from the client of an agent server"),
-        (from_lead(), Facts(), "the lead has no email"),
+        (from_lead(), Facts(),
+         "metadata has no 'lead', and no 'session_id', 'thread_id' or 'conversation_id' to find one by"),
+        (from_lead(), Facts({"thread_id": "t"}), "the lead has no email"),
         (from_lead("name"), Facts({"lead": {"name": ""}}), "the lead has no name"),
-        (from_lead("phone"), Facts({"lead": {"phone": 7}}), "the customer's phone is malformed"),
+        (from_lead("phone"), Facts({"lead": {"phone": 7}}),
+         "the customer's phone is malformed; it looks like '+49 30 901820'"),
         (from_lead("phone"), Facts({"thread_id": "t"}, on_server=True),
          "no lead with phone was captured by the server"),
     ],

@@ -14,7 +14,7 @@ from courier_shop import EVENTS, Shop, of, payer
 from faults import settled, tally
 from sqlalchemy import update
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.delivery.lookups import MISSING_SECONDS
 from langchain_stripe_meter.errors import MeteringError

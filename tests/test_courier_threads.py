@@ -13,7 +13,7 @@ import pytest
 from conftest import wait_until
 from courier_shop import StillShop
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.delivery import courier as module
 from langchain_stripe_meter.errors import LedgerError, MeteringError

@@ -18,12 +18,13 @@ import pytest
 from conftest import wait_until
 from courier_shop import EVENTS, StillShop, of, payer
 
-from langchain_stripe_meter.core.customers import Reference
-from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS
+from langchain_stripe_meter.core.references import Reference
+from langchain_stripe_meter.delivery.courier import BLOCKED_SECONDS, CHORES_SECONDS, IDLE_SECONDS, Courier
 from langchain_stripe_meter.delivery.guard import PAUSE_SECONDS, PAUSED
 from langchain_stripe_meter.delivery.lookups import LOOKUPS_AT_ONCE
 from langchain_stripe_meter.delivery.lookups import PAUSE_SECONDS as LOOKUP_PAUSE_SECONDS
 from langchain_stripe_meter.errors import MeteringError, StripeError
+from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, sealing
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.sandbox import Fault, drop_answer, rate_limited, refuse
@@ -107,7 +108,7 @@ def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(
     assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
     assert (chores, watches) == ([], [shop.now])
     (said,) = [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"]
-    assert re.match("stripe-meter: sending waits: .*HTTP 503", said)
+    assert re.match("stripe-meter: what is pending waits, nothing is lost: .*HTTP 503", said)
     shop.pass_(49)
     assert shop.courier.turn() == 0
     assert (shop.asked("/v1/account"), shop.asked(METERS)) == (1, 0)
@@ -391,3 +392,36 @@ def test_with_one_request_at_a_time_each_customer_has_a_turn(shop: StillShop) ->
     shop.record("other", customer="cus_2")
     shop.drive(courier)
     assert [payer(request) for request in shop.sent()].index("cus_2") <= 1
+
+
+# -- Stripe does not answer
+
+
+def test_while_stripe_cannot_be_reached_the_status_says_so_and_the_log_once(
+    shop: StillShop, caplog: pytest.LogCaptureFixture
+) -> None:
+    shop.record("run-1")
+    nowhere = Courier(shop.ledger, Gateway(shop.sandbox.api_key, api_base="http://127.0.0.1:1"))
+    for _ in range(5):
+        nowhere.turn()
+        shop.pass_(30)
+    nowhere.close(1)
+    assert "no answer from Stripe (ConnectionRefusedError). Check the network" in str(shop.status.waits)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said == [f"stripe-meter: what is pending waits, nothing is lost: {shop.status.waits}"]
+    shop.courier.turn()  # another one, which reaches it
+    shop.answered()
+    assert (shop.status.delivered, shop.status.waits, shop.errors) == (1, None, [])
+
+
+def test_while_stripe_takes_not_even_one_event_at_a_time_the_status_says_so(shop: StillShop) -> None:
+    shop.sandbox.fail(refuse(503), path=EVENTS, times=None)
+    shop.record("run-1")
+    for _ in range(6):
+        assert shop.status.waits is None or shop.asked(EVENTS) > 3
+        shop.answered()
+        shop.pass_(600)
+    assert shop.status.waits == "HTTP 503: An unknown error occurred."
+    shop.sandbox.clear_faults()
+    shop.answered()
+    assert (shop.status.delivered, shop.status.waits) == (1, None)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from conftest import assert_invariant, is_pending
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.delivery.lookups import Lookups
@@ -115,10 +115,14 @@ def test_somebody_whom_stripe_does_not_know_becomes_a_marked_customer_and_pays(d
     assert request.idempotency_key == digest(secret_of(desk.ledger), "", f"{by}:{value}")
 
 
-def test_nobody_is_made_unless_it_was_asked_for(desk: Desk) -> None:
-    desk.record("email", "ann@example.com")
+def test_nobody_is_made_unless_it_was_asked_for(desk: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("ann", "bob"):
+        desk.record("email", f"{name}@example.com", name)
     desk.drive(desk.courier(create_missing=False))
-    assert (desk.status.held, desk.created()) == (1, [])
+    assert (desk.status.held, desk.created()) == (2, [])
+    said = [record.getMessage() for record in caplog.records if "held" in record.getMessage()]
+    why = "Stripe has no customer with this email. The like is not logged again. See: stripe-meter held"
+    assert said == [f"stripe-meter: usage is held: {why}"]
 
 
 @pytest.mark.parametrize(("by", "value"), PEOPLE)

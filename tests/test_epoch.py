@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.audit.chores import Doubts
 from langchain_stripe_meter.cli import app
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import IllegalMoveError, LedgerError, MeteringError

@@ -14,8 +14,8 @@ from faults import deliver, settled
 from sqlalchemy import select
 from tcp_proxy import FaultProxy, Misdeed
 
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import MeterEvent
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState
 from langchain_stripe_meter.errors import StripeError
 from langchain_stripe_meter.gateway import client

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead
 from langchain_stripe_meter.cli import app
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import acts as decisions

@@ -14,8 +14,8 @@ import pytest
 import stripe
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, StripeMeterEvent, Tokens
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.events import MeterEvent
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway, check_key

@@ -13,7 +13,7 @@ import pytest
 from conftest import wait_until
 from courier_shop import EVENTS, StillShop, of
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import MAX_DELAY
 from langchain_stripe_meter.delivery.guard import (
     LISTING_DELAY,

@@ -23,7 +23,7 @@ from metering import ONE_ANSWER, Shop, paid_by
 from providers import OpenAIServer, Reply
 
 from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_metadata
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.counting import entry_of, lost_of
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, Unrecorded, UnrecordedError
@@ -77,8 +77,9 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def in_a_missing_folder(path: Path) -> Iterator[Path]:
-    yield path.parent / "missing" / "ledger.db"
+def where_a_folder_is(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    yield path
 
 
 @contextmanager
@@ -115,7 +116,7 @@ def without_its_table(path: Path) -> Iterator[Path]:
     yield path
 
 
-FAULTS = [in_a_missing_folder, corrupt, of_somebody_else, locked_by_another_process, without_its_table]
+FAULTS = [where_a_folder_is, corrupt, of_somebody_else, locked_by_another_process, without_its_table]
 
 
 @pytest.mark.usefixtures("impatient")
@@ -170,7 +171,7 @@ def test_a_block_around_a_chain_ends_as_the_chain_did_though_its_ledger_is_broke
     wait_until(lambda: not _ours_since(before))
 
 
-@pytest.mark.parametrize("fault", [in_a_missing_folder, corrupt, of_somebody_else])
+@pytest.mark.parametrize("fault", [where_a_folder_is, corrupt, of_somebody_else])
 def test_what_went_unrecorded_is_told_though_the_ledger_cannot_be_opened(
     fault: Callable[[Path], Any], path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -425,9 +426,11 @@ class NoMeter:
     [
         ((), {}, "at least one meter"),
         ((NoMeter(),), {}, "NoMeter"),
+        (([Tokens("tokens")],), {}, "one after another, not as a list"),
         ((Tokens("tokens"), Messages("tokens")), {}, "'tokens'"),
         ((Tokens("tokens"),), {"stripe": None}, "STRIPE_API_KEY"),
         ((Tokens("tokens"),), {"stripe": "pk_test_1"}, "publishable|secret"),
+        ((Tokens("tokens"),), {"stripe": " sk_test_1\n"}, "between spaces or line breaks"),
         ((Tokens("tokens"),), {"ledger": "nonsense"}, "nonsense"),
         ((Tokens("tokens"),), {"ledger": "mysql://me:hunter2@host/db"}, "mysql"),
         ((Tokens("tokens"),), {"ledger": "sqlite://"}, "file"),
@@ -437,6 +440,7 @@ class NoMeter:
         ((Tokens("tokens"),), {"on_missing_usage": "guess"}, "'guess'"),
         ((Tokens("tokens"),), {"concurrency": 0}, "concurrency=0"),
         ((Tokens("tokens"),), {"roll_up": 0}, "roll_up=0"),
+        ((Tokens("tokens"),), {"roll_up": "minute"}, "roll_up='minute'"),
         ((Tokens("tokens"),), {"synchronous": "OFF"}, "'OFF'"),
     ],
 )

@@ -16,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection, create_engine, insert, select, update
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import EventState, Move, Outcome, ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, LedgerError
 from langchain_stripe_meter.ledger import acts, outbox, resolving, sealing, views

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, create_engine, event, func, select
 from sqlalchemy.engine import make_url
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import InvalidValueError, LedgerError
 from langchain_stripe_meter.ledger import lanes, resolving

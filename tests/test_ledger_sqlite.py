@@ -21,7 +21,7 @@ import pytest
 from conftest import wait_until
 from faults import tally
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
 from langchain_stripe_meter.ledger import opening, outbox, resolving, sealing, views

@@ -40,7 +40,8 @@ from langchain_stripe_meter.agents.limits import (
     SpendLimitError,
     SpendLimitMiddleware,
 )
-from langchain_stripe_meter.core.customers import Facts, Reference
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError
 
 USAGE = openai_usage(10, 5)  # 15 tokens a call

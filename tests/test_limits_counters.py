@@ -17,8 +17,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sqlalchemy import create_engine, insert, select, text
 
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.periods import Period, Spent
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger import counters, resolving, sealing

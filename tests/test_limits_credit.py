@@ -13,7 +13,8 @@ from conftest import wait_until
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.agents.budget import Spender
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit, StripeCredit
-from langchain_stripe_meter.core.customers import Facts, Reference
+from langchain_stripe_meter.core.customers import Facts
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError, StripeError
 from langchain_stripe_meter.gateway.customers import credit_of
 from langchain_stripe_meter.sandbox import StripeSandbox

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from langchain_stripe_meter.core.customers import Reference
 from langchain_stripe_meter.core.periods import Period
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.ledger.counters import Counters
 from langchain_stripe_meter.ledger.store import Ledger
 

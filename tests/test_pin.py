@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -20,9 +21,9 @@ from langchain_stripe_meter.cli import app
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.delivery.guard import PAUSE_SECONDS
-from langchain_stripe_meter.errors import ForeignLedgerError, LedgerError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import Gateway
-from langchain_stripe_meter.ledger import views
+from langchain_stripe_meter.ledger import opening, views
 from langchain_stripe_meter.ledger.schema import events
 from langchain_stripe_meter.ledger.store import ACCOUNT, Entry, Ledger, pin, refuse_early
 from langchain_stripe_meter.sandbox import StripeSandbox
@@ -126,12 +127,21 @@ def test_without_a_key_nothing_is_pinned_and_nothing_refused(url: str, monkeypat
 
 def test_a_handler_is_made_although_its_database_cannot_be_reached(tmp_path: Path) -> None:
     meter("postgresql+psycopg://nobody@127.0.0.1:1/none", TEST)
-    meter(f"sqlite:///{tmp_path}/no/where.db", TEST)
     (tmp_path / "rubbish.db").write_bytes(b"not a database" * 100)
     handler = meter(f"sqlite:///{tmp_path}/rubbish.db", TEST)
     with pytest.raises(LedgerError, match="not a database"):
         use(handler)
+
+
+def test_a_handler_whose_ledger_can_be_nowhere_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigurationError, match=f"folder {tmp_path}/no does not exist. Make it"):
+        meter(f"sqlite:///{tmp_path}/no/where.db", TEST)
     assert not (tmp_path / "no").exists()
+    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    with pytest.raises(ConfigurationError, match=re.escape("pip install 'langchain-stripe-meter[postgres]'")):
+        meter("postgresql+psycopg://nobody@127.0.0.1:1/none", TEST)
 
 
 def test_of_many_who_open_a_new_ledger_at_once_one_decides(url: str) -> None:

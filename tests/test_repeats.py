@@ -12,7 +12,7 @@ import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 
-from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead, from_metadata
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.views import tail
 
@@ -84,6 +84,24 @@ def test_as_much_as_before_is_only_told_where_it_can_hardly_be_one_run(
     now[0] += seconds
     answer(run, 15, handler)
     assert ["taken for a repetition of the run" in str(error) for error in errors] == [True] * told
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (from_metadata("stripe_customer_id"), "cus_2", "recorded before, for nobody"),
+        ("cus_1", "cus_2", "recorded before, for another customer"),
+        ("cus_1", from_metadata("stripe_customer_id"), None),  # the second bills nobody, and says so
+        ("cus_1", "cus_1", None),
+    ],
+)
+def test_of_two_handlers_of_one_ledger_the_first_decides_who_pays_and_the_second_tells(
+    making: Making, first: Any, second: Any, said: str | None
+) -> None:
+    told: list[MeteringError] = []
+    answer(uuid4(), 15, making(customer=first, on_error=told.append), making(customer=second, on_error=told.append))
+    assert ["the first one decides: attach one of them" in str(error) for error in told] == [True] * bool(said)
+    assert said is None or said in str(told[0])
 
 
 def test_two_handlers_that_gave_up_one_stream_at_different_times_estimate_one_run(making: Making) -> None:

@@ -23,7 +23,8 @@ from langchain_stripe_meter import (
     from_metadata,
 )
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit
-from langchain_stripe_meter.core.customers import Facts, Reference, static
+from langchain_stripe_meter.core.customers import Facts, static
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.counting import entry_of, lost_of

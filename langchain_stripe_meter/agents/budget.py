@@ -17,9 +17,10 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.runnables.config import var_child_runnable_config
 
-from langchain_stripe_meter.core.customers import Facts, Reference, Skip
+from langchain_stripe_meter.core.customers import Facts, Skip
 from langchain_stripe_meter.core.events import is_async, number_text
 from langchain_stripe_meter.core.periods import Per, Period
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.tenants import account_of
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 from cachetools import LRUCache
 
 from langchain_stripe_meter.agents.budget import Spender, check_amount, check_meter, customers_account
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.customers import credit_of

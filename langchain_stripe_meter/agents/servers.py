@@ -23,7 +23,6 @@ from pydantic import Field, create_model
 
 from langchain_stripe_meter.core import tokens
 from langchain_stripe_meter.core.customers import (
-    By,
     CustomerSource,
     Facts,
     FromAuthUser,
@@ -33,6 +32,7 @@ from langchain_stripe_meter.core.customers import (
     flat,
 )
 from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.references import By
 from langchain_stripe_meter.core.tenants import lead_fields
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler

@@ -191,7 +191,10 @@ def deliver(
     if courier.rejected:
         fail("Stripe refused events for good: see 'stripe-meter tail' for why, then 'stripe-meter retry'.", 1)
     if seconds is not None and now.pending:
-        fail(f"Not everything could be sent. {now.paused or 'It is kept; run this again later.'}", 1)
+        why = now.paused or now.waits or ""
+        fail(
+            f"Not everything could be sent{': ' if why else ''}{why.rstrip('.')}. It is kept; run this again later.", 1
+        )
 
 
 def _ledger(url: str | None, *, once: bool, as_json: bool) -> closing[Ledger]:
@@ -327,6 +330,8 @@ def _furnish(running: StripeSandbox, meters: list[str], whom: list[str], *, as_j
 
 
 def _make(running: StripeSandbox, named: str) -> str:
+    if not named.startswith("cus_") and "@" not in named:
+        raise typer.BadParameter(f"--customer {named}: give an e-mail, or an id such as 'cus_123'.")
     return running.create_customer(id=named) if named.startswith("cus_") else running.create_customer(email=named)
 
 

@@ -197,6 +197,7 @@ def print_json(value: Any) -> None:
 def open_ledger(url: str | None) -> Iterator[Ledger]:
     """The ledger. It must exist already: a mistyped path must not create an empty one."""
     ledger = new_ledger(url)
+    ledger.check_place()
     missing = missing_file(ledger)
     if missing is not None:
         raise ConfigurationError(

@@ -169,6 +169,8 @@ class Credits:
         check_event_name(self.event_name)
         if self.per not in ("message", "call"):
             raise ConfigurationError(f"Credits(per={self.per!r}): use 'message' or 'call'.")
+        if not isinstance(self.credits, Mapping):
+            raise ConfigurationError("Credits takes credits by model, such as {'gpt-4o': 10, 'gpt-4o-mini': 1}.")
         values = [*self.credits.values(), *(() if self.default is None else (self.default,))]
         if not values or any(check_value(value) < 0 for value in values):
             raise ConfigurationError("Credits takes credits for at least one model or a default, none below 0.")

@@ -10,9 +10,10 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from langchain_stripe_meter.core.customers import By, CustomerSource, Facts, FromLead, Skip, as_source, flat
+from langchain_stripe_meter.core.customers import CustomerSource, Facts, FromLead, Skip, as_source, flat
 from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.meters import Meter
+from langchain_stripe_meter.core.references import By
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError
 

@@ -303,6 +303,8 @@ class Courier:
             self._guard.refused(claimed.event.account, outcome.message)
         else:
             self._pace.slower(claimed.line, outcome.retry_after, now)
+            if self._pace.is_quiet(now):
+                self._guard.unanswered(outcome.message)
         if outcome.move is Move.UNSEAL:
             self._lookups.forget(claimed.event.customer)
         if outcome.date is not None:

@@ -21,6 +21,8 @@ from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger, first_note, pin
 
 PAUSED = "paused"
 """The ledger's note that says why sending is paused."""
+WAITS = "waits"
+"""The ledger's note that says why Stripe takes nothing for now."""
 PAUSE_SECONDS = 30
 """How long everything rests after Stripe refused the key, before one event tries it again."""
 LISTINGS_AT_ONCE = 8
@@ -68,7 +70,7 @@ class Guard:
         self._pace = pace
         self._tell = tell
         self._is_ours = False
-        self._pause_noted: bool | None = None
+        self._paused, self._waits = _Note(ledger, PAUSED), _Note(ledger, WAITS)
         self._epoch = Epoch(ledger, tell)
         self.sends, self.end = self._epoch.sends, self._epoch.end
         self.listing: set[str] = set()
@@ -94,20 +96,22 @@ class Guard:
                 self.pause(outcome.message, now)
             else:
                 self._pace.rest(outcome.retry_after or QUIET_SECONDS, now)
-                logger.info("stripe-meter: sending waits: %s", error)
+                self.unanswered(str(error))
             return False
         return True
+
+    def unanswered(self, why: str) -> None:
+        """Stripe does not answer, or takes nothing for now: what is pending waits."""
+        if self._waits.say(why):
+            logger.warning("stripe-meter: what is pending waits, nothing is lost: %s", why)
 
     def pause(self, why: str, now: int) -> None:
         """Stripe has refused the key: everything rests, and then one event at a time tries it."""
         self._pause(f"Stripe refused the key; {why.rstrip('.')}. Check the key.", now)
 
     def _pause(self, message: str, now: int) -> None:
-        is_news = not self._pause_noted
         self._pace.probe(now + PAUSE_SECONDS)
-        self._ledger.set_note(PAUSED, message)
-        self._pause_noted = True
-        if is_news:
+        if self._paused.say(message):
             self._tell(StripeError(f"Sending is paused, nothing is lost. {message}"))
 
     def check_meters(self, now: int) -> tuple[list[str], list[Listing]]:
@@ -159,11 +163,8 @@ class Guard:
     def opened(self, account: str) -> None:
         """Stripe has taken something on an account: neither it nor anything else is closed to the key."""
         self._rests.pop((account, None), None)
-        if self._pause_noted is None:  # an earlier process may have left it
-            self._pause_noted = self._ledger.note(PAUSED) is not None
-        if self._pause_noted:
-            self._ledger.set_note(PAUSED, None)
-            self._pause_noted = False
+        self._paused.take_back()
+        self._waits.take_back()
 
     def refused(self, account: str, why: str) -> None:
         """Stripe has closed an account to us: the next check holds what is to be sent there."""
@@ -251,6 +252,29 @@ def refuse_foreign(pinned: str | None, account: str | None) -> None:
 
 def _called(account: str) -> str:
     return f"the account {account}" if account else "our own account"
+
+
+class _Note:
+    """A sentence about the ledger that stands until somebody takes it back, maybe another process."""
+
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self._ledger = ledger
+        self._name = name
+        self._stands: bool | None = None
+
+    def say(self, text: str) -> bool:
+        """Write it down; whether that is news."""
+        is_news = not self._stands
+        self._ledger.set_note(self._name, text)
+        self._stands = True
+        return is_news
+
+    def take_back(self) -> None:
+        if self._stands is None:  # an earlier process may have left it
+            self._stands = self._ledger.note(self._name) is not None
+        if self._stands:
+            self._ledger.set_note(self._name, None)
+            self._stands = False
 
 
 class Pace:

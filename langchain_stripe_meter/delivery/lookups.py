@@ -10,9 +10,9 @@ from typing import NamedTuple
 from cachetools import LRUCache, TTLCache
 from sqlalchemy import Connection
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import MAX_DELAY, Move, backoff
-from langchain_stripe_meter.errors import StripeError
+from langchain_stripe_meter.errors import StripeError, logger
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.customers import create_customer, find_recent
 from langchain_stripe_meter.ledger import resolving
@@ -59,6 +59,7 @@ class Lookups:
         self._missing: TTLCache[Unknown, Answer] = TTLCache(CACHED_AT_MOST, MISSING_SECONDS, ledger.now)
         self._failed: TTLCache[Unknown, _Failure] = TTLCache(CACHED_AT_MOST, FAILED_SECONDS, ledger.now)
         self._told: LRUCache[str, bool] = LRUCache(CACHED_AT_MOST)
+        self._told_held: LRUCache[tuple[str, str, bool], bool] = LRUCache(CACHED_AT_MOST)
         self._rests: dict[str, int] = {}
         self.asking: set[Unknown] = set()
 
@@ -145,7 +146,16 @@ class Lookups:
             self._missing[asked] = answer
         self._failed.pop(asked, None)
         self._told.pop(asked.account, None)
+        self._tell_held(asked, answer)
         return _settle(connection, asked, answer, now)
+
+    def _tell_held(self, asked: Unknown, answer: Answer) -> None:
+        """Say it once for each kind of reason, for there may be very many who are alike."""
+        kind = asked.account, asked.reference.by, bool(answer.customers)
+        if len(answer.customers) != 1 and kind not in self._told_held:
+            self._told_held[kind] = True
+            why = answer.why or _why_held(asked, answer.customers)
+            logger.warning("stripe-meter: usage is held: %s. The like is not logged again. See: stripe-meter held", why)
 
     def failed(self, asked: Unknown, now: int) -> bool:
         """Stripe did not answer: ask again later, the later the more often it did not.

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from cachetools import TTLCache
 
-from langchain_stripe_meter.core.customers import Reference, normalise
 from langchain_stripe_meter.core.events import MeterEvent
+from langchain_stripe_meter.core.references import Reference, normalise
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, StripeError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -315,6 +315,7 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
         raise ConfigurationError(f"There is no Stripe API key: set $STRIPE_API_KEY, or pass it as stripe{otherwise}.")
     if isinstance(key, str) and not _KEY.match(key):
         kind = "a publishable key (pk_…)" if key.startswith("pk_") else "no secret or restricted key"
+        kind = "between spaces or line breaks" if _KEY.match(key.strip()) else kind
         raise ConfigurationError(f"The Stripe API key is {kind}. It must look like 'sk_test_…' or 'rk_live_…'.")
     checked: str | StripeClient = key
     return checked

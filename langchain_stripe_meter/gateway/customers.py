@@ -5,7 +5,7 @@ from __future__ import annotations
 from decimal import Decimal
 from typing import Any
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error, is_exactly, on_account
 
 MARK = {"created_by": "langchain_stripe_meter"}

@@ -13,8 +13,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, delete, func, or_, select, union, update
 
-from langchain_stripe_meter.core.customers import By, Reference, normalise
 from langchain_stripe_meter.core.events import check_customer_id
+from langchain_stripe_meter.core.references import By, Reference, normalise
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.core.values import counted

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.ledger.schema import readings
 
 _ALWAYS = ("key", "event_name", "customer", "value", "at", "estimated", "state")
@@ -16,15 +17,27 @@ _SELDOM = {
 _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
 _PLAIN = len(_ALWAYS)
-_KEY, _VALUE, _AT, _JOB, _ESTIMATED = map(COLUMNS.index, ("key", "value", "at", "job", "estimated"))
+_KEY, _VALUE, _AT, _JOB, _ESTIMATED, _STATE, _CUSTOMER = map(
+    COLUMNS.index, ("key", "value", "at", "job", "estimated", "state", "customer")
+)
 SAME_SECONDS = 300
 """How far apart two handlers' times of one run may be, which wait for the ledger one after the other. (An estimate is
 dated when each of them gave the run up.)"""
 
 Row = tuple[Any, ...]
 """The values of ``COLUMNS``."""
-Other = tuple[Row, str]
-"""A row that was not stored, and the amount of the one that has its key."""
+
+
+class Stored(NamedTuple):
+    """What the ledger has under the key of a row that was not stored."""
+
+    value: str | None
+    at: int
+    state: str
+    customer: str | None
+
+
+Other = tuple[Row, Stored]
 
 
 def _statement(mark: str, columns: Sequence[str] = COLUMNS) -> str:
@@ -35,7 +48,7 @@ def _statement(mark: str, columns: Sequence[str] = COLUMNS) -> str:
 _ON_POSTGRES = _statement("%s")
 _ON_SQLITE = _statement("?")
 _PLAIN_ON_SQLITE = _statement("?", _ALWAYS)
-_FIND = f"SELECT value, at FROM {readings.name} WHERE key = "  # noqa: S608
+_FIND = f"SELECT {', '.join(Stored._fields)} FROM {readings.name} WHERE key = "  # noqa: S608
 
 
 def insert_on_sqlite(driver: Any, rows: list[Row]) -> Sequence[Other]:
@@ -67,7 +80,8 @@ def insert_on_postgres(driver: Any, rows: list[Row]) -> Sequence[Other]:
 
 
 def others(driver: Any, rows: Sequence[Row]) -> list[Other]:
-    """Of rows that were inserted, those whose key stands for another run: it has another amount, or is of another time.
+    """Of rows that were inserted, those whose key stands for another run, which has another amount or is of another
+    time, or for one that somebody else pays, or nobody.
 
     A job may be told again at another time.
     """
@@ -75,10 +89,21 @@ def others(driver: Any, rows: Sequence[Row]) -> list[Other]:
     found = []
     for row in rows:
         there = driver.execute(find, (row[_KEY],)).fetchone()
-        if there is None or row[_JOB] is not None:
-            continue
-        known = None not in (there[0], row[_VALUE])
-        at_once = row[_ESTIMATED] or abs(there[1] - row[_AT]) <= SAME_SECONDS
-        if known and not (at_once and Decimal(there[0]) == Decimal(row[_VALUE])):
-            found.append((row, there[0]))
+        if there is not None and row[_JOB] is None and _is_another(row, stored := Stored(*there)):
+            found.append((row, stored))
     return found
+
+
+def _is_another(row: Row, stored: Stored) -> bool:
+    at_once = row[_ESTIMATED] or abs(stored.at - row[_AT]) <= SAME_SECONDS
+    known = stored.value is not None and row[_VALUE] is not None
+    is_same = not known or (at_once and Decimal(stored.value or 0) == Decimal(row[_VALUE]))
+    return not is_same or pays_otherwise(row, stored)
+
+
+def pays_otherwise(row: Row, stored: Stored) -> bool:
+    """Whether ``row`` names somebody who pays, and what is stored another, or nobody."""
+    if row[_STATE] == ReadingState.SKIPPED.value:
+        return False
+    is_other = None not in (stored.customer, row[_CUSTOMER]) and stored.customer != row[_CUSTOMER]
+    return is_other or stored.state == ReadingState.SKIPPED.value

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Connection, func, select, update
 from sqlalchemy import delete as sql_delete
 
-from langchain_stripe_meter.core.customers import By, Reference, check_region, normalise
+from langchain_stripe_meter.core.references import By, Reference, check_region, normalise
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.core.tenants import account_of, session_digest
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError

@@ -10,6 +10,7 @@ import sqlite3
 import stat
 import time
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from langchain_stripe_meter.ledger.schema import HEAD, metadata
 
 # -- where it is
 
+
+_NO_PSYCOPG = "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
 
 logger = logging.getLogger("langchain_stripe_meter")
 
@@ -50,6 +53,17 @@ def parse_url(url: str) -> URL:
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
     return parsed
+
+
+def check_place(url: URL) -> None:
+    """``ConfigurationError`` where no ledger can be at ``url``: its folder is missing, or its driver not installed."""
+    if url.get_backend_name() == "postgresql":
+        if find_spec("psycopg") is None:
+            raise ConfigurationError(_NO_PSYCOPG)
+        return
+    folder = Path(str(url.database)).absolute().parent
+    if not folder.is_dir():
+        raise ConfigurationError(f"The ledger's folder {folder} does not exist. Make it, or give another path.")
 
 
 def without_password(url: str) -> str:
@@ -169,9 +183,7 @@ def _postgres_engine(url: URL) -> Engine:
     try:
         return create_engine(url.update_query_dict(options), pool_pre_ping=True, **_DISCREET)
     except ModuleNotFoundError as error:
-        raise ConfigurationError(
-            "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
-        ) from error
+        raise ConfigurationError(_NO_PSYCOPG) from error
 
 
 # -- its schema

@@ -134,7 +134,7 @@ def _is_answered(row: Any) -> bool:
     """Whether Stripe has taken it, or knew its identifier though it was said to lack it, and cannot have taken it
     since."""
     is_known = row.state == EventState.DOUBTFUL.value and row.is_contradicted and row.first_unknown_at == row.sent_at
-    return is_known or row.state == EventState.DELIVERED.value
+    return bool(is_known or row.state == EventState.DELIVERED.value)
 
 
 def _named(connection: Connection, identifier: str, account: str) -> Any:

@@ -29,7 +29,7 @@ from sqlalchemy import (
     update,
 )
 
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.schema import OPEN_READINGS, notes, payers, readings

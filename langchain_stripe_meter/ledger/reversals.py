@@ -8,7 +8,7 @@ from typing import Any
 
 from sqlalchemy import Connection, func, select, update
 
-from langchain_stripe_meter.core.states import EventState, Move, next_event_state
+from langchain_stripe_meter.core.states import EventState, Move, ReadingState, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.schema import (
     CANCEL_ASKED,
@@ -171,9 +171,20 @@ def event_of(connection: Connection, identifier: str) -> Any:
     return row
 
 
+_INSTEAD = {
+    ReadingState.SEALED.value: "What became of it has this identifier, too: name that, or correct() the total.",
+    EventState.PENDING.value: "It is still to be sent: flush(), and look again.",
+    EventState.SENDING.value: "It is being sent: flush(), and look again.",
+    EventState.DELIVERED.value: "It is billed: cancel() it within 24 hours, or correct() the customer's total.",
+    EventState.DOUBTFUL.value: "See: stripe-meter doubtful",
+}
+"""What can be done with what is in a state in which something else cannot."""
+
+
 def named_move(table: Callable[[Any, Move], Any], state: Any, move: Move, name: str) -> str:
     """The state after ``move``; a refusal that names what it is about."""
     try:
         return str(table(state, move).value)
     except IllegalMoveError:
-        raise IllegalMoveError(f"{name} is {state}, so it cannot be changed this way ({move}).") from None
+        instead = f" {_INSTEAD[state]}" if state in _INSTEAD else ""
+        raise IllegalMoveError(f"{name} is {state}, so it cannot be changed this way ({move}).{instead}") from None

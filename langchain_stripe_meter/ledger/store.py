@@ -18,8 +18,8 @@ from sqlalchemy import Connection, insert, select
 from sqlalchemy import delete as sql_delete
 from sqlalchemy.dialects import postgresql, sqlite
 
-from langchain_stripe_meter.core.customers import By, Reference
 from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.references import By, Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.core.values import valueclass
@@ -28,6 +28,7 @@ from langchain_stripe_meter.ledger.database import Database
 from langchain_stripe_meter.ledger.group import GroupCommit
 from langchain_stripe_meter.ledger.inserting import COLUMNS, Other, insert_on_postgres, insert_on_sqlite
 from langchain_stripe_meter.ledger.lanes import Lane, clear_errors, explain
+from langchain_stripe_meter.ledger.opening import check_place
 from langchain_stripe_meter.ledger.schema import CANCELLED_AT, acts, events, notes, readings
 from langchain_stripe_meter.reentry import block, inside
 
@@ -129,6 +130,10 @@ class Ledger:
         self.database.on_open = lambda lane: pin(lane, self.now(), is_test=is_test)
         if self.database.is_sqlite:
             refuse_early(Path(str(self.database.url.database)), is_test=is_test)
+
+    def check_place(self) -> None:
+        """``ConfigurationError`` where it could not be opened, now or later: a folder or a driver is missing."""
+        check_place(self.database.url)
 
     def now(self) -> int:
         """The ledger's clock, in whole Unix seconds."""
@@ -285,13 +290,12 @@ def own_account(connection: Connection) -> str | None:
 
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
     """Pin the ledger behind ``lane`` to the key's mode; ``ForeignLedgerError`` where it has the other one."""
-    ours = _word(is_test)
     with inside(), lane.lock:
         pinned = _pinned(lane.connection)
     if pinned is None:
         with lane.transaction() as connection:
-            pinned = first_note(connection, LIVEMODE, ours, now)
-    _refuse_other(pinned, ours)
+            pinned = first_note(connection, LIVEMODE, _word(is_test), now)
+    refuse_other_mode(pinned, is_test=is_test)
 
 
 def refuse_early(path: Path, *, is_test: bool) -> None:
@@ -304,7 +308,7 @@ def refuse_early(path: Path, *, is_test: bool) -> None:
     except sqlite3.Error:  # no ledger yet, or one that cannot be used: its first use says so
         return
     if row is not None:
-        _refuse_other(row[0], _word(is_test))
+        refuse_other_mode(row[0], is_test=is_test)
 
 
 def _word(is_test: bool) -> str:
@@ -315,8 +319,10 @@ def _pinned(connection: Connection) -> str | None:
     return connection.execute(select(notes.c.value).where(notes.c.name == LIVEMODE)).scalar()
 
 
-def _refuse_other(pinned: str, ours: str) -> None:
-    if pinned != ours:
+def refuse_other_mode(pinned: str | None, *, is_test: bool) -> None:
+    """``ForeignLedgerError`` where a ledger that is pinned to one mode is given a key of the other."""
+    ours = _word(is_test)
+    if pinned not in (None, ours):
         raise ForeignLedgerError(
             f"The ledger holds usage of {pinned} mode, but the key is one for {ours} mode; nothing is recorded or "
             f"sent. Use a key for {pinned} mode, or give {ours} mode a ledger of its own."

@@ -32,7 +32,7 @@ from langchain_stripe_meter.ledger.store import Ledger
 DAY = 86_400
 PRUNED = "no longer known: the readings were pruned"
 """Why something was skipped of which only the sum is left."""
-_SHOWN = ("paused", "clock")
+_SHOWN = ("paused", "waits", "clock")
 """The ledger's notes that a status shows."""
 WHAT_TO_RUN = (
     "To do: stripe-meter assign IDS --customer cus_… (who pays) or --value 7 (how much each); stripe-meter retry (once "
@@ -72,10 +72,10 @@ class Status(NotebookTable):
 
     ``open_runs``, ``abandoned`` (runs that never said they ended), ``unrecorded`` (readings that could not be stored,
     and were not recorded again) and ``unrecorded_amounts`` (what these come to, by meter) are those of this handler;
-    ``paused`` says why nothing is sent. ``ahead`` counts usage that is dated more than five minutes ahead, and waits
-    until Stripe takes it; ``alarms`` says what grows too old; ``restored`` when and why the ledger was taken for one
-    that came back from a backup; ``clock`` how wrong the clock of a machine that delivers is. ``pruned`` readings are
-    in none of the counts.
+    ``paused`` says why nothing is sent, ``waits`` why Stripe takes nothing for now. ``ahead`` counts usage that is
+    dated more than five minutes ahead, and waits until Stripe takes it; ``alarms`` says what grows too old;
+    ``restored`` when and why the ledger was taken for one that came back from a backup; ``clock`` how wrong the clock
+    of a machine that delivers is. ``pruned`` readings are in none of the counts.
     """
 
     delivered: int
@@ -97,6 +97,7 @@ class Status(NotebookTable):
     restored: str | None = None
     clock: str | None = None
     unrecorded_amounts: Mapping[str, Decimal] = field(default_factory=dict)
+    waits: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +255,7 @@ def status(ledger: Ledger) -> Status:
         estimated=int(estimated),
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
         paused=said.get("paused"),
+        waits=said.get("waits"),
         clock=said.get("clock"),
         ahead=int(ahead),
         pruned=int(gone or 0),

@@ -19,7 +19,7 @@ from typing import Any
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_metadata
 from langchain_stripe_meter.agents.budget import Budget, SpendLimit
-from langchain_stripe_meter.core.customers import Reference
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.ledger.database import upgrade
 from langchain_stripe_meter.ledger.store import Entry
