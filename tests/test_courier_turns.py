@@ -108,7 +108,7 @@ def test_chores_rest_while_stripe_cannot_be_asked_and_watches_do_not(
     assert [shop.courier.turn(), shop.courier.turn()] == [0, 0]
     assert (chores, watches) == ([], [shop.now])
     (said,) = [record.getMessage() for record in caplog.records if record.name == "langchain_stripe_meter"]
-    assert re.match("stripe-meter: what is pending waits, nothing is lost: .*HTTP 503", said)
+    assert re.match("stripe-meter: sending waits: .*HTTP 503", said)
     shop.pass_(49)
     assert shop.courier.turn() == 0
     assert (shop.asked("/v1/account"), shop.asked(METERS)) == (1, 0)

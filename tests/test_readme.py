@@ -86,7 +86,7 @@ def test_every_example_runs_and_bills_what_it_says(namespace: dict[str, Any], st
     assert namespace["strict"].remaining("cus_456") == 10_000
     recorded = 15 + 15 + otherwise + 812 + limited  # what was sent without a ledger does not count
     assert namespace["left"] == 100_000 - recorded
-    assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(1)
+    assert stripe_sandbox.billed("bot_messages", "cus_123") == Decimal(2)
 
 
 def test_the_first_script_runs_as_it_stands_and_again(tmp_path: Path) -> None:

@@ -512,9 +512,11 @@ def test_a_thread_that_ended_amid_our_code_leaves_the_next_with_its_number_outsi
         return thread.ident
 
     number = in_a_thread(begin)
-    numbers = [in_a_thread(ask) for _ in range(20)]
+    numbers: list[int | None] = []
+    while number not in numbers and len(numbers) < 500:  # another thread may have it meanwhile
+        numbers.append(in_a_thread(ask))
     assert number in numbers
-    assert len(billed(handler)["tokens"]) == 1 + 20
+    assert len(billed(handler)["tokens"]) == 1 + len(numbers)
     kept.clear()
 
 

@@ -304,7 +304,7 @@ class Courier:
         else:
             self._pace.slower(claimed.line, outcome.retry_after, now)
             if self._pace.is_quiet(now):
-                self._guard.unanswered(outcome.message)
+                self._guard.unanswered(outcome.message, now)
         if outcome.move is Move.UNSEAL:
             self._lookups.forget(claimed.event.customer)
         if outcome.date is not None:

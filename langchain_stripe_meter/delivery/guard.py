@@ -31,6 +31,8 @@ LISTING_DELAY = 30
 """The longest wait, in seconds, before an account is asked again that did not answer, unless Stripe wishes more."""
 RESTS_REMEMBERED = 1000
 """Accounts and meters that rest, or did until they were asked again."""
+HICCUP_SECONDS = 4
+"""How long Stripe may take nothing before that is logged."""
 QUIET_SECONDS = 2
 """How long everything rests when Stripe did not take even one event at a time."""
 RESTING_AT_MOST = 100
@@ -71,6 +73,8 @@ class Guard:
         self._tell = tell
         self._is_ours = False
         self._paused, self._waits = _Note(ledger, PAUSED), _Note(ledger, WAITS)
+        self._waits_since: int | None = None
+        self._told_wait = False
         self._epoch = Epoch(ledger, tell)
         self.sends, self.end = self._epoch.sends, self._epoch.end
         self.listing: set[str] = set()
@@ -96,13 +100,17 @@ class Guard:
                 self.pause(outcome.message, now)
             else:
                 self._pace.rest(outcome.retry_after or QUIET_SECONDS, now)
-                self.unanswered(str(error))
+                logger.info("stripe-meter: sending waits: %s", error)
+                self.unanswered(str(error), now)
             return False
         return True
 
-    def unanswered(self, why: str) -> None:
-        """Stripe does not answer, or takes nothing for now: what is pending waits."""
-        if self._waits.say(why):
+    def unanswered(self, why: str, now: int) -> None:
+        """Stripe does not answer, or takes nothing for now: what is pending waits. That is no news for some seconds."""
+        self._waits.say(why)
+        self._waits_since = now if self._waits_since is None else self._waits_since
+        if not self._told_wait and now - self._waits_since >= HICCUP_SECONDS:
+            self._told_wait = True
             logger.warning("stripe-meter: what is pending waits, nothing is lost: %s", why)
 
     def pause(self, why: str, now: int) -> None:
@@ -165,6 +173,7 @@ class Guard:
         self._rests.pop((account, None), None)
         self._paused.take_back()
         self._waits.take_back()
+        self._waits_since, self._told_wait = None, False
 
     def refused(self, account: str, why: str) -> None:
         """Stripe has closed an account to us: the next check holds what is to be sent there."""
