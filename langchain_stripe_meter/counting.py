@@ -211,17 +211,18 @@ def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:
         except IndexError:  # another thread was faster
             return
         usage = dict(zip(COLUMNS, row, strict=True))
-        amount, run = f"{usage['value']} on {usage['event_name']}", usage["key"].rpartition("-")[0]
+        value = "an unknown amount" if usage["value"] is None else usage["value"]
+        amount, run = f"{value} on {usage['event_name']}", usage["key"].rpartition("-")[0]
         if pays_otherwise(row, stored):
+            whom = "nobody" if stored.state == ReadingState.SKIPPED.value else "another customer"
             yield ConfigurationError(
-                f"{amount} is not billed to whom this handler names: the run {run} was recorded before, for "
-                f"{'another customer' if stored.customer else 'nobody'}. Of two handlers that share a ledger and a "
-                "meter, the first one decides: attach one of them to a run."
+                f"{amount} is not billed to whom this handler names: the run {run} was recorded before, for {whom}. Of "
+                "two handlers that share a ledger and a meter, the first one decides: attach one of them to a run."
             )
             continue
         said = (
             f"{amount} was taken for a repetition of the run {run}, long after that. If it is another, it is lost."
-            if Decimal(stored.value or 0) == Decimal(usage["value"] or 0)
+            if Decimal(stored.value) == Decimal(usage["value"])
             else f"{amount} is not billed: the run {run} was recorded before, with {stored.value}."
         )
         yield ConfigurationError(

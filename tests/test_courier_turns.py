@@ -425,3 +425,26 @@ def test_while_stripe_takes_not_even_one_event_at_a_time_the_status_says_so(shop
     shop.sandbox.clear_faults()
     shop.answered()
     assert (shop.status.delivered, shop.status.waits) == (1, None)
+
+
+def test_why_stripe_took_nothing_is_shown_only_while_usage_waits_for_it(shop: StillShop) -> None:
+    shop.record("run-1")
+    nowhere = Courier(shop.ledger, Gateway(shop.sandbox.api_key, api_base="http://127.0.0.1:1"))
+    nowhere.turn()
+    nowhere.close(1)
+    shop.answered()
+    assert (shop.status.delivered, shop.status.waits) == (1, None)
+    shop.record("ahead", at=shop.now + 86_400)
+    shop.pass_(900)
+    assert (shop.status.ahead, shop.status.waits) == (1, None)
+
+
+def test_a_courier_that_is_closed_does_not_say_that_stripe_took_nothing(shop: StillShop) -> None:
+    shop.courier = shop.another_courier(concurrency=1)
+    answer, arrived = shop.hang()
+    shop.record("run-1")
+    shop.courier.gateway.load_meters()
+    wait_until(lambda: shop.courier.turn() + 1 and arrived)
+    shop.courier.close(0)
+    answer.set()
+    assert shop.status.waits is None

@@ -356,3 +356,18 @@ def test_a_meter_that_comes_back_after_sealing_gets_the_same_event_once(desk: De
     assert [(event.identifier, event.value) for event in desk.sandbox.events] == [("run", 5)]
     courier.turn()
     assert desk.sandbox.billed("tokens") == {ann: 5}
+
+
+def test_what_stripe_says_of_an_account_that_it_closed_names_nobody(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its words may quote what was asked for."""
+    desk.sandbox.connect("acct_1x").create_meter("tokens")
+    quoting = refuse(403, message='This key may not run the search name:"Ann Canary" on acct_1x.')
+    desk.sandbox.fail(quoting, path="/v1/customers/search", times=None)
+    facts: dict[str, Any] = {"at": desk.ledger.now(), "state": ReadingState.RECORDED, "account": "acct_1x"}
+    desk.ledger.record([Entry("run", "tokens", Decimal(1), reference=Reference("name", "Ann Canary"), **facts)])
+    desk.drive(desk.courier())
+    (held,) = views.held(desk.ledger)
+    assert '<name>" on acct_1x' in held.reason
+    assert not [said for said in (held.reason, caplog.text, *map(str, desk.errors)) if "Canary" in said]

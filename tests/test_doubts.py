@@ -27,7 +27,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import sealing, views
-from langchain_stripe_meter.ledger.acts import retime, write_off
+from langchain_stripe_meter.ledger.acts import assign, retime, write_off
 from langchain_stripe_meter.ledger.doubts import doubtful, settle_doubt
 from langchain_stripe_meter.ledger.outbox import MeterEvent
 from langchain_stripe_meter.ledger.reversals import ask_to_cancel
@@ -156,7 +156,8 @@ def test_when_stripe_has_a_part_of_them_a_person_is_asked_once_and_settles_it(sh
     with shop.ledger.read() as connection:
         said = [(row.act, row.subject, row.detail) for row in connection.execute(select(acts))]
     assert said == [
-        ("doubt settled", "a", "Stripe has it"), ("doubt settled", "b", "Stripe does not have it"),
+        ("doubt settled", "a", "Stripe has it"), ("absent at Stripe", "b", ""),
+        ("doubt settled", "b", "Stripe does not have it"),
     ]  # fmt: skip
     assert_invariant(shop.ledger, shop.sandbox, settled=True)
 
@@ -537,9 +538,16 @@ def test_that_stripe_knows_it_is_not_forgotten_over_another_reason_to_ask_a_pers
     assert shop.states() == {"run": "doubtful"}
 
 
-def test_its_neighbours_in_the_minute_are_not_called_known_to_stripe(shop: DoubtShop) -> None:
-    """Stripe took a and refused it later; it never had b, which is sent again by itself."""
-    shop.doubt("a", "b", taken=("a",), value=5)
+def test_its_neighbours_in_the_minute_wait_for_it_and_then_go_by_themselves(shop: DoubtShop) -> None:
+    """Stripe took a and refused it later; it never had b."""
+    shop.sandbox.fail(server_error_after_accept(), where=lambda request: _identifier(request) == "a")
+    shop.sandbox.fail(refuse(503), times=None)
+    shop.record("a", at=shop.minute, value=5)
+    shop.record("b", at=shop.minute, value=7)
+    shop.drive(seconds=4)
+    shop.sandbox.advance(hours=23)
+    shop.drive(seconds=4)
+    shop.sandbox.clear_faults()
     shop.sandbox.reject("a")
     settle_doubt(shop.ledger, ["a"], delivered=False)
     shop.drive(seconds=60)
@@ -547,9 +555,49 @@ def test_its_neighbours_in_the_minute_are_not_called_known_to_stripe(shop: Doubt
     shop.look(1)
     with pytest.raises(StripeError, match="Usage of 1 minutes"):
         shop.look(1)
+    assert [("knows its identifier" in row.reason) for row in doubtful(shop.ledger)] == [True, False]
+    settle_doubt(shop.ledger, ["a"], delivered=False)
+    shop.drive(seconds=60)
+    assert shop.states() == {"a": "delivered", "b": "doubtful"}
+    shop.rest()
+    shop.look(3, apart=ASK_AGAIN)
     shop.drive()
-    assert (shop.states(), shop.billed()) == ({"a": "doubtful", "b": "delivered"}, 5)
-    assert [(row.identifier, "knows its identifier" in row.reason) for row in doubtful(shop.ledger)] == [("a", True)]
+    assert (shop.states(), shop.billed()) == ({"a": "delivered", "b": "delivered"}, 12)
+
+
+def test_while_sums_lag_nothing_beside_what_stripe_knows_is_called_absent(shop: DoubtShop) -> None:
+    """Stripe has both; who said that it lacks a was wrong, and so are its sums."""
+    shop.sandbox.summary_lag = 27 * 3600
+    shop.doubt("a", "b", taken=("a", "b"), value=5)
+    settle_doubt(shop.ledger, ["a"], delivered=False)
+    shop.drive(seconds=60)
+    shop.rest()
+    shop.look(1)
+    with pytest.raises(StripeError):
+        shop.look(1)
+    shop.drive()
+    assert (shop.states(), shop.billed()) == ({"a": "doubtful", "b": "doubtful"}, 10)
+
+
+@pytest.mark.parametrize("gone", ["customer", "meter"])
+def test_what_was_said_to_be_absent_stays_so_though_it_is_held_and_sealed_anew(shop: DoubtShop, gone: str) -> None:
+    shop.doubt("run", taken=("run",), value=5)
+    shop.sandbox.reject("run")
+    settle_doubt(shop.ledger, ["run"], delivered=False)
+    if gone == "customer":
+        shop.sandbox.delete_customer("cus_1")
+    else:
+        shop.sandbox.deactivate_meter("ai_tokens")
+    shop.drive(seconds=60)
+    assert shop.states() == {"run": "held"}
+    if gone == "customer":
+        assign(shop.ledger, views.held(shop.ledger), "cus_2")
+    else:
+        shop.sandbox.reactivate_meter("ai_tokens")
+        shop.courier.gateway.forget_meters("")
+        sealing.retry(shop.ledger)
+    shop.drive(seconds=60)
+    assert (shop.states(), shop.billed(), shop.billed("cus_2")) == ({"run": "doubtful"}, 0, 0)
 
 
 @pytest.mark.parametrize("forbidden", [False, True])

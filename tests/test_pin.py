@@ -136,8 +136,10 @@ def test_a_handler_is_made_although_its_database_cannot_be_reached(tmp_path: Pat
 def test_a_handler_whose_ledger_can_be_nowhere_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigurationError, match=f"folder {tmp_path}/no does not exist. Make it"):
-        meter(f"sqlite:///{tmp_path}/no/where.db", TEST)
+    (tmp_path / "file").touch()
+    for where, why in (("no", "No such file"), ("file", "It is no folder"), ("n" * 300, "File name too long")):
+        with pytest.raises(ConfigurationError, match=f"folder {tmp_path}/{where} cannot be used: {why}"):
+            meter(f"sqlite:///{tmp_path}/{where}/x.db", TEST)
     assert not (tmp_path / "no").exists()
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     with pytest.raises(ConfigurationError, match=re.escape("pip install 'langchain-stripe-meter[postgres]'")):

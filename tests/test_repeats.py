@@ -12,7 +12,7 @@ import pytest
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 
-from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead, from_metadata
+from langchain_stripe_meter import Messages, StripeMeterCallbackHandler, Tokens, from_lead, from_metadata, static
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.views import tail
 
@@ -92,6 +92,8 @@ def test_as_much_as_before_is_only_told_where_it_can_hardly_be_one_run(
         (from_metadata("stripe_customer_id"), "cus_2", "recorded before, for nobody"),
         ("cus_1", "cus_2", "recorded before, for another customer"),
         ("cus_1", from_metadata("stripe_customer_id"), None),  # the second bills nobody, and says so
+        (static(email="ann@example.com"), static(email="bob@example.com"), "recorded before, for another customer"),
+        (static(email="ann@example.com"), "cus_1", None),  # may be the same
         ("cus_1", "cus_1", None),
     ],
 )
@@ -102,6 +104,28 @@ def test_of_two_handlers_of_one_ledger_the_first_decides_who_pays_and_the_second
     answer(uuid4(), 15, making(customer=first, on_error=told.append), making(customer=second, on_error=told.append))
     assert ["the first one decides: attach one of them" in str(error) for error in told] == [True] * bool(said)
     assert said is None or said in str(told[0])
+
+
+def test_an_estimate_of_as_much_a_day_later_is_told(making: Making) -> None:
+    """An answer whose provider reports nothing, under the id of a conversation."""
+    told: list[MeteringError] = []
+    now, run = [1_800_000_000.0], uuid4()
+    handler = making(Tokens("out", count="output"), on_error=told.append, clock=lambda: now[0])
+    for said in ("Yes", "No"):
+        GenericFakeChatModel(messages=iter([AIMessage(said)])).invoke("Hi", {"callbacks": [handler], "run_id": run})
+        now[0] += 86_400
+    assert ["taken for a repetition" in str(error) for error in told] == [True]
+
+
+def test_a_second_handler_that_names_nobody_tells_nothing(making: Making) -> None:
+    told: list[MeteringError] = []
+
+    def fails(_: Any) -> Any:
+        raise ValueError
+
+    nobody = from_metadata("stripe_customer_id")
+    answer(uuid4(), 15, making(customer=nobody), making(customer=nobody, tenant=fails, on_error=told.append))
+    assert not [error for error in told if "is not billed" in str(error)]
 
 
 def test_two_handlers_that_gave_up_one_stream_at_different_times_estimate_one_run(making: Making) -> None:

@@ -27,6 +27,10 @@ _LACKED_AND_KNOWN = (
     f"{KNOWN_THERE}, and its sums lack it: it refused it later, or somebody cancelled it there. If it refused it, "
     "settle it as absent, and it goes out under a new identifier; if it was cancelled, write it off."
 )
+_BESIDE_KNOWN = (
+    "Stripe's sums lack it, but also another doubtful event of that minute, whose identifier Stripe knows: they may be "
+    "wrong. Settle that one first."
+)
 MANY_SUMS = 2000
 """Beyond so many different sums of the doubts of a minute, chance explains anything, and nothing is told from them."""
 
@@ -109,13 +113,11 @@ class Verdict:
     reason: str | None = None
 
     def on(self, doubt: Trace) -> Verdict:
-        """What it means for one of them: what Stripe knew by its identifier is not called absent, but a person's, who
-        is told so whatever else there is to tell."""
-        if not doubt.is_contradicted:
+        """What it means for one of them: whoever decides about what Stripe knew by its identifier is told so."""
+        if self.reason is None or not doubt.is_contradicted:
             return self
-        if self.move is Move.ABSENT_AT_STRIPE:
-            return _ask(_LACKED_AND_KNOWN)
-        return self if self.reason is None else Verdict(reason=f"{self.reason} {KNOWN_THERE}.")
+        is_lacked = self == _ask(_BESIDE_KNOWN)
+        return _ask(_LACKED_AND_KNOWN) if is_lacked else Verdict(reason=f"{self.reason} {KNOWN_THERE}.")
 
 
 def is_ready(facts: Facts, now: int) -> bool:
@@ -196,6 +198,8 @@ def _compare(facts: Facts, at_stripe: Decimal, now: int) -> Verdict:
         )
     if unexplained == in_doubt:
         return Verdict(Move.SEEN_AT_STRIPE)
+    if any(doubt.is_contradicted for doubt in facts.doubts):
+        return _ask(_BESIDE_KNOWN)
     if any(now - doubt.at > STALE_AFTER for doubt in facts.doubts):
         return _ask("Stripe does not have it, but it is older than 34 days, and Stripe would refuse it.")
     return Verdict(Move.ABSENT_AT_STRIPE)

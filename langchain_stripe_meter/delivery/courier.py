@@ -15,7 +15,7 @@ from cachetools import LRUCache
 
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, NotStartedError, Pace
-from langchain_stripe_meter.delivery.lookups import Answer, Lookups
+from langchain_stripe_meter.delivery.lookups import Answer, Lookups, unnamed
 from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, logger, place_of, tell
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
@@ -227,8 +227,8 @@ class Courier:
         elif isinstance(answer, StripeError):
             said = self.gateway.outcome_of(answer, asked.account)
             if said.move is Move.NO_ACCESS:
-                self._guard.refused(asked.account, said.message)
-                self._found.append((asked, Answer([], said.message)))
+                self._guard.refused(asked.account, why := unnamed(said.message, asked))
+                self._found.append((asked, Answer([], why)))
                 return
             if self._lookups.failed(asked, now):
                 self._report(answer)
@@ -250,6 +250,8 @@ class Courier:
             self.rejected += states.count(EventState.REJECTED)
         for (claimed, outcome), state in zip(sent, states, strict=True):
             self._account(claimed, outcome, state, now)
+        if sent and self._pace.is_quiet(now) and not self._closing.is_set():
+            self._guard.unanswered(sent[-1][1].message, now)
         return moved
 
     def _dispatch(self, job: Job) -> None:
@@ -303,8 +305,6 @@ class Courier:
             self._guard.refused(claimed.event.account, outcome.message)
         else:
             self._pace.slower(claimed.line, outcome.retry_after, now)
-            if self._pace.is_quiet(now):
-                self._guard.unanswered(outcome.message, now)
         if outcome.move is Move.UNSEAL:
             self._lookups.forget(claimed.event.customer)
         if outcome.date is not None:

@@ -22,7 +22,7 @@ from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger, first_note, pin
 PAUSED = "paused"
 """The ledger's note that says why sending is paused."""
 WAITS = "waits"
-"""The ledger's note that says why Stripe takes nothing for now."""
+"""The ledger's note that says why Stripe takes nothing for now; a status shows it while it is new, and usage waits."""
 PAUSE_SECONDS = 30
 """How long everything rests after Stripe refused the key, before one event tries it again."""
 LISTINGS_AT_ONCE = 8
@@ -72,7 +72,7 @@ class Guard:
         self._pace = pace
         self._tell = tell
         self._is_ours = False
-        self._paused, self._waits = _Note(ledger, PAUSED), _Note(ledger, WAITS)
+        self._pause_noted: bool | None = None
         self._waits_since: int | None = None
         self._told_wait = False
         self._epoch = Epoch(ledger, tell)
@@ -91,6 +91,7 @@ class Guard:
             self._epoch.keep(now)
             if not self._is_ours:
                 self._check_account()
+                self._answered()
         except ForeignLedgerError as error:
             self._pause(str(error), now)
             return False
@@ -107,7 +108,7 @@ class Guard:
 
     def unanswered(self, why: str, now: int) -> None:
         """Stripe does not answer, or takes nothing for now: what is pending waits. That is no news for some seconds."""
-        self._waits.say(why)
+        self._ledger.set_note(WAITS, why)
         self._waits_since = now if self._waits_since is None else self._waits_since
         if not self._told_wait and now - self._waits_since >= HICCUP_SECONDS:
             self._told_wait = True
@@ -118,8 +119,11 @@ class Guard:
         self._pause(f"Stripe refused the key; {why.rstrip('.')}. Check the key.", now)
 
     def _pause(self, message: str, now: int) -> None:
+        is_news = not self._pause_noted
         self._pace.probe(now + PAUSE_SECONDS)
-        if self._paused.say(message):
+        self._ledger.set_note(PAUSED, message)
+        self._pause_noted = True
+        if is_news:
             self._tell(StripeError(f"Sending is paused, nothing is lost. {message}"))
 
     def check_meters(self, now: int) -> tuple[list[str], list[Listing]]:
@@ -171,9 +175,17 @@ class Guard:
     def opened(self, account: str) -> None:
         """Stripe has taken something on an account: neither it nor anything else is closed to the key."""
         self._rests.pop((account, None), None)
-        self._paused.take_back()
-        self._waits.take_back()
-        self._waits_since, self._told_wait = None, False
+        if self._pause_noted is None:  # an earlier process may have left it
+            self._pause_noted = self._ledger.note(PAUSED) is not None
+        if self._pause_noted:
+            self._ledger.set_note(PAUSED, None)
+            self._pause_noted = False
+        self._answered()
+
+    def _answered(self) -> None:
+        if self._waits_since is not None:
+            self._ledger.set_note(WAITS, None)
+            self._waits_since, self._told_wait = None, False
 
     def refused(self, account: str, why: str) -> None:
         """Stripe has closed an account to us: the next check holds what is to be sent there."""
@@ -261,29 +273,6 @@ def refuse_foreign(pinned: str | None, account: str | None) -> None:
 
 def _called(account: str) -> str:
     return f"the account {account}" if account else "our own account"
-
-
-class _Note:
-    """A sentence about the ledger that stands until somebody takes it back, maybe another process."""
-
-    def __init__(self, ledger: Ledger, name: str) -> None:
-        self._ledger = ledger
-        self._name = name
-        self._stands: bool | None = None
-
-    def say(self, text: str) -> bool:
-        """Write it down; whether that is news."""
-        is_news = not self._stands
-        self._ledger.set_note(self._name, text)
-        self._stands = True
-        return is_news
-
-    def take_back(self) -> None:
-        if self._stands is None:  # an earlier process may have left it
-            self._stands = self._ledger.note(self._name) is not None
-        if self._stands:
-            self._ledger.set_note(self._name, None)
-            self._stands = False
 
 
 class Pace:

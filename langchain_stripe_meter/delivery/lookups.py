@@ -117,8 +117,8 @@ class Lookups:
             return Answer(found) if found or not self._create_missing else self._create(gateway, asked)
         except StripeError as error:
             if gateway.outcome_of(error, asked.account).move is Move.REFUSED:
-                return Answer([], str(_unnamed(error, asked)))
-            raise _unnamed(error, asked) from error.__cause__
+                return Answer([], unnamed(str(error), asked))
+            raise StripeError(unnamed(str(error), asked)) from error.__cause__
 
     def _create(self, gateway: Gateway, asked: Unknown) -> Answer:
         """Look once more where no search lags, then make the customer.
@@ -135,7 +135,7 @@ class Lookups:
         try:
             made = create_customer(gateway, reference, account, key)
         except StripeError as error:
-            return Answer([], str(_unnamed(error, asked)))
+            return Answer([], unnamed(str(error), asked))
         return Answer([made]) if made else Answer([], "Stripe's customer was made here and has been deleted since")
 
     def settle(self, connection: Connection, asked: Unknown, answer: Answer, now: int) -> int:
@@ -154,7 +154,7 @@ class Lookups:
         kind = asked.account, asked.reference.by, bool(answer.customers)
         if len(answer.customers) != 1 and kind not in self._told_held:
             self._told_held[kind] = True
-            why = answer.why or _why_held(asked, answer.customers)
+            why = (answer.why or _why_held(asked, answer.customers)).rstrip(".")
             logger.warning("stripe-meter: usage is held: %s. The like is not logged again. See: stripe-meter held", why)
 
     def failed(self, asked: Unknown, now: int) -> bool:
@@ -200,7 +200,7 @@ def _find_alike(gateway: Gateway, asked: Unknown) -> list[str]:
     return [] if lower == who else gateway.find_customers(lower, asked.account)
 
 
-def _unnamed(error: StripeError, asked: Unknown) -> StripeError:
-    """The error without the person: Stripe's words may quote the name or the number that was asked for."""
+def unnamed(said: str, asked: Unknown) -> str:
+    """The same without the person: Stripe's words may quote the name or the number that was asked for."""
     who = asked.reference
-    return StripeError(re.sub(re.escape(who.value), f"<{who.by}>", str(error), flags=re.IGNORECASE))
+    return re.sub(re.escape(who.value), f"<{who.by}>", said, flags=re.IGNORECASE)

@@ -25,7 +25,7 @@ from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.reversals import reject_later
-from langchain_stripe_meter.ledger.schema import CANCELLED_AT, IS_CONTRADICTED, IS_DOUBTFUL, events, pruned
+from langchain_stripe_meter.ledger.schema import ABSENT, CANCELLED_AT, IS_CONTRADICTED, IS_DOUBTFUL, events, pruned
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
@@ -90,8 +90,9 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
     """A person says whether Stripe has these doubtful events; those that it does not have are sent again, or held where
     they are too old for it.
 
-    Returns how many moved. Moves none and raises, by name, ``IllegalMoveError`` where one is not in doubt, and
-    ``ConfigurationError`` where the ledger does not have it.
+    Returns how many moved. Moves none and raises, by name, ``IllegalMoveError`` where one is not in doubt, or Stripe
+    knew it though it was called absent, and its sums were not read since; ``ConfigurationError`` where the ledger does
+    not have it.
     """
     now, moved = ledger.now(), 0
     with ledger.write() as connection:
@@ -100,7 +101,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
             if row.is_contradicted and not delivered:
                 _send_anew(connection, row, now)
             else:
-                _move(connection, row.id, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
+                _move(connection, row, Move.SEEN_AT_STRIPE if delivered else Move.ABSENT_AT_STRIPE, now)
             said = "Stripe has it" if delivered else "Stripe does not have it"
             write_act(connection, "doubt settled", identifier, said, now)
             moved += 1
@@ -109,7 +110,7 @@ def settle_doubt(ledger: Ledger, identifiers: Collection[str], *, delivered: boo
 
 def _doubted(connection: Connection, identifier: str) -> Any:
     """The doubtful event with this identifier; a refusal that names it where there is none."""
-    query = select(events, IS_CONTRADICTED.label("is_contradicted")).where(events.c.identifier == identifier)
+    query = select(events, IS_CONTRADICTED).where(events.c.identifier == identifier)
     row = connection.execute(query).first()
     if row is None:
         raise ConfigurationError(
@@ -138,7 +139,7 @@ def _neighbours() -> Select[Any]:
     line = (events.c.account, events.c.customer, events.c.event_name)
     places = select(*line, minute.label("minute")).where(IS_DOUBTFUL).distinct().subquery()
     same = [column == places.c[column.name] for column in line]
-    query = select(events, places.c.minute, CANCELLED_AT, IS_CONTRADICTED.label("is_contradicted"))
+    query = select(events, places.c.minute, CANCELLED_AT, IS_CONTRADICTED)
     inside = (events.c.at >= places.c.minute, events.c.at < places.c.minute + MINUTE)  # a range, which an index has
     return query.join(places, and_(*same, *inside)).order_by(events.c.id)
 
@@ -200,9 +201,10 @@ def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdic
             its = verdict.on(one)
             if its.move is None:
                 _remember(connection, one, look, its.reason, now)
-                new += [its.reason] if its.reason not in (None, one.error) else []
+                if its.reason is not None and its.reason != one.error:
+                    new.append(its.reason)
             else:
-                _move(connection, one.id, its.move, now)
+                _move(connection, one, its.move, now)
                 logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, its.move)
     return new
 
@@ -213,16 +215,17 @@ def _remember(connection: Connection, doubt: Trace, look: Look, reason: str | No
     connection.execute(update(events).where(events.c.id == doubt.id).values(**seen, **told))
 
 
-def _move(connection: Connection, event_id: int, move: Move, now: int) -> None:
+def _move(connection: Connection, doubt: Any, move: Move, now: int) -> None:
     """Out of doubt. What Stripe does not have has no unknown outcome any more: its safe window begins anew. What it
     has is as if sent now: no report of before is about it."""
     state = next_event_state(EventState.DOUBTFUL, move)
     values: Mapping[str, Any] = {"state": state.value, "seen_value": None, "seen_at": None, "error": None}
-    if state is EventState.PENDING:  # it stays known that somebody has looked
+    if state is EventState.PENDING:  # it stays known that somebody has looked, also if it must be sealed anew
+        write_act(connection, ABSENT, doubt.identifier, "", now)
         values = {**values, "seen_at": now, "first_unknown_at": None, "settled_at": None, "due": now}
     else:
         values = {**values, "first_unknown_at": None, "sent_at": now, "settled_at": now}
-    connection.execute(update(events).where(events.c.id == event_id).values(**values))
+    connection.execute(update(events).where(events.c.id == doubt.id).values(**values))
 
 
 def _send_anew(connection: Connection, row: Any, now: int) -> None:

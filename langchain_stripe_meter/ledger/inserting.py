@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any, NamedTuple
 
+from langchain_stripe_meter.core.runs import ABANDONED_AFTER
 from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.ledger.schema import readings
 
@@ -17,12 +18,13 @@ _SELDOM = {
 _DEFAULTS = tuple(_SELDOM.values())
 COLUMNS = (*_ALWAYS, *_SELDOM)
 _PLAIN = len(_ALWAYS)
-_KEY, _VALUE, _AT, _JOB, _ESTIMATED, _STATE, _CUSTOMER = map(
-    COLUMNS.index, ("key", "value", "at", "job", "estimated", "state", "customer")
+_KEY, _VALUE, _AT, _JOB, _ESTIMATED, _STATE, _CUSTOMER, _REFERENCE = map(
+    COLUMNS.index, ("key", "value", "at", "job", "estimated", "state", "customer", "reference")
 )
 SAME_SECONDS = 300
-"""How far apart two handlers' times of one run may be, which wait for the ledger one after the other. (An estimate is
-dated when each of them gave the run up.)"""
+"""How far apart two handlers' times of one run may be, which wait for the ledger one after the other."""
+GIVEN_UP_SECONDS = ABANDONED_AFTER + SAME_SECONDS
+"""The same for an estimate, which may be dated when each of them gave the run up."""
 
 Row = tuple[Any, ...]
 """The values of ``COLUMNS``."""
@@ -31,10 +33,11 @@ Row = tuple[Any, ...]
 class Stored(NamedTuple):
     """What the ledger has under the key of a row that was not stored."""
 
-    value: str | None
+    value: Any
     at: int
     state: str
     customer: str | None
+    reference: str | None
 
 
 Other = tuple[Row, Stored]
@@ -95,15 +98,20 @@ def others(driver: Any, rows: Sequence[Row]) -> list[Other]:
 
 
 def _is_another(row: Row, stored: Stored) -> bool:
-    at_once = row[_ESTIMATED] or abs(stored.at - row[_AT]) <= SAME_SECONDS
+    apart = abs(stored.at - row[_AT])
     known = stored.value is not None and row[_VALUE] is not None
-    is_same = not known or (at_once and Decimal(stored.value or 0) == Decimal(row[_VALUE]))
-    return not is_same or pays_otherwise(row, stored)
+    if known and (Decimal(stored.value) != Decimal(row[_VALUE]) or apart > _apart_at_most(row)):
+        return True
+    return pays_otherwise(row, stored)
+
+
+def _apart_at_most(row: Row) -> int:
+    return GIVEN_UP_SECONDS if row[_ESTIMATED] else SAME_SECONDS
 
 
 def pays_otherwise(row: Row, stored: Stored) -> bool:
     """Whether ``row`` names somebody who pays, and what is stored another, or nobody."""
-    if row[_STATE] == ReadingState.SKIPPED.value:
-        return False
-    is_other = None not in (stored.customer, row[_CUSTOMER]) and stored.customer != row[_CUSTOMER]
-    return is_other or stored.state == ReadingState.SKIPPED.value
+    pairs = ((row[_CUSTOMER], stored.customer), (row[_REFERENCE], stored.reference))
+    named = row[_STATE] != ReadingState.SKIPPED.value and any(ours is not None for ours, _ in pairs)
+    is_other = any(None not in pair and pair[0] != pair[1] for pair in pairs)
+    return named and (is_other or stored.state == ReadingState.SKIPPED.value)

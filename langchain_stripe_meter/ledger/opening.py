@@ -62,8 +62,12 @@ def check_place(url: URL) -> None:
             raise ConfigurationError(_NO_PSYCOPG)
         return
     folder = Path(str(url.database)).absolute().parent
-    if not folder.is_dir():
-        raise ConfigurationError(f"The ledger's folder {folder} does not exist. Make it, or give another path.")
+    try:
+        why = "" if stat.S_ISDIR(folder.stat().st_mode) else "It is no folder"
+    except OSError as error:
+        why = str(error.strerror)
+    if why:
+        raise ConfigurationError(f"The ledger's folder {folder} cannot be used: {why}. Make it, or give another path.")
 
 
 def without_password(url: str) -> str:

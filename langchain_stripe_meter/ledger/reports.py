@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import Column, ColumnElement, Connection, and_, delete, exists, func, or_, select, true, tuple_
 
 from langchain_stripe_meter.core.doubts import LOOK_AGAIN, MINUTE, SUMS_LAG
-from langchain_stripe_meter.core.states import EventState, ReadingState
+from langchain_stripe_meter.core.states import STALE_AFTER, EventState, ReadingState
 from langchain_stripe_meter.core.totals import NO_CUSTOMER, SKEW_SECONDS, Minute, Report, Sample, is_settled
 from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import (
@@ -119,7 +119,7 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
     for sample in samples:
         row = _named(connection, sample.identifier, account)
         if row is None or not _is_answered(row):
-            if row.state in _ON_THE_WAY if row is not None else _is_open(connection, sample.identifier, account):
+            if row.state in _ON_THE_WAY if row is not None else _is_open(connection, sample.identifier, account, now):
                 waiting[sample.identifier] = sample.code
             else:
                 unknown += 1
@@ -138,7 +138,7 @@ def _is_answered(row: Any) -> bool:
 
 
 def _named(connection: Connection, identifier: str, account: str) -> Any:
-    query = select(events, _first_sent.label("first_sent"), IS_CONTRADICTED.label("is_contradicted"))
+    query = select(events, _first_sent.label("first_sent"), IS_CONTRADICTED)
     mine = (events.c.identifier == identifier, _is_on(connection, events.c.account, account))
     return connection.execute(query.where(*mine)).first()
 
@@ -152,10 +152,11 @@ def _is_on(connection: Connection, column: Column[str], account: str) -> ColumnE
     return true() if own is None else column.in_(("", own))
 
 
-def _is_open(connection: Connection, identifier: str, account: str) -> bool:
-    """Whether a reading of this name may still be sealed, once it is assigned or its lead is captured."""
+def _is_open(connection: Connection, identifier: str, account: str, now: int) -> bool:
+    """Whether a reading of this name may still be sealed and sent, once it is assigned or its lead is captured."""
     mine = (readings.c.key == identifier, _is_on(connection, readings.c.account, account))
-    claimable = and_(readings.c.state == ReadingState.SKIPPED.value, readings.c.session.is_not(None))
+    is_new = and_(readings.c.session.is_not(None), readings.c.at > now - STALE_AFTER)
+    claimable = and_(readings.c.state == ReadingState.SKIPPED.value, is_new)
     found = select(readings.c.id).where(*mine, or_(readings.c.state.in_(_UNSEALED), claimable))
     return connection.execute(found).first() is not None
 

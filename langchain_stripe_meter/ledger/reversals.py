@@ -172,7 +172,7 @@ def event_of(connection: Connection, identifier: str) -> Any:
 
 
 _INSTEAD = {
-    ReadingState.SEALED.value: "What became of it has this identifier, too: name that, or correct() the total.",
+    ReadingState.SEALED.value: "It is part of a meter event (stripe-meter tail): correct() what that bills wrongly.",
     EventState.PENDING.value: "It is still to be sent: flush(), and look again.",
     EventState.SENDING.value: "It is being sent: flush(), and look again.",
     EventState.DELIVERED.value: "It is billed: cancel() it within 24 hours, or correct() the customer's total.",

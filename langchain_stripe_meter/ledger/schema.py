@@ -123,7 +123,7 @@ payers = Table(  # to whom a lead's e-mail, name or phone led, for the spend lim
     Column("at", BigInteger, nullable=False),
 )
 
-acts = Table(  # what a person or a webhook decided: re-timed, written off, assigned, cancelled, corrected, resent
+acts = Table(  # what a person, a webhook or a look at Stripe decided: re-timed, written off, cancelled, absent, ...
     "acts",
     metadata,
     Column("id", _BIG_ID, primary_key=True),
@@ -152,8 +152,14 @@ CANCELLED_AT = (
 events."""
 
 KNOWN = "known to Stripe"
-IS_CONTRADICTED = exists(acts.c.id).where(acts.c.subject == events.c.identifier, acts.c.act == KNOWN)
-"""Whether Stripe knew the event's identifier when it was sent again because Stripe was said to lack it."""
+IS_CONTRADICTED = (
+    exists(acts.c.id).where(acts.c.subject == events.c.identifier, acts.c.act == KNOWN).label("is_contradicted")
+)
+"""Whether Stripe knew the event's identifier when it was sent again because Stripe was said to lack it: a column for a
+query of events."""
+ABSENT = "absent at Stripe"
+"""What is sent again under an identifier of which this was said, Stripe may know from before: see ``settle`` in
+core/states.py."""
 
 webhook_events = Table(  # Stripe's notifications that were taken in, each once
     "webhook_events",

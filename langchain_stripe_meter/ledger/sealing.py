@@ -34,7 +34,7 @@ from langchain_stripe_meter.core.states import (
 from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
-from langchain_stripe_meter.ledger.schema import IS_PENDING, acts, events, notes, readings
+from langchain_stripe_meter.ledger.schema import ABSENT, IS_PENDING, acts, events, notes, readings
 from langchain_stripe_meter.ledger.store import CORRECTED, Ledger, own_account
 
 SEAL_AT_MOST = 1000
@@ -125,7 +125,7 @@ def _seal(
     if not groups:
         return
     made = [_event_row(group, now) for group in groups]
-    _avoid_refused(connection, made)
+    _heed_acts(connection, made, now)
     if past is not None:
         for event, group in zip(made, groups, strict=True):
             event["first_unknown_at"] = _unknown_since(group, past, rolls_up=rolls_up)
@@ -190,19 +190,22 @@ def meter_event(row: Row, identifier: str) -> MeterEvent:
     )
 
 
-def _avoid_refused(connection: Connection, made: list[dict[str, Any]]) -> None:
-    """Give those a fresh identifier whose own Stripe took and then refused: by that, it would bill nothing again.
+def _heed_acts(connection: Connection, made: list[dict[str, Any]], now: int) -> None:
+    """Give those a fresh identifier whose own Stripe took and then refused: by that, it would bill nothing again. And
+    mind those of which it was said that Stripe lacks them.
 
     (They come back when the customer of such an event was gone, so that its readings were held and assigned anew.)
     """
     ours = [event["identifier"] for event in made]
-    query = select(acts.c.subject).where(acts.c.act == REJECTED_LATER, acts.c.subject.in_(ours))
-    refused = set(connection.execute(query).scalars())
+    query = select(acts.c.subject, acts.c.act).where(acts.c.act.in_((REJECTED_LATER, ABSENT)), acts.c.subject.in_(ours))
+    found = {(row.subject, row.act) for row in connection.execute(query)}
     taken = set(ours)
     for event in made:
-        event["resent"] = 0
-        if event["identifier"] in refused:
-            event["resent"], event["identifier"] = fresh_identifier(connection, event["identifier"], 0, taken)
+        identifier = event["identifier"]
+        event["resent"], event["seen_at"] = 0, now if (identifier, ABSENT) in found else None
+        if (identifier, REJECTED_LATER) in found:
+            event["resent"], event["identifier"] = fresh_identifier(connection, identifier, 0, taken)
+            event["seen_at"] = None
             taken.add(event["identifier"])
 
 

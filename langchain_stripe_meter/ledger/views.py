@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import Connection, bindparam, func, null, select, union, union_all
+from sqlalchemy import Connection, bindparam, func, null, or_, select, union, union_all
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, LAST_SECOND
 from langchain_stripe_meter.core.states import ReadingState
@@ -33,7 +33,8 @@ DAY = 86_400
 PRUNED = "no longer known: the readings were pruned"
 """Why something was skipped of which only the sum is left."""
 _SHOWN = ("paused", "waits", "clock")
-"""The ledger's notes that a status shows."""
+WAITS_SECONDS = 900
+"""How long a status shows why Stripe took nothing: longer than the courier waits between two tries."""
 WHAT_TO_RUN = (
     "To do: stripe-meter assign IDS --customer cus_… (who pays) or --value 7 (how much each); stripe-meter retry (once "
     "Stripe has the customer or the meter); stripe-meter retime IDS (what is too old); stripe-meter write-off IDS "
@@ -200,7 +201,8 @@ _OLDEST = (
     select(func.min(events.c.at)).where(IS_SENDING),
 )
 _ESTIMATED = select(func.count()).where(readings.c.estimated == 1)
-_SAID = select(notes.c.name, notes.c.value).where(notes.c.name.in_(_SHOWN))
+_IS_NEWS = or_(notes.c.name != "waits", notes.c.at > bindparam("fresh"))
+_SAID = select(notes.c.name, notes.c.value).where(notes.c.name.in_(_SHOWN), _IS_NEWS)
 _AHEAD = select(func.count()).where(OPEN_READINGS, readings.c.state == "resolved", readings.c.at > bindparam("latest"))
 _PRUNED = select(func.sum(pruned.c.readings))
 _ROWS = select(readings, events.c.state.label("event_state"), events.c.error).select_from(
@@ -240,7 +242,7 @@ def status(ledger: Ledger) -> Status:
         oldest = [connection.execute(query) for query in _OLDEST]
         at = min((value for result in oldest if (value := result.scalar()) is not None), default=None)
         estimated = connection.execute(_ESTIMATED).scalar_one()
-        said = dict(iter(connection.execute(_SAID)))
+        said = dict(iter(connection.execute(_SAID, {"fresh": ledger.now() - WAITS_SECONDS})))
         ahead = connection.execute(_AHEAD, {"latest": ledger.now() + FUTURE_LIMIT}).scalar_one()
         gone = connection.execute(_PRUNED).scalar()
         restored = told(connection)
@@ -255,7 +257,7 @@ def status(ledger: Ledger) -> Status:
         estimated=int(estimated),
         oldest_pending_seconds=None if at is None else max(ledger.now() - at, 0),
         paused=said.get("paused"),
-        waits=said.get("waits"),
+        waits=said.get("waits") if at is not None else None,
         clock=said.get("clock"),
         ahead=int(ahead),
         pruned=int(gone or 0),
