@@ -190,7 +190,8 @@ def test_what_is_recorded_while_the_interpreter_shuts_down_is_durable_and_nothin
     children = [place.begin(ENDS[end]) for place in places]
     for place, child in zip(places, children, strict=True):
         told, errors = child.communicate(timeout=60)
-        assert (child.returncode, errors) == (0, "")
+        said = [line for line in errors.splitlines() if "what is pending waits, nothing is lost" not in line]
+        assert (child.returncode, said) == (0, [])  # Stripe is away: a slow machine may have said so
         place.sandbox.clear_faults()
         assert set(told.splitlines()) == {"recorded"}
         count, exactly = told.count("recorded"), "daemon" not in end
