@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
@@ -371,3 +372,13 @@ def test_what_stripe_says_of_an_account_that_it_closed_names_nobody(
     (held,) = views.held(desk.ledger)
     assert '<name>" on acct_1x' in held.reason
     assert not [said for said in (held.reason, caplog.text, *map(str, desk.errors)) if "Canary" in said]
+
+
+def test_what_is_told_of_a_failed_lookup_names_nobody_behind_it_either(desk: Desk) -> None:
+    quoting = refuse(500, message='Something went wrong with name:"Ann Canary".')
+    desk.sandbox.fail(quoting, path="/v1/customers/search", times=None)
+    desk.record("name", "Ann Canary")
+    desk.drive(desk.courier(), seconds=5)
+    (told,) = desk.errors
+    assert "<name>" in str(told)
+    assert "Canary" not in "".join(traceback.format_exception(told))

@@ -194,7 +194,7 @@ class Courier:
         for chore in chores:
             try:
                 chore(now)
-            except Exception as error:  # noqa: BLE001 - one chore must not keep the others, or delivery, from going on
+            except Exception as error:  # noqa: BLE001 - the others, and delivery, go on
                 self._report(error)
 
     def _collect(self, patience: float) -> None:
@@ -229,9 +229,8 @@ class Courier:
             if said.move is Move.NO_ACCESS:
                 self._guard.refused(asked.account, why := unnamed(said.message, asked))
                 self._found.append((asked, Answer([], why)))
-                return
-            if self._lookups.failed(asked, now):
-                self._report(answer)
+            elif self._lookups.failed(asked, now):
+                self._report(StripeError(str(answer)))  # without its cause: Stripe's words may quote the person
             else:
                 logger.info("stripe-meter: %s", answer)
 
@@ -250,8 +249,9 @@ class Courier:
             self.rejected += states.count(EventState.REJECTED)
         for (claimed, outcome), state in zip(sent, states, strict=True):
             self._account(claimed, outcome, state, now)
-        if sent and self._pace.is_quiet(now) and not self._closing.is_set():
-            self._guard.unanswered(sent[-1][1].message, now)
+        unanswered = [outcome.message for _, outcome in sent if outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW)]
+        if unanswered and self._pace.is_quiet(now) and not self._closing.is_set():
+            self._guard.unanswered(unanswered[-1], now)
         return moved
 
     def _dispatch(self, job: Job) -> None:
