@@ -20,7 +20,7 @@ from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
-from langchain_stripe_meter.ledger.inserting import COLUMNS, Other, pays_otherwise
+from langchain_stripe_meter.ledger.inserting import COLUMNS, Other
 from langchain_stripe_meter.ledger.leads import like
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.observed import Observed
@@ -207,27 +207,22 @@ def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:
     """What to say of usage that the ledger did not store, for the id of its run is that of another; each once."""
     while others:
         try:
-            row, stored = others.popleft()
+            other = others.popleft()
         except IndexError:  # another thread was faster
             return
-        usage = dict(zip(COLUMNS, row, strict=True))
-        value = "an unknown amount" if usage["value"] is None else usage["value"]
-        amount, run = f"{value} on {usage['event_name']}", usage["key"].rpartition("-")[0]
-        if pays_otherwise(row, stored):
-            whom = "nobody" if stored.state == ReadingState.SKIPPED.value else "another customer"
-            yield ConfigurationError(
-                f"{amount} is not billed to whom this handler names: the run {run} was recorded before, for {whom}. Of "
-                "two handlers that share a ledger and a meter, the first one decides: attach one of them to a run."
-            )
-            continue
-        said = (
-            f"{amount} was taken for a repetition of the run {run}, long after that. If it is another, it is lost."
-            if Decimal(stored.value) == Decimal(usage["value"])
-            else f"{amount} is not billed: the run {run} was recorded before, with {stored.value}."
-        )
+        usage, stored = dict(zip(COLUMNS, other.row, strict=True)), other.stored
+        amount = f"{'an unknown amount' if usage['value'] is None else usage['value']} on {usage['event_name']}"
+        run = usage["key"].rpartition("-")[0]
+        whom = "nobody" if stored.state == ReadingState.SKIPPED.value else "another customer"
+        before = f"the run {run} was recorded before"
+        said = {
+            "payer": f"{amount} is not billed to whom this handler names: {before}, for {whom}.",
+            "amount": f"{amount} is not billed: {before}, with {stored.value}.",
+            "time": f"{amount} was taken for a repetition of the run {run}, long after; if it is another, it is lost.",
+        }[other.by]
         yield ConfigurationError(
-            f"{said} LangChain's run_id names one run, not a conversation: give each run its own run_id, or none. And "
-            "attach one handler to a run, not two that share a ledger and a meter."
+            f"{said} LangChain's run_id names one run, not a conversation: give each run its own run_id, or none. Of "
+            "two handlers that share a ledger and a meter, the first one decides: attach one of them to a run."
         )
 
 

@@ -125,26 +125,27 @@ def test_what_stripe_knew_by_its_identifier_is_not_called_absent_but_a_persons_a
         [Decimal(5), Decimal(7)], [], Decimal(0)
     ).events)  # fmt: skip
     verdict = decide(Facts((known, other)), Look(Decimal(0)), NOW)
-    assert verdict.on(other) == Verdict(
-        reason="A person must decide: Stripe's sums lack it, but also another doubtful event of that minute, whose "
-        "identifier Stripe knows: they may be wrong. Settle that one first."
+    assert verdict.move is None
+    assert verdict.reason_of(other) == (
+        "A person must decide: Stripe's sums lack it, but also another doubtful event of that minute, whose identifier "
+        "Stripe knows: they may be wrong. Settle that one first."
     )
-    assert verdict.on(known) == Verdict(
-        reason="A person must decide: Stripe knows its identifier, though it was said to lack it, and its sums lack "
-        "it: it refused it later, or somebody cancelled it there. If it refused it, settle it as absent, and it goes "
-        "out under a new identifier; if it was cancelled, write it off."
+    assert verdict.reason_of(known) == (
+        "A person must decide: Stripe knows its identifier, though it was said to lack it, and its sums lack it: it "
+        "refused it later, or somebody cancelled it there. If it refused it, settle it as absent, and it goes out "
+        "under a new identifier; if it was cancelled, write it off."
     )
 
 
 def test_that_stripe_knew_its_identifier_is_told_with_whatever_else_is_told_and_changes_nothing_else() -> None:
     known = replace(doubts_of([Decimal(5)], [], Decimal(3)).events[0], is_contradicted=True)
-    assert decide(Facts((known,)), Look(Decimal(3)), NOW).on(known).reason == (
+    assert decide(Facts((known,)), Look(Decimal(3)), NOW).reason_of(known) == (
         "A person must decide: Stripe has 3 in that minute; 0 is delivered, 5 in doubt. Stripe knows its identifier, "
         "though it was said to lack it."
     )
     for seen, expected in ((None, Verdict()), (Decimal(5), Verdict(Move.SEEN_AT_STRIPE))):
-        facts = Facts((replace(known, seen_value=seen),))
-        assert decide(facts, Look(Decimal(5)), NOW).on(known) == expected
+        verdict = decide(Facts((replace(known, seen_value=seen),)), Look(Decimal(5)), NOW)
+        assert (verdict, verdict.reason_of(known)) == (expected, None)
 
 
 @pytest.mark.parametrize("delivered", [0, 7])

@@ -17,8 +17,8 @@ from langchain_stripe_meter.core.references import FIELDS, MAX_TEXT, By, Referen
 from langchain_stripe_meter.core.values import valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
-_SESSION = ("session_id", "thread_id", "conversation_id")
-_LOOKS = {"id": "'cus_123'", "email": "'ann@example.com'", "name": "'Ann Lee'", "phone": "'+49 30 901820'"}
+_SESSION_KEYS = ("session_id", "thread_id", "conversation_id")
+_EXAMPLES = {"id": "'cus_123'", "email": "'ann@example.com'", "name": "'Ann Lee'", "phone": "'+49 30 901820'"}
 
 
 @valueclass
@@ -52,7 +52,7 @@ class Facts:
         and would let it name the session of somebody else.
         """
         trusted = trust_client or not self.on_server
-        for key in _SESSION if trusted else ("thread_id",):
+        for key in _SESSION_KEYS if trusted else ("thread_id",):
             value = self.metadata.get(key)
             if value is not None and value != "":
                 return str(value)
@@ -229,7 +229,7 @@ def _reference(by: By, value: Any, region: str | None = None) -> Reference | Ski
     try:
         return Reference(by, value if region is None else normalise(by, value, region))
     except InvalidValueError:
-        return (Disbelieved if by == "id" else Skip)(f"the customer's {by} is malformed; it looks like {_LOOKS[by]}")
+        return (Disbelieved if by == "id" else Skip)(f"the customer's {by} is malformed; it looks like {_EXAMPLES[by]}")
 
 
 def static(

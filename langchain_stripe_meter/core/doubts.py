@@ -107,17 +107,18 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """``move`` for all doubts of the minute, or None: they stay, for a person if there is a ``reason``."""
+    """``move`` for all doubts of the minute, or None: they stay, for a person if there is a ``reason``; ``if_known`` is
+    another reason for those that Stripe knew by their identifiers."""
 
     move: Move | None = None
     reason: str | None = None
+    if_known: str | None = None
 
-    def on(self, doubt: Trace) -> Verdict:
-        """What it means for one of them: whoever decides about what Stripe knew by its identifier is told so."""
+    def reason_of(self, doubt: Trace) -> str | None:
+        """Why one of them stays for a person, who is told in any case if Stripe knew it by its identifier."""
         if self.reason is None or not doubt.is_contradicted:
-            return self
-        is_lacked = self == _ask(_BESIDE_KNOWN)
-        return _ask(_LACKED_AND_KNOWN) if is_lacked else Verdict(reason=f"{self.reason} {KNOWN_THERE}.")
+            return self.reason
+        return self.if_known or f"{self.reason} {KNOWN_THERE}."
 
 
 def is_ready(facts: Facts, now: int) -> bool:
@@ -199,7 +200,7 @@ def _compare(facts: Facts, at_stripe: Decimal, now: int) -> Verdict:
     if unexplained == in_doubt:
         return Verdict(Move.SEEN_AT_STRIPE)
     if any(doubt.is_contradicted for doubt in facts.doubts):
-        return _ask(_BESIDE_KNOWN)
+        return Verdict(None, PERSON + _BESIDE_KNOWN, PERSON + _LACKED_AND_KNOWN)
     if any(now - doubt.at > STALE_AFTER for doubt in facts.doubts):
         return _ask("Stripe does not have it, but it is older than 34 days, and Stripe would refuse it.")
     return Verdict(Move.ABSENT_AT_STRIPE)

@@ -52,7 +52,7 @@ class Run:
     last, ``told`` the sum of their inputs, and ``repeats`` how many there were while each said what it came to so far.
     ``inside`` are the ids of the open runs that belong to a message. ``told_as_events`` are pieces of an answer that
     came as events, block by block: beside those ``received``, instead of them, or of an answer from a cache;
-    ``is_live`` says that it is none of those, and ``last_event`` which came last.
+    ``is_live`` says that it cannot be one from a cache, and ``last_event`` is the last of those events.
     """
 
     id: Hashable

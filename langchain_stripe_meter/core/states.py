@@ -184,8 +184,9 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """What the ledger must store after an attempt; ``due`` is when to try again."""
+    """What the ledger must store after an attempt: the ``move`` that it was, and when to try again (``due``)."""
 
+    move: Move
     state: EventState
     attempts: int
     due: int
@@ -213,7 +214,7 @@ def settle(attempt: Attempt, outcome: Outcome, now: int) -> Settlement:
         move = Move.OUT_OF_WINDOW
     attempts = attempt.attempts + (outcome.move not in (Move.UNAUTHORISED, Move.NO_ACCESS))
     delay = max(backoff(attempts, attempt.identifier), min(outcome.retry_after or 0, MAX_WISH))
-    return Settlement(next_event_state(EventState.SENDING, move), attempts, now + delay, first_unknown)
+    return Settlement(move, next_event_state(EventState.SENDING, move), attempts, now + delay, first_unknown)
 
 
 def safe_window(now: int) -> tuple[int, int]:

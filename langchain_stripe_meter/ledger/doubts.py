@@ -25,7 +25,14 @@ from langchain_stripe_meter.core.events import number_text
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
 from langchain_stripe_meter.ledger.reversals import reject_later
-from langchain_stripe_meter.ledger.schema import ABSENT, CANCELLED_AT, IS_CONTRADICTED, IS_DOUBTFUL, events, pruned
+from langchain_stripe_meter.ledger.schema import (
+    ABSENT_AT_STRIPE,
+    CANCELLED_AT,
+    IS_CONTRADICTED,
+    IS_DOUBTFUL,
+    events,
+    pruned,
+)
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
 from langchain_stripe_meter.ledger.views import html_table
 
@@ -198,14 +205,14 @@ def store(ledger: Ledger, doubts: tuple[Trace, ...], look: Look, verdict: Verdic
         if known != {one.id: one.seen_at for one in doubts}:
             return []
         for one in doubts:
-            its = verdict.on(one)
-            if its.move is None:
-                _remember(connection, one, look, its.reason, now)
-                if its.reason is not None and its.reason != one.error:
-                    new.append(its.reason)
+            if verdict.move is None:
+                reason = verdict.reason_of(one)
+                _remember(connection, one, look, reason, now)
+                if reason is not None and reason != one.error:
+                    new.append(reason)
             else:
-                _move(connection, one, its.move, now)
-                logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, its.move)
+                _move(connection, one, verdict.move, now)
+                logger.info("stripe-meter: the doubtful meter event %s is %s", one.identifier, verdict.move)
     return new
 
 
@@ -221,7 +228,7 @@ def _move(connection: Connection, doubt: Any, move: Move, now: int) -> None:
     state = next_event_state(EventState.DOUBTFUL, move)
     values: Mapping[str, Any] = {"state": state.value, "seen_value": None, "seen_at": None, "error": None}
     if state is EventState.PENDING:  # it stays known that somebody has looked, also if it must be sealed anew
-        write_act(connection, ABSENT, doubt.identifier, "", now)
+        write_act(connection, ABSENT_AT_STRIPE, doubt.identifier, "", now)
         values = {**values, "seen_at": now, "first_unknown_at": None, "settled_at": None, "due": now}
     else:
         values = {**values, "first_unknown_at": None, "sent_at": now, "settled_at": now}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from langchain_stripe_meter.core.runs import ABANDONED_AFTER
 from langchain_stripe_meter.core.states import ReadingState
@@ -33,14 +33,19 @@ Row = tuple[Any, ...]
 class Stored(NamedTuple):
     """What the ledger has under the key of a row that was not stored."""
 
-    value: Any
+    value: str | None
     at: int
     state: str
     customer: str | None
     reference: str | None
 
 
-Other = tuple[Row, Stored]
+class Other(NamedTuple):
+    """A row that was not stored, what stands in its place, and in what the two differ."""
+
+    row: Row
+    stored: Stored
+    by: Literal["payer", "amount", "time"]
 
 
 def _statement(mark: str, columns: Sequence[str] = COLUMNS) -> str:
@@ -92,24 +97,26 @@ def others(driver: Any, rows: Sequence[Row]) -> list[Other]:
     found = []
     for row in rows:
         there = driver.execute(find, (row[_KEY],)).fetchone()
-        if there is not None and row[_JOB] is None and _is_another(row, stored := Stored(*there)):
-            found.append((row, stored))
+        if there is not None and row[_JOB] is None:
+            stored = Stored(*there)
+            by = _difference(row, stored)
+            if by is not None:
+                found.append(Other(row, stored, by))
     return found
 
 
-def _is_another(row: Row, stored: Stored) -> bool:
-    apart = abs(stored.at - row[_AT])
-    known = stored.value is not None and row[_VALUE] is not None
-    if known and (Decimal(stored.value) != Decimal(row[_VALUE]) or apart > _apart_at_most(row)):
-        return True
-    return pays_otherwise(row, stored)
+def _difference(row: Row, stored: Stored) -> Literal["payer", "amount", "time"] | None:
+    if _pays_otherwise(row, stored):
+        return "payer"
+    if stored.value is None or row[_VALUE] is None:
+        return None
+    if Decimal(stored.value) != Decimal(row[_VALUE]):
+        return "amount"
+    most = GIVEN_UP_SECONDS if row[_ESTIMATED] else SAME_SECONDS
+    return "time" if abs(stored.at - row[_AT]) > most else None
 
 
-def _apart_at_most(row: Row) -> int:
-    return GIVEN_UP_SECONDS if row[_ESTIMATED] else SAME_SECONDS
-
-
-def pays_otherwise(row: Row, stored: Stored) -> bool:
+def _pays_otherwise(row: Row, stored: Stored) -> bool:
     """Whether ``row`` names somebody who pays, and what is stored another, or nobody."""
     pairs = ((row[_CUSTOMER], stored.customer), (row[_REFERENCE], stored.reference))
     named = row[_STATE] != ReadingState.SKIPPED.value and any(ours is not None for ours, _ in pairs)

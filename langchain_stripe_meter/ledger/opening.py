@@ -25,12 +25,11 @@ from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError
 from langchain_stripe_meter.ledger.lanes import BUSY_SECONDS, Lane
 from langchain_stripe_meter.ledger.schema import HEAD, metadata
 
-# -- where it is
-
-
 _NO_PSYCOPG = "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
 
 logger = logging.getLogger("langchain_stripe_meter")
+
+# -- where it is
 
 
 def parse_url(url: str) -> URL:

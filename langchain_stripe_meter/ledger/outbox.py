@@ -46,7 +46,7 @@ from langchain_stripe_meter.core.states import (
     safe_window,
     settle,
 )
-from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, KNOWN, events, readings
+from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, KNOWN_TO_STRIPE, events, readings
 from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
 from langchain_stripe_meter.ledger.store import write_act
 
@@ -304,7 +304,7 @@ def _finish(
 ) -> EventState | None:
     row_id, lease = claim
     after = settle(attempt, outcome, now)
-    is_contradicted = outcome.move is Move.DUPLICATE and after.state is EventState.DOUBTFUL
+    is_contradicted = after.move is Move.CONTRADICTED
     bound = {
         "row_id": row_id,
         "its_lease": lease,
@@ -319,7 +319,7 @@ def _finish(
     if not connection.execute(_SETTLE, bound).rowcount:
         return None
     if is_contradicted:
-        write_act(connection, KNOWN, attempt.identifier, KNOWN_THERE, now)
+        write_act(connection, KNOWN_TO_STRIPE, attempt.identifier, KNOWN_THERE, now)
     if after.state is EventState.WITHDRAWN:
         unseal(connection, row_id, outcome.message, now)
     return after.state

@@ -118,11 +118,12 @@ def take(connection: Connection, samples: Iterable[Sample], account: str, end: i
     unknown = 0
     for sample in samples:
         row = _named(connection, sample.identifier, account)
-        if row is None or not _is_answered(row):
-            if row.state in _ON_THE_WAY if row is not None else _is_open(connection, sample.identifier, account, now):
-                waiting[sample.identifier] = sample.code
-            else:
-                unknown += 1
+        if row is None and _is_open(connection, sample.identifier, account, now):
+            waiting[sample.identifier] = sample.code
+        elif row is None or row.state not in (*_ON_THE_WAY, EventState.DELIVERED.value):
+            unknown += 1
+        elif not _is_answered(row):
+            waiting[sample.identifier] = sample.code
         elif row.state == EventState.DELIVERED.value and (row.first_sent or 0) > end + SKEW_SECONDS:
             late.append(sample.identifier)
         elif (fresh := reject_later(connection, row, sample.code, now)) is not None:

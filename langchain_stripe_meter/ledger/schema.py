@@ -151,13 +151,12 @@ CANCELLED_AT = (
 """When an event was cancelled, or was last asked to be; None where Stripe has refused that: a column for a query of
 events."""
 
-KNOWN = "known to Stripe"
-IS_CONTRADICTED = (
-    exists(acts.c.id).where(acts.c.subject == events.c.identifier, acts.c.act == KNOWN).label("is_contradicted")
-)
+KNOWN_TO_STRIPE = "known to Stripe"
+_known = exists(acts.c.id).where(acts.c.subject == events.c.identifier, acts.c.act == KNOWN_TO_STRIPE)
+IS_CONTRADICTED = _known.label("is_contradicted")
 """Whether Stripe knew the event's identifier when it was sent again because Stripe was said to lack it: a column for a
 query of events."""
-ABSENT = "absent at Stripe"
+ABSENT_AT_STRIPE = "absent at Stripe"
 """What is sent again under an identifier of which this was said, Stripe may know from before: see ``settle`` in
 core/states.py."""
 

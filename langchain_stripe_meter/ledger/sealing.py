@@ -34,7 +34,7 @@ from langchain_stripe_meter.core.states import (
 from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
-from langchain_stripe_meter.ledger.schema import ABSENT, IS_PENDING, acts, events, notes, readings
+from langchain_stripe_meter.ledger.schema import ABSENT_AT_STRIPE, IS_PENDING, acts, events, notes, readings
 from langchain_stripe_meter.ledger.store import CORRECTED, Ledger, own_account
 
 SEAL_AT_MOST = 1000
@@ -197,12 +197,14 @@ def _heed_acts(connection: Connection, made: list[dict[str, Any]], now: int) -> 
     (They come back when the customer of such an event was gone, so that its readings were held and assigned anew.)
     """
     ours = [event["identifier"] for event in made]
-    query = select(acts.c.subject, acts.c.act).where(acts.c.act.in_((REJECTED_LATER, ABSENT)), acts.c.subject.in_(ours))
+    query = select(acts.c.subject, acts.c.act).where(
+        acts.c.act.in_((REJECTED_LATER, ABSENT_AT_STRIPE)), acts.c.subject.in_(ours)
+    )
     found = {(row.subject, row.act) for row in connection.execute(query)}
     taken = set(ours)
     for event in made:
         identifier = event["identifier"]
-        event["resent"], event["seen_at"] = 0, now if (identifier, ABSENT) in found else None
+        event["resent"], event["seen_at"] = 0, now if (identifier, ABSENT_AT_STRIPE) in found else None
         if (identifier, REJECTED_LATER) in found:
             event["resent"], event["identifier"] = fresh_identifier(connection, identifier, 0, taken)
             event["seen_at"] = None
