@@ -462,30 +462,3 @@ def test_a_key_that_is_refused_is_told_as_that_and_not_as_a_wait_too(
         shop.pass_(PAUSE_SECONDS)
     assert (shop.status.paused is None, shop.status.waits) == (False, None)
     assert "what is pending waits" not in caplog.text
-
-
-def test_what_stripe_refused_for_good_is_told_before_a_wait_is_written_down(shop: StillShop) -> None:
-    """Nothing that goes wrong with the note keeps a person from hearing of it."""
-    noted: list[str | None] = []
-    shop.courier = Courier(
-        shop.ledger, Gateway(shop.sandbox.api_key, api_base=shop.sandbox.url), concurrency=4,
-        on_error=lambda _: noted.append(shop.ledger.note("waits")),
-    )  # fmt: skip
-    shop.courier.gateway.load_meters()
-    others, last = threading.Event(), threading.Event()
-    for number in range(1, 5):
-        shop.record(f"run-{number}", customer=f"cus_{number}")
-    shop.sandbox.fail(
-        refuse(400, message="no"), path=EVENTS, where=lambda asked: payer(asked) == "cus_4" and last.wait(30)
-    )
-    shop.sandbox.fail(
-        refuse(503), path=EVENTS, times=None, where=lambda asked: payer(asked) != "cus_4" and others.wait(30)
-    )
-    wait_until(lambda: shop.courier.turn() + 1 and shop.courier.in_flight == 4)
-    others.set()
-    wait_until(lambda: shop.courier._results.qsize() >= 3)
-    last.set()
-    wait_until(lambda: shop.courier._results.qsize() >= 4)
-    shop.courier.turn()
-    shop.courier.close(1)
-    assert (noted, shop.status.rejected) == ([None], 1)
