@@ -372,6 +372,12 @@ def test_verify_takes_a_beginning_and_an_end(sandbox: StripeSandbox, recorded: N
     )
 
 
+def test_a_meter_that_is_there_keeps_its_name_and_that_is_said(sandbox: StripeSandbox) -> None:
+    call("meters", "create", "new_tokens", "--display-name", "Tokens")
+    assert "still called" not in call("meters", "create", "new_tokens", "--display-name", "Tokens").stdout
+    assert "is still called 'Tokens'" in call("meters", "create", "new_tokens", "--display-name", "Other").stdout
+
+
 def test_tail_and_export_show_each_reading_once(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
     call("deliver", "--once")
     assert [row["state"] for row in as_json("tail")] == ["delivered", "held"]
@@ -382,6 +388,59 @@ def test_tail_and_export_show_each_reading_once(sandbox: StripeSandbox, recorded
     assert [json.loads(line)["event_name"] for line in lines] == ["ai_tokens", "ai_tokens"]
     assert "example.com" not in call("export").stdout
     assert "cannot be written" in call("export", str(tmp_path / "no" / "where.csv"), code=2).stderr
+
+
+@pytest.mark.parametrize("name", ["l.db", "l.db-wal", "l.db-shm", "l.db.epoch", "link.csv"])
+def test_an_export_never_goes_over_the_ledger(
+    sandbox: StripeSandbox, recorded: None, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "link.csv").symlink_to(tmp_path / "l.db")
+    (tmp_path / "l.db.epoch").touch()
+    assert "is the ledger's own" in call("export", str(tmp_path / name), code=2).stderr
+    assert as_json("status")["pending"] == 2
+
+
+def test_an_export_that_fails_leaves_the_one_before_it(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
+    before = tmp_path / "all.csv"
+    before.write_text("the one before")
+    (tmp_path / "other.db").write_bytes(b"not a database" * 100)
+    call("export", str(before), "--ledger", f"sqlite:///{tmp_path}/other.db", code=2)
+    assert before.read_text() == "the one before"
+    assert not list(tmp_path.glob("*.partial"))
+    call("export", str(before))
+    assert len(before.read_text().splitlines()) == 3
+    assert call("export", "/dev/null").exit_code == 0  # what is no file has nothing to be kept
+
+
+def test_an_export_tells_accounts_and_kinds_of_tokens_apart(sandbox: StripeSandbox) -> None:
+    usage = {"input_tokens": 100, "output_tokens": 7, "input_token_details": {"cache_read": 40}}
+    split = Tokens("split", split=True)
+    for account in ("acct_A", "acct_B"):
+        with StripeMeterCallbackHandler(split, customer="cus_1", stripe_account=account, deliver=False) as handler:
+            handler.record_usage(usage, id="job", model="gpt-4o", provider="openai")
+    kinds = [{"model": "openai/gpt-4o", "token_type": kind} for kind in ("input", "cached_input", "output")]
+    rows = list(csv.DictReader(io.StringIO(call("export").stdout)))
+    told = [(row["account"], json.loads(row["dimensions"])) for row in rows]
+    assert told == [(account, kind) for account in ("acct_A", "acct_B") for kind in kinds]
+    lines = [json.loads(line) for line in call("export", "--json").stdout.splitlines()]
+    assert [(line["account"], line["dimensions"]) for line in lines] == told
+    assert [(row["account"], row["dimensions"]) for row in as_json("tail")] == told
+
+
+@pytest.mark.parametrize("command", [["skips", "--since"], ["verify", "--since"], ["verify", "--until"]])
+def test_milliseconds_are_not_taken_for_seconds(sandbox: StripeSandbox, recorded: None, command: list[str]) -> None:
+    said = call(*command, "1764000000000", code=2).stderr
+    assert f"{command[1]} 1764000000000 is too far away" in said
+    assert "milliseconds?" in said
+
+
+@pytest.mark.parametrize(
+    "command", [["tail", "-n"], ["acts", "-n"], ["skips", "--since"], ["verify", "--since"], ["prune", "--older-than"]]
+)
+def test_a_number_that_no_ledger_can_hold_is_refused(
+    sandbox: StripeSandbox, recorded: None, command: list[str]
+) -> None:
+    assert command[1] in call(*command, "9" * 23, code=2).stderr
 
 
 def test_what_tail_shows_can_be_copied_whole_from_a_pipe(sandbox: StripeSandbox, recorded: None) -> None:

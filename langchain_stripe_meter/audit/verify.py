@@ -6,7 +6,7 @@ import html
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from typing import NamedTuple, TypeVar
@@ -23,6 +23,7 @@ from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.reversals import maybe_cancelled
 from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger
+from langchain_stripe_meter.ledger.tables import table_of
 
 AT_ONCE = 8
 """Questions to Stripe at a time; it takes 100 a second, in its sandboxes 25."""
@@ -108,8 +109,7 @@ class Verification:
         return "\n".join([*said, *(kind.format(some(named)) for kind, named in kinds.items() if named)])
 
     def _repr_html_(self) -> str:
-        head = (*(one.name for one in fields(Comparison)), "difference")
-        table = views.html_table(head, [tuple(getattr(one, name) for name in head) for one in self.comparisons])
+        table = table_of(Comparison, self.comparisons, "difference")
         lines = [*self.notes.splitlines(), *self.advice.splitlines()]
         return table + "".join(f"<p>{html.escape(line)}</p>" for line in lines)
 

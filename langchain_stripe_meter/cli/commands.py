@@ -14,6 +14,7 @@ from langchain_stripe_meter.cli.init import init
 from langchain_stripe_meter.cli.keeping import export, leads_app, ledger_app, meters_app, prune
 from langchain_stripe_meter.cli.settling import doubtful_app, settling_app
 from langchain_stripe_meter.cli.shared import (
+    MOST_ROWS,
     BillingDayOption,
     JsonOption,
     LedgerOption,
@@ -98,7 +99,7 @@ def status(billing_day: BillingDayOption = 1, ledger: LedgerOption = None, as_js
 
 @app.command()
 def tail(
-    number: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 20,
+    number: Annotated[int, typer.Option("-n", help="How many.", min=1, max=MOST_ROWS)] = 20,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -107,7 +108,8 @@ def tail(
         from langchain_stripe_meter.ledger import views
 
         newest = views.tail(opened, number)
-        hide = () if any(row.estimated for row in newest) else ("estimated",)
+        seldom = ("estimated", "account", "dimensions")
+        hide = [name for name in seldom if not any(getattr(row, name) for row in newest)]
         rows(newest, as_json=as_json, empty="Nothing is recorded yet.", hide=hide)
 
 
@@ -183,7 +185,8 @@ def deliver(
                 _look_again(opened, as_json=as_json)
             _deliver(courier, stopping, once=once, deadline=None if seconds is None else time.monotonic() + seconds)
         finally:
-            courier.close(10)
+            with errors.status("waiting for Stripe's last answers, ten seconds at most"):
+                courier.close(10)
         now = views.status(opened)
     done = {"delivered": courier.delivered, "rejected": courier.rejected, "pending": now.pending,
             "held": now.held, "doubtful": now.doubtful}  # fmt: skip
@@ -263,17 +266,12 @@ def verify(
         from dataclasses import asdict
 
         from langchain_stripe_meter.audit.verify import verify as compare
-        from langchain_stripe_meter.core.events import LAST_SECOND
+        from langchain_stripe_meter.core.events import LAST_SECOND, seconds
 
         opened.pin(is_test=gateway.is_test)
+        span = seconds(since, "since"), LAST_SECOND if until is None else seconds(until, "until")
         with errors.status("asking Stripe") as shown:
-            found = compare(
-                opened,
-                gateway,
-                since,
-                LAST_SECOND if until is None else until,
-                progress=lambda done, all_: shown.update(f"{done} of {all_}"),
-            )
+            found = compare(opened, gateway, *span, progress=lambda done, all_: shown.update(f"{done} of {all_}"))
     if as_json:
         judged = [(one, not (one.difference or one.problem)) for one in found.comparisons]
         print_json([asdict(one) | {"difference": one.difference, "agrees": agrees} for one, agrees in judged])

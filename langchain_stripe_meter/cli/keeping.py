@@ -30,6 +30,7 @@ from langchain_stripe_meter.cli.shared import (
     say,
 )
 from langchain_stripe_meter.core.values import counted
+from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger import DEFAULT_LEDGER
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def create(
 
         made = make_meter(gateway, event_name, display_name, (price, currency, interval), check_account(account))
         said = f"The meter {made.event_name!r} is there: {made.id}."
+        if display_name not in (None, made.display_name):
+            said += f" It was there before, and is still called {made.display_name!r}."
         if made.price is not None:
             said += f" Its price: {made.price.id}, for your customers' subscriptions."
         say(said, _plain(made), as_json=as_json)
@@ -178,11 +181,29 @@ def export(
             _export(opened, sys.stdout, shown, as_json=as_json)
             return
         try:
-            with file.open("w", newline="", encoding="utf-8") as stream:
-                count = _export(opened, stream, shown, as_json=as_json)
+            count = _export_to(file.resolve(), opened, shown, as_json=as_json)
         except OSError as error:
             fail(f"{file} cannot be written: {error.strerror}. Give another path.", as_json=as_json)
     console.print(f"{counted(count, 'reading')} written to {file}.", soft_wrap=True)
+
+
+def _export_to(file: Path, ledger: Ledger, shown: Status, *, as_json: bool) -> int:
+    """Whole or not at all: what stands under that name stays until the new one is complete."""
+    from langchain_stripe_meter.ledger.opening import files_of
+
+    own = files_of(ledger.database.url)
+    if any(file == one.resolve() or (file.exists() and one.exists() and file.samefile(one)) for one in own):
+        raise ConfigurationError(f"{file} is the ledger's own; an export would destroy it. Give another path.")
+    partial = file.with_name(f"{file.name}.partial") if file.is_file() or not file.exists() else file
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as stream:
+            count = _export(ledger, stream, shown, as_json=as_json)
+        partial.replace(file)
+    except BaseException:
+        if partial != file:
+            partial.unlink(missing_ok=True)
+        raise
+    return count
 
 
 def _export(ledger: Ledger, stream: Any, shown: Status, *, as_json: bool) -> int:
@@ -191,7 +212,7 @@ def _export(ledger: Ledger, stream: Any, shown: Status, *, as_json: bool) -> int
     names = [field.name for field in dataclasses.fields(views.Row)]
     writer = csv.DictWriter(stream, names)
     rows = views.every(ledger)
-    first = list(islice(rows, 1))  # a ledger that cannot be read fails here, with nothing written
+    first = list(islice(rows, 1))  # a ledger that cannot be read fails here, with nothing on standard output
     if not as_json:
         writer.writeheader()
     count = 0
@@ -200,7 +221,7 @@ def _export(ledger: Ledger, stream: Any, shown: Status, *, as_json: bool) -> int
         if as_json:
             stream.write(json.dumps(plain, default=str) + "\n")
         else:
-            writer.writerow(plain)
+            writer.writerow({**plain, "dimensions": json.dumps(plain["dimensions"])})
         count += 1
         if count % TELL_EVERY == 0:
             shown.update(f"{count:,} readings")
@@ -208,7 +229,7 @@ def _export(ledger: Ledger, stream: Any, shown: Status, *, as_json: bool) -> int
 
 
 def prune(
-    older_than: Annotated[int, typer.Option(help="Days; at least 36, since Stripe takes usage of 35.")] = 40,
+    older_than: Annotated[int, typer.Option(help="Days; at least 36, as Stripe takes usage of 35.", max=36_500)] = 40,
     shrink: Annotated[
         bool, typer.Option("--shrink", help="Make the file smaller too; nobody can record meanwhile.")
     ] = False,

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from langchain_stripe_meter.cli.shared import (
+    MOST_ROWS,
     JsonOption,
     LedgerOption,
     clear_errors,
@@ -46,9 +47,10 @@ def skips(
 ) -> None:
     """What went unbilled because nobody was named: per day, meter and reason."""
     with clear_errors(as_json=as_json), open_ledger(ledger) as opened:
+        from langchain_stripe_meter.core.events import seconds
         from langchain_stripe_meter.ledger.views import skips as unbilled
 
-        rows(unbilled(opened, since), as_json=as_json, empty="Nothing was skipped.")
+        rows(unbilled(opened, seconds(since, "since")), as_json=as_json, empty="Nothing was skipped.")
 
 
 @settling_app.command()
@@ -88,7 +90,7 @@ def retry(ledger: LedgerOption = None, as_json: JsonOption = False) -> None:
 
 @settling_app.command()
 def acts(
-    number: Annotated[int, typer.Option("-n", help="How many.", min=1)] = 100,
+    number: Annotated[int, typer.Option("-n", help="How many.", min=1, max=MOST_ROWS)] = 100,
     ledger: LedgerOption = None,
     as_json: JsonOption = False,
 ) -> None:

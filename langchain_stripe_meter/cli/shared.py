@@ -46,6 +46,8 @@ _piped = Console(markup=False, emoji=False, highlight=False, width=100_000)
 """For a pipe or a file: nothing is cut or wrapped, so that it can be copied and searched."""
 IDS_AT_ONCE = 100_000
 """The longest range of ids that is taken for meant."""
+MOST_ROWS = 1_000_000
+"""The longest list that a command shows."""
 ID_DIGITS = 18
 """A database's ids have no more."""
 _COLOURS = {"ok": "green", "delivered": "green", "warn": "yellow", "held": "yellow", "doubtful": "yellow",
@@ -102,7 +104,7 @@ def say(message: str, data: Mapping[str, Any], *, as_json: bool) -> None:
         console.print(message, soft_wrap=True)
 
 
-def rows(items: Sequence[Any], *, as_json: bool, empty: str, hide: tuple[str, ...] = ()) -> None:
+def rows(items: Sequence[Any], *, as_json: bool, empty: str, hide: Sequence[str] = ()) -> None:
     """Records of one dataclass, as a table or as a JSON array."""
     if as_json:
         print_json([dataclasses.asdict(item) for item in items])

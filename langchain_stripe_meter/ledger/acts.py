@@ -6,7 +6,7 @@ Each function that changes something takes all that it is given, or refuses by n
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import Connection, select, update
@@ -35,7 +35,8 @@ from langchain_stripe_meter.ledger.jobs import check_same
 from langchain_stripe_meter.ledger.reversals import MAX_REASON, cancel, event_of, may_be_cancelled, named_move
 from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.store import ASSIGNED, CORRECTED, Entry, Ledger, insert_or_ignore, write_act
-from langchain_stripe_meter.ledger.views import Held, Readings, html_table, named
+from langchain_stripe_meter.ledger.tables import table_of
+from langchain_stripe_meter.ledger.views import Held, Readings, named
 
 RETIMED, WRITTEN_OFF = "re-timed", "written off"
 UNEXPLAINED = "unexplained"
@@ -56,8 +57,7 @@ class ActList(list[Act]):
     """Acts, oldest first; a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        head = tuple(one.name for one in fields(Act))
-        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+        return table_of(Act, self)
 
 
 def every_act(ledger: Ledger, most: int = 1000) -> ActList:

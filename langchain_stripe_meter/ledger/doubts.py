@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, NamedTuple
 
@@ -34,7 +34,7 @@ from langchain_stripe_meter.ledger.schema import (
     pruned,
 )
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
-from langchain_stripe_meter.ledger.views import html_table
+from langchain_stripe_meter.ledger.tables import table_of
 
 DAY = 86_400
 logger = logging.getLogger("langchain_stripe_meter")
@@ -70,8 +70,7 @@ class DoubtfulList(list[Doubtful]):
     """Doubtful events; a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        head = tuple(one.name for one in fields(Doubtful))
-        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+        return table_of(Doubtful, self)
 
 
 def doubtful(ledger: Ledger) -> DoubtfulList:

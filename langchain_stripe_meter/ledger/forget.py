@@ -23,7 +23,7 @@ from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
 from langchain_stripe_meter.ledger.resolving import FOLDED, known_by, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
-from langchain_stripe_meter.ledger.views import NotebookTable
+from langchain_stripe_meter.ledger.tables import NotebookTable
 from langchain_stripe_meter.reentry import inside
 
 FORGOTTEN = "forgotten: whoever it was asked to be erased; assign it or write it off"

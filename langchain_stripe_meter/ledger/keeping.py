@@ -32,7 +32,7 @@ from langchain_stripe_meter.ledger.schema import (
     webhook_events,
 )
 from langchain_stripe_meter.ledger.store import Ledger, insert_or_ignore
-from langchain_stripe_meter.ledger.views import NotebookTable
+from langchain_stripe_meter.ledger.tables import NotebookTable
 from langchain_stripe_meter.reentry import inside
 
 LEAST_DAYS = 36

@@ -108,7 +108,7 @@ def tighten(path: Path) -> None:
     if os.name != "posix":
         return
     loose = 0
-    for file in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
+    for file in _with_sqlites_own(path):
         with suppress(FileNotFoundError):  # SQLite's own come and go
             mode = stat.S_IMODE(file.stat().st_mode)
             if not mode & 0o077:
@@ -221,6 +221,15 @@ def bring_up_to_date(lane: Lane, *, automatic: bool) -> None:
     if version is None and sidecar is not None:
         with suppress(OSError):  # it is there; or it cannot be written, which a courier tells
             os.close(os.open(sidecar, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+
+def _with_sqlites_own(path: Path) -> list[Path]:
+    return [path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))]
+
+
+def files_of(url: URL) -> list[Path]:
+    """The files that are a SQLite ledger; none of one on a server."""
+    return [*_with_sqlites_own(Path(str(url.database))), sidecar_of(url)] if url.get_backend_name() == "sqlite" else []
 
 
 def sidecar_of(url: URL) -> Path:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
@@ -28,6 +29,7 @@ from langchain_stripe_meter.ledger.schema import (
     readings,
 )
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.ledger.tables import NotebookTable, table_of
 
 DAY = 86_400
 PRUNED = "no longer known: the readings were pruned"
@@ -45,13 +47,6 @@ _WHAT_TO_CALL = (
     "To do: assign(held, 'cus_…') (who pays) or assign(held, value=7) (how much each); retry() (once Stripe has the "
     "customer or the meter); retime(held) (what is too old); write_off(held, reason='…') (not billed)."
 )
-
-
-class NotebookTable:
-    """Shows a record as a small table in a notebook."""
-
-    def _repr_html_(self) -> str:
-        return html_table(("", ""), [(name, value) for name, value in asdict(self).items()])  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +117,7 @@ class HeldList(list[Held]):
     """Held readings; a table in a notebook, and below it what can be done about them."""
 
     def _repr_html_(self) -> str:
-        head = tuple(one.name for one in fields(Held) if one.name != "account" or any(item.account for item in self))
-        table = html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
+        table = table_of(Held, self, hide=() if any(one.account for one in self) else ("account",))
         return f"{table}<p>{html.escape(_WHAT_TO_CALL)}</p>" if self else table
 
 
@@ -144,7 +138,8 @@ def named(what: object, act: str, *kinds: type) -> list[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Row(NotebookTable):
-    """One reading and the event it became, for ``tail``; ``state`` is the event's where there is one."""
+    """One reading and the event it became; ``state`` is the event's where there is one, ``account`` the connected
+    account ("" for the key's own), ``dimensions`` what else the payload says, such as the kind of tokens."""
 
     identifier: str
     at: int
@@ -154,6 +149,8 @@ class Row(NotebookTable):
     state: str
     estimated: bool
     reason: str | None
+    account: str
+    dimensions: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,18 +172,7 @@ class SkipList(list[Skipped]):
     """Skipped readings, oldest day first; a table in a notebook."""
 
     def _repr_html_(self) -> str:
-        head = tuple(one.name for one in fields(Skipped))
-        return html_table(head, [tuple(getattr(item, name) for name in head) for item in self])
-
-
-def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A plain HTML table; every cell is escaped."""
-
-    def line(tag: str, cells: Sequence[object]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells) + "</tr>"
-
-    body = "".join(line("td", row) for row in rows)
-    return f"<table>{line('th', head)}{body}</table>" if any(head) else f"<table>{body}</table>"
+        return table_of(Skipped, self)
 
 
 _COUNTS = tuple(select(table.c.state, func.count()).group_by(table.c.state) for table in (readings, events))
@@ -345,6 +331,8 @@ def _row(row: Any) -> Row:
         state=row.event_state or row.state,
         estimated=bool(row.estimated),
         reason=row.error or row.reason,
+        account=row.account,
+        dimensions=json.loads(row.dimensions or "{}"),
     )
 
 
