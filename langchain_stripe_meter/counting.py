@@ -95,7 +95,8 @@ def readings_of(meters: Sequence[Meter], use: Use) -> list[Reading]:
         except InvalidValueError as error:  # Stripe would refuse it
             readings.append(Reading(meter.event_name, None, doubt=str(error)))
         except Exception as error:  # noqa: BLE001 - such as a library of prices that cannot price this
-            readings.append(Reading(meter.event_name, None, doubt=_doubt("the amount could not be worked out", error)))
+            what = f"the amount could not be worked out for the model {use.call.model!r}"
+            readings.append(Reading(meter.event_name, None, doubt=_doubt(what, error)))
     if use.recorded is None:
         return readings
     return _beyond(readings, readings_of(meters, replace(use, call=use.recorded, recorded=None)))

@@ -30,6 +30,7 @@ def genai_price(usage: Usage, model: str, provider: str | None) -> Decimal:
         output_tokens=usage.output or 0,
         cache_read_tokens=usage.cache_read,
         cache_write_tokens=usage.cache_write,
+        cache_write_1h_tokens=usage.cache_write_1h,
         input_audio_tokens=usage.audio_input,
         output_audio_tokens=usage.audio_output,
     )

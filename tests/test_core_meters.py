@@ -184,7 +184,7 @@ def test_a_call_that_consumed_nothing_gives_no_reading() -> None:
         Tokens("t"),
         Tokens("t", split=True),
         Tokens("t", weights={"input": 3}),
-        Cost("c", prices={"m": {"input": 1}}),
+        Cost("c", prices={"m": {"input": 1, "output": 1}}),
     ):
         assert meter.readings(call) == []
 
@@ -297,7 +297,8 @@ def test_a_cost_always_fits_into_stripes_digits(usage: Usage, price: Decimal, ot
 def test_a_markup_a_price_or_a_weight_given_as_a_float_has_no_binary_tail() -> None:
     assert Tokens("t", weights={"input": 0.1}).weights == {"input": Decimal("0.1")}  # type: ignore[dict-item]
     assert Cost("c", markup=1.3).markup == Decimal("1.3")  # type: ignore[arg-type]
-    assert Cost("c", prices={"m": {"input": 0.1}}).prices == {"m": {"input": Decimal("0.1")}}  # type: ignore[dict-item]
+    prices: Any = {"m": {"input": 0.1, "output": 2}}
+    assert Cost("c", prices=prices).prices == {"m": {"input": Decimal("0.1"), "output": Decimal(2)}}
 
 
 def test_own_prices_come_before_the_price_list() -> None:
@@ -314,7 +315,7 @@ def test_own_prices_come_before_the_price_list() -> None:
 
 
 def test_the_price_of_a_dated_model_comes_before_that_of_its_plain_name() -> None:
-    meter = Cost("c", prices={"m": {"input": 1}, "m-2025-01-01": {"input": 7}})
+    meter = Cost("c", prices={"m": {"input": 1, "output": 0}, "m-2025-01-01": {"input": 7, "output": 0}})
     assert value_of(meter, Call(Usage(1, 0), "m-2025-01-01")) == 7
     assert value_of(meter, Call(Usage(1, 0), "m-2025-02-02")) == 1
 

@@ -162,7 +162,18 @@ def test_openais_service_tiers_are_added_to_the_plain_buckets() -> None:
 def test_anthropics_cache_writes_are_added_over_their_lifetimes() -> None:
     details = {"cache_read": 5, "cache_creation": 0, "ephemeral_5m_input_tokens": 30, "ephemeral_1h_input_tokens": 10}
     report = {"input_tokens": 100, "output_tokens": 1, "input_token_details": details}
-    assert usage_from_metadata(report) == Usage(100, 1, cache_read=5, cache_write=40)
+    assert usage_from_metadata(report) == Usage(100, 1, cache_read=5, cache_write=40, cache_write_1h=10)
+
+
+def test_openais_service_tiers_write_caches_too() -> None:
+    for tier in ("", "flex_", "priority_"):
+        report = {"input_tokens": 100, "output_tokens": 1, "input_token_details": {f"{tier}cache_creation": 90}}
+        assert usage_from_metadata(report) == Usage(100, 1, cache_write=90)
+
+
+def test_more_that_is_kept_for_an_hour_than_was_written_at_all_is_refused() -> None:
+    with pytest.raises(UsageError, match="cache_write_1h = 3, which is more than cache_write = 2"):
+        Usage(10, 1, cache_write=2, cache_write_1h=3)
 
 
 def test_missing_and_empty_details_are_no_parts() -> None:
@@ -185,10 +196,10 @@ def test_a_legacy_llms_report_is_read_by_openais_names() -> None:
         "prompt_tokens": 50,
         "completion_tokens": 20,
         "total_tokens": 70,
-        "prompt_tokens_details": {"cached_tokens": 8, "audio_tokens": 2},
+        "prompt_tokens_details": {"cached_tokens": 8, "cache_write_tokens": 20, "audio_tokens": 2},
         "completion_tokens_details": {"reasoning_tokens": 5, "audio_tokens": 1},
     }
-    expected = Usage(50, 20, cache_read=8, audio_input=2, reasoning=5, audio_output=1)
+    expected = Usage(50, 20, cache_read=8, cache_write=20, audio_input=2, reasoning=5, audio_output=1)
     assert usage_from_token_usage(report) == expected
 
 

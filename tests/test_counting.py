@@ -78,7 +78,8 @@ def test_a_meter_that_fails_is_held_and_the_others_count(meters: Meters, caplog:
     meters.run(usage=USAGE)
     rows = meters.rows()
     assert {name: row.value for name, row in rows.items()} == {"tokens": 15, "cost": None, "messages": 1, "credits": 3}
-    assert (rows["cost"].state, rows["cost"].reason) == ("held", "the amount could not be worked out: ValueError")
+    reason = "the amount could not be worked out for the model 'm': ValueError"
+    assert (rows["cost"].state, rows["cost"].reason) == ("held", reason)
     assert meters.handler.status().unrecorded == 0
     assert SECRET not in caplog.text
 

@@ -30,6 +30,15 @@ def test_a_cached_token_has_its_own_price_and_is_not_charged_as_a_fresh_one_too(
     assert mixed == fresh * Decimal("0.6") + cached * Decimal("0.4")
 
 
+def test_what_anthropic_keeps_for_an_hour_costs_more_than_what_it_keeps_for_five_minutes() -> None:
+    written = {"input": 1_000_000, "cache_write": 1_000_000}
+    short = price("claude-sonnet-4-0", "anthropic", **written)
+    long = price("claude-sonnet-4-0", "anthropic", **written, cache_write_1h=1_000_000)
+    assert long == short * Decimal("1.6")
+    mixed = price("claude-sonnet-4-0", "anthropic", **written, cache_write_1h=400_000)
+    assert mixed == short * Decimal("0.6") + long * Decimal("0.4")
+
+
 def test_reasoning_costs_what_the_output_costs_that_it_is_a_part_of() -> None:
     assert price("o3", output=1000, reasoning=900) == price("o3", output=1000) > 0
 

@@ -16,12 +16,13 @@ from langchain_stripe_meter import MeteringSettings, from_lead, from_metadata, s
 from langchain_stripe_meter.core.customers import FirstOf
 from langchain_stripe_meter.core.meters import Cost, Credits, Messages, Tokens
 
+PRICES = {"m": {"input": "2", "output": 0}}
 FULL: dict[str, Any] = {
     "meters": [
         {"kind": "tokens", "event_name": "units", "weights": {"input": "1", "cache_read": "0.1", "output": "4"}},
         {"kind": "messages", "event_name": "bot_messages"},
         {"kind": "credits", "event_name": "credits", "credits": {"gpt-4o": "10"}, "default": "1"},
-        {"kind": "cost", "event_name": "cost", "markup": "1.3", "unit": "cents", "prices": {"m": {"input": "2"}}},
+        {"kind": "cost", "event_name": "cost", "markup": "1.3", "unit": "cents", "prices": PRICES},
     ],
     "customer": {
         "source": "first_of",
@@ -63,7 +64,7 @@ def test_settings_make_the_same_meters_and_sources_as_python_does(tmp_path: Path
         assert tokens == Tokens("units", weights={"input": 1, "cache_read": Decimal("0.1"), "output": 4})
         assert messages == Messages("bot_messages")
         assert credit == Credits("credits", {"gpt-4o": 10}, default=1)
-        assert cost == Cost("cost", markup=Decimal("1.3"), unit="cents", prices={"m": {"input": 2}})
+        assert cost == Cost("cost", markup=Decimal("1.3"), unit="cents", prices={"m": {"input": 2, "output": 0}})
         assert handler.customer == FirstOf((from_metadata("cid"), from_lead(by="email"), static(id="cus_1")))
 
 

@@ -43,14 +43,34 @@ class Reading:
     doubt: str | None = None
 
 
-def _weights(weights: Mapping[str, Number]) -> dict[str, Decimal]:
-    unknown = sorted(set(weights) - set(KINDS))
-    if unknown:
-        raise ConfigurationError(f"Tokens cannot weigh {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
-    checked = {kind: check_value(weight) for kind, weight in weights.items()}
+def _weights(weights: object) -> dict[str, Decimal]:
+    if not isinstance(weights, Mapping):
+        raise ConfigurationError("Tokens(weights=...) takes weights by kind, such as {'input': 1}.")
+    checked = _by_kind(weights, "Tokens cannot weigh")
     if not checked or any(weight < 0 for weight in checked.values()):
         raise ConfigurationError("Tokens(weights=...) takes at least one kind, and no weight below 0.")
     return checked
+
+
+def _prices(model: str, prices: object) -> dict[str, Decimal]:
+    """Both sums must have a price, so that none is free by omission."""
+    whose = f"Cost(prices=...) of {model!r}"
+    if not isinstance(prices, Mapping):
+        raise ConfigurationError(f"{whose} takes prices by kind, such as {{'input': 1, 'output': 2}}.")
+    checked = _by_kind(prices, f"{whose} cannot price")
+    if any(price < 0 for price in checked.values()):
+        raise ConfigurationError(f"{whose} takes no price below 0.")
+    missing = next((whole for whole in ("input", "output") if whole not in checked), None)
+    if missing:
+        raise ConfigurationError(f"{whose} has no price for {missing!r}. Where it costs nothing, say 0.")
+    return checked
+
+
+def _by_kind(numbers: Mapping[str, Number], cannot: str) -> dict[str, Decimal]:
+    unknown = sorted(set(map(str, numbers)) - set(KINDS))
+    if unknown:
+        raise ConfigurationError(f"{cannot} {unknown[0]!r}; the kinds are {', '.join(KINDS)}.")
+    return {kind: check_value(number) for kind, number in numbers.items()}
 
 
 def _full_weights(weights: Mapping[str, Decimal]) -> dict[str, Decimal]:
@@ -195,8 +215,9 @@ class Cost:
     """The price of every model call, times ``markup``, in ``unit`` (``usd``, ``cents`` or ``micro_usd``).
 
     Prices come from genai-prices (extra ``[prices]``), or from ``prices``: dollars per million tokens by model and
-    kind, such as ``{"my-model": {"input": Decimal("0.5"), "output": 2}}``. A model without a price is held with its
-    name, never billed as 0. The result is rounded to 15 significant digits, Stripe's limit.
+    kind, such as ``{"my-model": {"input": Decimal("0.5"), "output": 2}}``; both of these are needed, and a part without
+    a price of its own takes that of its whole. A model without a price is held with its name, never billed as 0.
+    The result is rounded to 15 significant digits, Stripe's limit.
     """
 
     event_name: str
@@ -213,7 +234,11 @@ class Cost:
         if check_value(self.markup) < 0:
             raise ConfigurationError(f"Cost(markup={self.markup}) must not be below 0.")
         object.__setattr__(self, "markup", check_value(self.markup))
-        checked = {model: _weights(kinds) for model, kinds in self.prices.items()}
+        if not isinstance(self.prices, Mapping):
+            raise ConfigurationError(
+                "Cost takes prices by model and kind, such as {'my-model': {'input': 1, 'output': 2}}."
+            )
+        checked = {model: _prices(model, kinds) for model, kinds in self.prices.items()}
         object.__setattr__(self, "prices", checked)
 
     def readings(self, call: Call) -> list[Reading]:

@@ -19,7 +19,10 @@ KINDS = ("input", "output", *INPUT_PARTS, *OUTPUT_PARTS)
 """The kinds of tokens that a meter can weigh or price."""
 
 _CACHE_READ = ("cache_read", "flex_cache_read", "priority_cache_read")
-_CACHE_WRITE = ("cache_creation", "ephemeral_5m_input_tokens", "ephemeral_1h_input_tokens")
+_CACHE_WRITE_1H = ("ephemeral_1h_input_tokens",)
+_CACHE_WRITE = (
+    "cache_creation", "flex_cache_creation", "priority_cache_creation", "ephemeral_5m_input_tokens", *_CACHE_WRITE_1H,
+)  # fmt: skip
 _REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
 
 
@@ -27,7 +30,8 @@ _REASONING = ("reasoning", "flex_reasoning", "priority_reasoning")
 class Usage:
     """Tokens of one model call, in inclusive buckets.
 
-    ``input`` and ``output`` are full sums, ``None`` where nobody knows; the other buckets are parts of them.
+    ``input`` and ``output`` are full sums, ``None`` where nobody knows; the other buckets are parts of them, and
+    ``cache_write_1h`` is the part of ``cache_write`` that is kept for an hour, at a price of its own (Anthropic).
     ``estimated`` marks numbers that no provider reported.
     """
 
@@ -39,22 +43,25 @@ class Usage:
     reasoning: int = 0
     audio_output: int = 0
     estimated: bool = False
+    cache_write_1h: int = 0
 
     def __post_init__(self) -> None:
         parts = (self.cache_read, self.cache_write, self.audio_input, self.reasoning, self.audio_output)
-        for count in (self.input, self.output, *parts):
+        for count in (self.input, self.output, *parts, self.cache_write_1h):
             if type(count) is not int or count < 0:
                 self._check_counts(parts)
-        if not any(parts):
+        if not any(parts) and not self.cache_write_1h:
             return
         # Cached audio is counted by both details, so each bucket of input is held against the sum by itself.
         _check_part("cache_read + cache_write", self.cache_read + self.cache_write, "input", self.input)
+        _check_part("cache_write_1h", self.cache_write_1h, "cache_write", self.cache_write)
         _check_part("audio_input", self.audio_input, "input", self.input)
         _check_part("reasoning + audio_output", self.reasoning + self.audio_output, "output", self.output)
 
     def _check_counts(self, parts: tuple[object, ...]) -> None:
         for kind, count in zip(KINDS, (self.input, self.output, *parts), strict=True):
             _check_count(kind, count)
+        _check_count("cache_write_1h", self.cache_write_1h)
 
     @property
     def total(self) -> int | None:
@@ -116,6 +123,7 @@ def usage_from_metadata(report: Mapping[str, Any] | None) -> Usage | None:
         output=came,
         cache_read=_sum(inputs, _CACHE_READ),
         cache_write=_sum(inputs, _CACHE_WRITE),
+        cache_write_1h=_sum(inputs, _CACHE_WRITE_1H),
         audio_input=_sum(inputs, ("audio",)),
         reasoning=_sum(outputs, _REASONING),
         audio_output=_sum(outputs, ("audio",)),
@@ -135,6 +143,7 @@ def usage_from_token_usage(report: Mapping[str, Any] | None) -> Usage | None:
         input=sent,
         output=came,
         cache_read=_sum(prompt, ("cached_tokens",)),
+        cache_write=_sum(prompt, ("cache_write_tokens",)),
         audio_input=_sum(prompt, ("audio_tokens",)),
         reasoning=_sum(completion, ("reasoning_tokens",)),
         audio_output=_sum(completion, ("audio_tokens",)),
