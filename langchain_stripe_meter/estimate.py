@@ -24,10 +24,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("langchain_stripe_meter")
 
-LOAD_SECONDS = 3.0
-"""How long estimates wait for a vocabulary, counted from when its loading began."""
+LOAD_SECONDS = 1.0
+"""How long estimates wait for a vocabulary, counted from when it was first asked for: enough to read one that is on
+this machine."""
 RETRY_SECONDS = 600.0
-"""How long a load that failed, or hangs, is remembered."""
+"""How long a load that failed, or hangs, is remembered; nobody waits for the next ones."""
+DOWNLOAD_SECONDS = 15.0
+"""How long somebody waits who asks whether it can be had."""
 PER_MESSAGE = 3
 PER_REPLY = 3
 PER_TOOLS = 12
@@ -40,6 +43,10 @@ PER_LINE = 3
 PER_IMAGE = 85
 """Tokens of an image of low detail, as OpenAI counts them, and as LangChain's approximation counts each."""
 _IMAGES = ("image", "image_url", "input_image")
+_APART = (*_IMAGES, "tool_use", "tool_call", "function_call", "thinking", "reasoning")
+"""Blocks of a prompt whose text is counted otherwise, or left out by the providers: the thoughts of earlier turns."""
+_TEXTS = ("text", "refusal", "title", "context", "output", "content")
+"""Where blocks hold text, or further blocks."""
 
 
 class Encodings:
@@ -48,19 +55,20 @@ class Encodings:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loaded: dict[str, Encoding] = {}
-        self._loading: dict[str, tuple[threading.Event, float]] = {}
+        self._loading: dict[str, tuple[threading.Event, float]] = {}  # and until when it is waited for
 
-    def get(self, name: str) -> Encoding | None:
-        """The vocabulary, or None while it cannot be had."""
+    def get(self, name: str, patience: float | None = None) -> Encoding | None:
+        """The vocabulary, or None while it cannot be had, by default after ``LOAD_SECONDS``."""
         encoding = self._loaded.get(name)
         if encoding is not None:
             return encoding
         now = time.monotonic()
         with inside(), self._lock:
-            ready, since = self._loading.get(name, (None, now))
-            if ready is None or now - since > RETRY_SECONDS:
-                ready, since = threading.Event(), now
-                self._loading[name] = (ready, since)
+            ready, until = self._loading.get(name, (None, now + (LOAD_SECONDS if patience is None else patience)))
+            if ready is None or now - until > RETRY_SECONDS:
+                until = until if ready is None else now
+                ready = threading.Event()
+                self._loading[name] = (ready, until)
                 thread = threading.Thread(
                     target=self._load, args=(name, ready), name="stripe-meter-tiktoken", daemon=True
                 )
@@ -68,7 +76,7 @@ class Encodings:
                     thread.start()
                 except RuntimeError:  # the interpreter is shutting down and starts no threads
                     ready.set()
-        ready.wait(max(since + LOAD_SECONDS - now, 0))
+        ready.wait(max(until - now, 0))
         return self._loaded.get(name)
 
     def _load(self, name: str, ready: threading.Event) -> None:
@@ -87,7 +95,7 @@ _ENCODINGS = Encodings()
 
 def has_vocabulary() -> bool:
     """Whether estimates can be close: whether the vocabulary of current models is here, or could be downloaded."""
-    return _ENCODINGS.get("o200k_base") is not None
+    return _ENCODINGS.get("o200k_base", DOWNLOAD_SECONDS) is not None
 
 
 def encoding_name(model: str | None) -> str:
@@ -102,7 +110,7 @@ def encoding_name(model: str | None) -> str:
 
 def estimate_usage(prompt: Any, tools: Any, output: Sequence[BaseMessage | str], model: str | None) -> Usage:
     """Estimate a call: ``prompt`` is its messages or its text, ``tools`` the schemas it was given, ``output`` what
-    came back, whole or in part. Never raises for lack of a vocabulary; never waits longer than a few seconds."""
+    came back, whole or in part. Never raises for lack of a vocabulary, and waits for it a second, once."""
     encoding = _ENCODINGS.get(encoding_name(model))
     return Usage(
         input=_count_prompt(prompt, encoding) + _count_tools(tools, encoding),
@@ -124,15 +132,17 @@ def _count_prompt(prompt: Any, encoding: Encoding | None) -> int:
         return count_tokens_approximately(messages)
     total = PER_REPLY
     for message in messages:
-        total += PER_MESSAGE + 1 + _count_text(_message_text(message), encoding) + PER_IMAGE * _images(message)
+        text = _content_text(message.content) + _calls(message)
+        total += PER_MESSAGE + 1 + _count_text(text, encoding) + PER_IMAGE * _images(message.content)
         if message.name:
             total += 1 + _count_text(message.name, encoding)
     return total
 
 
 def _count_output(item: BaseMessage | str, encoding: Encoding | None) -> int:
-    text = item if isinstance(item, str) else _message_text(item) + beside_text(item) + _unreadable_calls(item)
-    return _count_text(text, encoding) if text else 0
+    if not isinstance(item, str):
+        item = str(item.text) + _calls(item) + beside_text(item) + _unreadable_calls(item)
+    return _count_text(item, encoding) if item else 0
 
 
 def _count_tools(tools: Any, encoding: Encoding | None) -> int:
@@ -186,10 +196,22 @@ def _count_text(text: str, encoding: Encoding | None) -> int:
         return _count_text(text, None)
 
 
-def _message_text(message: BaseMessage) -> str:
-    text = str(message.text)
+def _content_text(content: Any) -> str:
+    """The text of a message of the prompt, in blocks of any kind and depth: documents, results of tools."""
+    if isinstance(content, list):
+        return "".join(map(_content_text, content))
+    if not isinstance(content, Mapping):
+        return content if isinstance(content, str) else ""
+    if content.get("type") in _APART:
+        return ""
+    source = content.get("source")
+    told = source.get("data") if isinstance(source, Mapping) and source.get("type") == "text" else ""
+    return _content_text(told) + "".join(_content_text(content.get(key)) for key in _TEXTS)
+
+
+def _calls(message: BaseMessage) -> str:
     calls = getattr(message, "tool_calls", None)
-    return text + json.dumps([[call["name"], call["args"]] for call in calls], default=str) if calls else text
+    return json.dumps([[call["name"], call["args"]] for call in calls], default=str) if calls else ""
 
 
 def _unreadable_calls(message: BaseMessage) -> str:
@@ -198,6 +220,6 @@ def _unreadable_calls(message: BaseMessage) -> str:
     return "".join(f"{call.get('name') or ''}{call.get('args') or ''}" for call in calls)
 
 
-def _images(message: BaseMessage) -> int:
-    blocks = message.content if isinstance(message.content, list) else []
-    return sum(isinstance(block, dict) and block.get("type") in _IMAGES for block in blocks)
+def _images(content: Any) -> int:
+    blocks = [block for block in content if isinstance(block, Mapping)] if isinstance(content, list) else []
+    return sum(block.get("type") in _IMAGES or _images(block.get("content")) for block in blocks)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiktoken
+from conftest import wait_until
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 from metering import Shop
 from providers import OpenAIServer, Reply
@@ -198,21 +200,21 @@ def test_a_download_that_hangs_delays_only_the_first_estimates(monkeypatch: pyte
         gate.set()
 
 
-def test_a_load_that_failed_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = tiktoken.get_encoding
-    answers = [OSError("unreachable"), real("o200k_base")]
-
-    def get(_: str) -> Any:
-        answer = answers.pop(0)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr(tiktoken, "get_encoding", get)
+def test_a_load_that_failed_is_tried_again_after_a_while_and_nobody_waits_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, again = tiktoken.get_encoding("o200k_base"), threading.Event()
+    answers: list[Callable[[], Any]] = [lambda: 1 / 0, lambda: again.wait() and real]
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: answers.pop(0)())
     encodings = Encodings()
     assert [encodings.get("o200k_base") for _ in range(3)] == [None] * 3
     monkeypatch.setattr(estimate, "RETRY_SECONDS", -1)
-    assert encodings.get("o200k_base") is not None
+    monkeypatch.setattr(estimate, "LOAD_SECONDS", 1000)
+    assert encodings.get("o200k_base") is None  # it hangs, and this returns
+    monkeypatch.setattr(estimate, "RETRY_SECONDS", 600)
+    assert encodings.get("o200k_base") is None
+    again.set()
+    wait_until(lambda: encodings.get("o200k_base") is real)
 
 
 def test_where_no_thread_can_start_any_more_an_approximation_serves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +289,41 @@ def test_an_image_in_a_prompt_counts_as_one_of_low_detail() -> None:
     text = {"type": "text", "text": "What is this?"}
     without = prompt_tokens([HumanMessage([text])], "gpt-4o") or 0
     assert prompt_tokens([HumanMessage([text, IMAGE, IMAGE])], "gpt-4o") == without + 2 * estimate.PER_IMAGE
+
+
+WORDS = "word " * 1000
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "tool_result", "tool_use_id": "1", "content": WORDS},
+        {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": WORDS}]},
+        {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": WORDS}},
+        {"type": "search_result", "source": "https://example.com", "content": [{"type": "text", "text": WORDS}]},
+        {"type": "text-plain", "text": WORDS, "mime_type": "text/plain"},
+        {"type": "input_text", "text": WORDS},
+        {"type": "function_call_output", "call_id": "1", "output": WORDS},
+    ],
+    ids=lambda block: block["type"],
+)
+def test_text_in_a_block_of_any_kind_is_a_part_of_the_prompt(block: dict[str, Any]) -> None:
+    plain = prompt_tokens([HumanMessage(WORDS)], "gpt-4o")
+    assert prompt_tokens([HumanMessage([block])], "gpt-4o") == plain
+
+
+def test_an_image_that_a_tool_gave_counts_as_any_other() -> None:
+    given = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "Here."}, IMAGE]}
+    plain = prompt_tokens([HumanMessage("Here.")], "gpt-4o") or 0
+    assert prompt_tokens([HumanMessage([given])], "gpt-4o") == plain + estimate.PER_IMAGE
+
+
+def test_a_call_of_a_tool_counts_once_and_the_thoughts_before_it_not_at_all() -> None:
+    """Providers leave the thoughts of earlier turns out of the prompt."""
+    call = {"name": "look_up", "args": {"city": "Paris"}, "id": "1"}
+    blocks = [{"type": "thinking", "thinking": WORDS}, {"type": "tool_use", "id": "1", "name": "look_up", "input": {}}]
+    plain = prompt_tokens([AIMessage("", tool_calls=[call])], "gpt-4o")
+    assert prompt_tokens([AIMessage(blocks, tool_calls=[call])], "gpt-4o") == plain
 
 
 @pytest.mark.parametrize(
