@@ -208,7 +208,7 @@ def test_a_load_that_failed_is_tried_again_after_a_while_and_nobody_waits_for_th
     monkeypatch.setattr(tiktoken, "get_encoding", lambda _: answers.pop(0)())
     encodings = Encodings()
     assert [encodings.get("o200k_base") for _ in range(3)] == [None] * 3
-    monkeypatch.setattr(estimate, "RETRY_SECONDS", -1)
+    monkeypatch.setattr(estimate, "RETRY_SECONDS", -1000)
     monkeypatch.setattr(estimate, "LOAD_SECONDS", 1000)
     assert encodings.get("o200k_base") is None  # it hangs, and this returns
     monkeypatch.setattr(estimate, "RETRY_SECONDS", 600)
