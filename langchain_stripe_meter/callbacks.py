@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import sys
 import threading
 import weakref
@@ -22,7 +21,7 @@ from langchain_stripe_meter.core.meters import Call
 from langchain_stripe_meter.core.runs import OpenRuns, Run
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.counting import Decide, Ending, call_of
-from langchain_stripe_meter.errors import UnidentifiedError
+from langchain_stripe_meter.errors import UnidentifiedError, logger
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.observed import (
     Observed,
@@ -39,8 +38,6 @@ from langchain_stripe_meter.observed import (
 )
 from langchain_stripe_meter.recording import Recorder
 from langchain_stripe_meter.reentry import is_inside, soon
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 class _DualEvent:
@@ -360,7 +357,7 @@ class MeteringCallbacks(BaseCallbackHandler):
         try:
             _, who = self._recorder.payer(facts)
         except Exception as error:  # noqa: BLE001 - not to know is no reason to break the chain
-            logger.error("stripe-meter: who pays could not be looked up: %s", type(error).__name__)  # noqa: TRY400
+            logger.error("stripe-meter: who pays could not be looked up: %s", type(error).__name__)
             return
         if isinstance(who, Skip) and not isinstance(who, Untold):
             raise UnidentifiedError(

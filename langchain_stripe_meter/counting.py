@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,13 +18,11 @@ from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, valueclass
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, place_of
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, logger, place_of
 from langchain_stripe_meter.ledger.inserting import COLUMNS, Other
 from langchain_stripe_meter.ledger.leads import like
 from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.observed import Observed
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 @valueclass

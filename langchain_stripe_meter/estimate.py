@@ -7,7 +7,6 @@ thread that is given a moment; until it succeeds (never, perhaps, without a netw
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +16,11 @@ from langchain_core.messages import BaseMessage, HumanMessage
 from langchain_core.messages.utils import count_tokens_approximately
 
 from langchain_stripe_meter.core.usage import Usage, beside_text
+from langchain_stripe_meter.errors import logger
 from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 LOAD_SECONDS = 1.0
 """How long estimates wait for a vocabulary, counted from when it was first asked for: enough to read one that is on

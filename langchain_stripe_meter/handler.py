@@ -19,14 +19,14 @@ from langchain_stripe_meter.core.events import check_account, check_on_error, ch
 from langchain_stripe_meter.core.meters import Call, Meter
 from langchain_stripe_meter.core.tenants import Tenant, TenantSource, lead_region, needs_lookup
 from langchain_stripe_meter.delivery.courier import Courier
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError, OnError
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError, OnError, logger
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import DEFAULT_LEDGER, views
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
-from langchain_stripe_meter.recording import OnMissingUsage, Recorder, logger
+from langchain_stripe_meter.recording import OnMissingUsage, Recorder
 from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:

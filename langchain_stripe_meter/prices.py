@@ -12,11 +12,6 @@ from langchain_stripe_meter.core.usage import Usage
 from langchain_stripe_meter.errors import ConfigurationError
 
 
-def is_installed() -> bool:
-    """Whether the extra is there."""
-    return find_spec("genai_prices") is not None
-
-
 def genai_price(usage: Usage, model: str, provider: str | None) -> Decimal:
     """The price of ``usage`` in US dollars; ``LookupError`` for a model that genai-prices does not know.
 
@@ -70,7 +65,7 @@ def checked_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
 def _priced(meter: Meter) -> Meter:
     if not isinstance(meter, Cost) or meter.pricer is not None:
         return meter
-    if not is_installed():
+    if find_spec("genai_prices") is None:
         if meter.prices:
             return meter
         raise ConfigurationError("Cost needs prices: pip install 'langchain-stripe-meter[prices]', or pass prices=.")

@@ -6,7 +6,6 @@ Faults are counted, logged and told, never raised into a chain.
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -59,6 +58,7 @@ from langchain_stripe_meter.errors import (
     OnError,
     UnrecordedError,
     hand_on,
+    logger,
     place_of,
     tell,
 )
@@ -69,8 +69,6 @@ from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.reentry import inside, soon, within
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
@@ -106,16 +104,14 @@ class Recorder:
     _untold_of: dict[str, str] = field(init=False, default_factory=dict)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
-    _tenant_of_all: Tenant | None = field(init=False)
     counts_messages: bool = field(init=False)
     """Whether anything but calls may be counted: each tenant may have meters of its own."""
 
     def __post_init__(self) -> None:
         only = self.tenant if isinstance(self.tenant, Tenant) else None
         meters = None if only is None else self.meters if only.meters is None else only.meters
-        self._tenant_of_all = only
         self.counts_messages = meters is None or any(meter.per == "message" for meter in meters)
-        self.needs_lookup = needs_lookup(self.customer) or not isinstance(self.tenant, Tenant)
+        self.needs_lookup = needs_lookup(self.customer) or only is None
         self.after_fork()
         renew_after_fork(self)
 
@@ -189,11 +185,7 @@ class Recorder:
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
-        skipped = 0
-        for entry in entries:
-            if entry.state is ReadingState.SKIPPED:
-                skipped += 1
-        if skipped:
+        if skipped := sum(entry.state is ReadingState.SKIPPED for entry in entries):
             with self._lock:
                 self.skipped += skipped
         if self.ledger.others:
@@ -308,7 +300,7 @@ class Recorder:
     ) -> list[Entry]:
         """Entries for what was used; ``source`` says who pays for this one alone. Where a lead cannot be read, or what
         the application calls a user, they are held for a person, or it ``raises``."""
-        tenant = tenant or self._tenant_of_all or self._tenant(use.facts)
+        tenant = tenant or self.tenant_of(use.facts)
         if isinstance(tenant, Skip):
             return make_entries(use, tenant, readings_of(self.meters, use))
         readings = readings_of(self.meters if tenant.meters is None else tenant.meters, use)
@@ -335,9 +327,10 @@ class Recorder:
     def _with_leads(self, facts: Facts, account: str, payer: CustomerSource) -> Facts:
         return replace(facts, lead=partial(self.leads.find, account=account)) if needs_lookup(payer) else facts
 
-    def _tenant(self, facts: Facts) -> Tenant | Skip:
+    def tenant_of(self, facts: Facts) -> Tenant | Skip:
         """Whose business a run is, by the application's own function; what it fails over is held for a person."""
-        assert not isinstance(self.tenant, Tenant)  # noqa: S101 - the caller has looked
+        if isinstance(self.tenant, Tenant):
+            return self.tenant
         try:
             tenant: object = self.tenant(facts.trusted())
             if isinstance(tenant, Tenant):
@@ -359,7 +352,7 @@ class Recorder:
 
     def payer(self, facts: Facts) -> tuple[str, Reference | Skip]:
         """On which account a run is billed, and who pays or why nobody does; it may ask the ledger for a lead."""
-        tenant = self._tenant_of_all or self._tenant(facts)
+        tenant = self.tenant_of(facts)
         if isinstance(tenant, Skip):
             return "", tenant
         payer = tenant.customer or self.customer
@@ -367,7 +360,7 @@ class Recorder:
 
     def place_of_lead(self, facts: Facts) -> tuple[str, str] | None:
         """The account and the session whose lead would pay for a run; None where there is none."""
-        tenant = self._tenant_of_all or self._tenant(facts)
+        tenant = self.tenant_of(facts)
         if isinstance(tenant, Skip):
             return None
         session = lead_session(tenant.customer or self.customer, facts)
@@ -388,7 +381,7 @@ class Recorder:
         used, now = usage_of_job(usage, id), self.ledger.now()
         when = now if at is None else check_timestamp(at, now)
         use = Use(id, when, facts, "call", replace(call, usage=used))
-        tenant = self._tenant_of_all or self._tenant(facts)
+        tenant = self.tenant_of(facts)
         if isinstance(tenant, Untold):  # held, it would be billed twice once the job is told again
             raise ConfigurationError(f"{tenant.reason}. Nothing is recorded: record it again, under the same id.")
         entries = self._of_use(use, tenant, None if customer is None else as_source(customer), raises=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import threading
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, suppress
@@ -21,9 +20,8 @@ from threading import get_ident
 from typing import Any, Generic, ParamSpec, TypeVar
 from weakref import ref
 
+from langchain_stripe_meter.errors import logger
 from langchain_stripe_meter.forks import renew_after_fork
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +37,6 @@ class _Place(threading.local):
 
 
 _place = _Place()
-
 
 WORTH_A_THREAD = 10
 """How many times as much as Python collects after: to start a thread takes as long as to record a run."""
@@ -126,14 +123,7 @@ def soon(event: Callable[P, None], /, *args: P.args, **kwargs: P.kwargs) -> None
     if place.inside:
         place.waiting.put(partial(event, *args, **kwargs))
         return
-    place.inside, thread = True, get_ident()  # from here on as in within(); a call fewer in every event
-    try:
-        _collector.pause(thread)
-        event(*args, **kwargs)
-    finally:
-        place.inside = False
-        _collector.busy.discard(thread)
-        _left(place)
+    within(event, *args, **kwargs)
 
 
 class _Exit(partial[bool]):
@@ -245,7 +235,7 @@ def _do_all(waiting: SimpleQueue[Callable[[], None]]) -> None:
         try:
             event()
         except Exception as error:  # noqa: BLE001 - whoever was interrupted must not hear of it
-            logger.error("stripe-meter: a late event failed: %s", type(error).__name__)  # noqa: TRY400
+            logger.error("stripe-meter: a late event failed: %s", type(error).__name__)
 
 
 class Bell:

@@ -198,20 +198,12 @@ class MeteringSettings(_Strict):
 
     def handler(self, **options: Any) -> StripeMeterCallbackHandler:
         """The handler with these settings; ``options`` are more of its own arguments (``stripe=``, ``on_error=``)."""
+        policy = self.on_unidentified
         return StripeMeterCallbackHandler(
             *(meter.build() for meter in self.meters),
             customer=self.customer.build() if self.customer else None,
-            ledger=self.ledger,
-            deliver=self.deliver,
-            on_missing_usage=self.on_missing_usage,
-            bill_cache_hits=self.bill_cache_hits,
-            billing_day=self.billing_day,
-            prune_after_days=self.prune_after_days,
-            stripe_account=self.stripe_account,
-            create_missing=self.create_missing,
-            on_unidentified=self._otherwise(),
-            concurrency=self.concurrency,
-            roll_up=self.roll_up,
+            on_unidentified=policy.build() if isinstance(policy, CustomerSettings) else policy,
+            **self.model_dump(exclude={"meters", "customer", "on_unidentified"}),
             **options,
         )
 
@@ -237,10 +229,6 @@ class MeteringSettings(_Strict):
     def shown_ledger(self) -> str | None:
         """The ledger's address as people may see it: without its password."""
         return None if self.ledger is None else without_password(self.ledger)
-
-    def _otherwise(self) -> Literal["skip", "raise"] | customers.CustomerSource:
-        policy = self.on_unidentified
-        return policy.build() if isinstance(policy, CustomerSettings) else policy
 
 
 def kind_of(path: Path) -> Literal["TOML", "JSON"]:

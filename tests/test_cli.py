@@ -544,7 +544,7 @@ def test_doctor_says_what_to_do_about_a_key_of_another_mode(
     found, *others = [one for one in as_json("doctor", code=1) if one["what"] == "ledger"]
     assert found["state"] == "fail"
     assert "ok" not in {other["state"] for other in others}
-    assert "Set $STRIPE_API_KEY to a key for test mode, or give --ledger" in found["said"]
+    assert "Use a key for test mode, or give live mode a ledger of its own." in found["said"]
 
 
 def test_doctor_only_warns_of_a_key_that_may_send_but_not_read_meters(

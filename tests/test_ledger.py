@@ -373,7 +373,7 @@ def test_of_an_account_that_is_closed_all_is_held_but_what_stripe_may_have_taken
     keys = ("new", "pending", "doubted", "sending")
     ledger.record([entry(key, customer=f"cus_{key}", account="acct_1") for key in keys[1:]])
     ledger.record([entry("ours")])
-    do(ledger, sealing.seal, NOW)
+    do(ledger, sealing.seal, NOW, None, ["", "acct_1"])
     ledger.record([entry("new", account="acct_1")])
     with ledger.deliver_lane().transaction() as connection:
         doubted = update(events).where(events.c.identifier == "doubted").values(first_unknown_at=NOW)

@@ -168,7 +168,7 @@ def fill(
         ledger.record([Entry(key, at=at, customer=who, **known) for key, who, at in keys[start : start + 5000]])
     with ledger.deliver_lane().transaction() as connection:
         connection.execute(update(readings).where(readings.c.account == "").values(account=account))
-        while sealing.seal(connection, now, 3600 if per_event > 1 else None):
+        while sealing.seal(connection, now, 3600 if per_event > 1 else None, [account]):
             pass
         delivered = update(events).where(events.c.state == "pending").values(state="delivered")
         connection.execute(delivered.values(settled_at=now - SUMS_LAG))  # so that Stripe's sums must show it

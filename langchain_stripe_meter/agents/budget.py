@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -22,11 +21,9 @@ from langchain_stripe_meter.core.events import is_async, number_text
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.tenants import account_of
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError, logger
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 Policy = Literal["allow", "stop"]
 Amount = int | Decimal
@@ -229,20 +226,6 @@ class Budget:
         """As ``check``, without blocking the event loop."""
         await asyncio.to_thread(self.check, customer, account=account)
 
-    def stopped(self, run_id: UUID, error: BaseException) -> None:
-        """Tell the meter that a call, of whose start it may have been told, is not made: LangChain does not."""
-        meter = self._meter
-        meter._recorder.settle(partial(meter._call_failed, error, run_id=run_id))
-
-    async def astopped(self, run_id: UUID, error: BaseException) -> None:
-        """As ``stopped``, without blocking the event loop."""
-        meter = self._meter
-        await meter._recorder.asettle(partial(meter._call_failed, error, run_id=run_id))
-
-    def facts_at_start(self, metadata: Mapping[str, Any] | None, parent_run_id: UUID | None = None) -> Facts:
-        """The facts of a call that starts here and now, as the meter sees them."""
-        return self._meter.facts_at_start(metadata, parent_run_id)
-
     def refresh(self) -> None:
         """Read what the first check would, such as when a server starts. Raises ``LedgerError``."""
         self._counters.used(Reference("id", "cus_nobody"), ())
@@ -257,7 +240,7 @@ class Budget:
             )
         if account is not None:
             raise ConfigurationError("account= goes with a 'cus_…' id or a Reference: a run has the account it bills.")
-        facts = customer or self.facts_at_start((var_child_runnable_config.get() or {}).get("metadata"))
+        facts = customer or self._meter.facts_at_start((var_child_runnable_config.get() or {}).get("metadata"))
         try:
             account, who = self._meter._recorder.payer(facts)
         except MeteringError:
@@ -349,7 +332,7 @@ class SpendLimitCallback(BaseCallbackHandler):
     def __init__(self, budget: Budget) -> None:
         super().__init__()
         check_budget(budget, "SpendLimitCallback")
-        self._budget = budget
+        self._budget, self._meter = budget, budget._meter
 
     on_chat_model_start = _Gate()
     on_llm_start = _Gate()
@@ -363,9 +346,9 @@ class SpendLimitCallback(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         try:
-            self._budget.check(self._budget.facts_at_start(metadata, parent_run_id))
-        except BaseException as error:
-            self._budget.stopped(run_id, error)
+            self._budget.check(self._meter.facts_at_start(metadata, parent_run_id))
+        except BaseException as error:  # LangChain does not tell the meter that a call which it was told of is not made
+            self._meter._recorder.settle(partial(self._meter._call_failed, error, run_id=run_id))
             raise
 
     async def _acheck(
@@ -377,7 +360,7 @@ class SpendLimitCallback(BaseCallbackHandler):
         **kwargs: Any,
     ) -> None:
         try:
-            await self._budget.acheck(self._budget.facts_at_start(metadata, parent_run_id))
+            await self._budget.acheck(self._meter.facts_at_start(metadata, parent_run_id))
         except BaseException as error:  # a task that is cancelled here makes no call either
-            await self._budget.astopped(run_id, error)
+            await self._meter._recorder.asettle(partial(self._meter._call_failed, error, run_id=run_id))
             raise

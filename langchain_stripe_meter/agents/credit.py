@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from contextlib import suppress
@@ -13,7 +12,7 @@ from cachetools import LRUCache
 
 from langchain_stripe_meter.agents.budget import Spender, check_amount, check_meter, customers_account
 from langchain_stripe_meter.core.references import Reference
-from langchain_stripe_meter.errors import ConfigurationError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, MeteringError, logger
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.customers import credit_of
 from langchain_stripe_meter.gateway.meters import checked_currency
@@ -22,8 +21,6 @@ from langchain_stripe_meter.reentry import inside
 
 REMEMBERED = 100_000
 """Customers whose credit is kept in memory."""
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 _Key = tuple[str, Reference]
 
@@ -103,7 +100,7 @@ class StripeCredit:
             except MeteringError as error:
                 logger.warning("stripe-meter: a credit balance could not be read; the last one counts: %s", error)
             except Exception as error:  # noqa: BLE001 - a bug here must not end the thread
-                logger.error("stripe-meter: a credit balance could not be read: %s", type(error).__name__)  # noqa: TRY400
+                logger.error("stripe-meter: a credit balance could not be read: %s", type(error).__name__)
             finally:
                 with inside(), self._lock:
                     self._asked.discard(key)

@@ -9,7 +9,6 @@ the chat; **a typed address proves nothing**, so it is off unless you make it.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,12 +33,10 @@ from langchain_stripe_meter.core.customers import (
 from langchain_stripe_meter.core.events import check_customer_id
 from langchain_stripe_meter.core.references import By
 from langchain_stripe_meter.core.tenants import lead_fields
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError
+from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, MeteringError, logger
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.leads import BillFrom
 from langchain_stripe_meter.observed import CLIENT_RUN, ClientRun
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 USUAL_KEY = "stripe_customer_id"
 """Where ``from_auth_user`` finds a customer that was passed as a ``cus_…`` id."""
@@ -123,8 +120,7 @@ def _named(customer: object) -> object:
 def _read(meter: StripeMeterCallbackHandler, user: object) -> dict[str, object]:
     """What the handler reads of a user. One whom it would not bill is refused: the application named them to be
     billed."""
-    recorder = meter._recorder
-    tenant = recorder._tenant_of_all or recorder._tenant(Facts(auth_user=user, on_server=True, now=meter._ledger.now()))
+    tenant = meter._recorder.tenant_of(Facts(auth_user=user, on_server=True, now=meter._ledger.now()))
     if isinstance(tenant, Skip):  # by the application's own word
         return {}
     keys = list(_user_keys(tenant.customer or meter.customer))
@@ -167,16 +163,12 @@ def _get(user: object, key: str) -> object:
 def _check_id(value: object) -> None:
     try:
         check_customer_id(value)
-    except InvalidValueError:  # not chained: it may quote an address
-        known = False
-    else:
-        known = True
-    if not known:
+    except InvalidValueError:
         raise InvalidValueError(
             "metered_config(customer=...) is no 'cus_…' id. Somebody known by e-mail, name or phone pays as a lead: "
             "make the handler with customer=from_lead(), call meter.leads.capture(session, email=...), and pass "
             "customer=None, session=session."
-        )
+        ) from None
 
 
 def _items(config: Mapping[str, Any], place: str) -> list[tuple[str, Any]]:
@@ -199,7 +191,6 @@ def _with(meter: StripeMeterCallbackHandler, given: Any) -> list[BaseCallbackHan
 
 # -- signed tokens
 
-
 SECRET = "STRIPE_METER_TOKEN_SECRET"  # noqa: S105 - the name of a variable
 """The environment variable that holds the secret; during a change of secrets the new one, a space, the old one."""
 
@@ -218,7 +209,7 @@ def sign_customer(
     Raises ``ConfigurationError`` for a secret that is missing or has less than 32 bytes, and for values that make no
     token, such as a time in the past.
     """
-    made = tokens.sign(customer, tokens.Secrets(_given(secret, SECRET)), expires_at=expires_at, account=account)
+    made = tokens.sign(customer, _secrets(secret), expires_at=expires_at, account=account)
     moment = expires_at.timestamp() if isinstance(expires_at, datetime) else expires_at
     if moment <= time.time():
         raise InvalidValueError(
@@ -239,7 +230,7 @@ def from_signed_token(
 
     Raises ``ConfigurationError`` for a secret that is missing or has less than 32 bytes.
     """
-    return FromSignedToken(key, tokens.Secrets(_given(secret, SECRET)), account)
+    return FromSignedToken(key, _secrets(secret), account)
 
 
 def secrets_in(variable: str) -> list[str]:
@@ -251,12 +242,11 @@ def secrets_in(variable: str) -> list[str]:
     return found
 
 
-def _given(secret: Secret | None, variable: str) -> Secret:
-    return secrets_in(variable) if secret is None else secret
+def _secrets(secret: Secret | None) -> tokens.Secrets:
+    return tokens.Secrets(secrets_in(SECRET) if secret is None else secret)
 
 
 # -- leads
-
 
 _CALLED: dict[str, str] = {"email": "e-mail address", "name": "full name", "phone": "phone number with country code"}
 
@@ -294,7 +284,7 @@ def capture_lead_tool(
         except InvalidValueError:
             return sorry
         except MeteringError as error:  # the chat must not break over it
-            logger.error("stripe-meter: a lead could not be captured: %s", error)  # noqa: TRY400 - it would quote it
+            logger.error("stripe-meter: a lead could not be captured: %s", error)
             return "This cannot be noted just now. Go on without it."
         return f"The {called} is noted. Thank the user."
 

@@ -4,13 +4,13 @@ clock has left, tells what grows old, and prunes.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
+from functools import partial
 
 from langchain_stripe_meter.audit.windows import Windows
 from langchain_stripe_meter.core.doubts import MINUTE, Facts, Look, decide, is_ready
 from langchain_stripe_meter.core.periods import Late, Span, check_billing_day, sentence, spans, untold
-from langchain_stripe_meter.errors import AgeAlarm, OnError, StripeError, tell
+from langchain_stripe_meter.errors import AgeAlarm, OnError, StripeError, logger, tell
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
 from langchain_stripe_meter.gateway.meters import billed_on
 from langchain_stripe_meter.ledger import doubts, keeping, recalling
@@ -21,9 +21,6 @@ from langchain_stripe_meter.ledger.store import Ledger
 
 LOOKS_AT_ONCE = 50
 """Sums that are read in one go: each is a request, and deliveries wait meanwhile."""
-FORBIDDEN = 403
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 class Doubts:
@@ -70,7 +67,7 @@ class Doubts:
                     meters[place.account] = self._gateway.meters(place.account)
                 looks[place] = self._sum(place, meters[place.account])
             except StripeError as error:
-                if getattr(error.__cause__, "http_status", None) != FORBIDDEN:
+                if getattr(error.__cause__, "http_status", None) != 403:
                     logger.info("stripe-meter: doubtful events wait: %s", error)
                     return looks
                 looks[place] = Look(None, f"{error} Give the key that permission, or look at Stripe yourself.")
@@ -97,17 +94,10 @@ def _order(facts: Facts) -> tuple[bool, int]:
 # -- a clock that was ahead
 
 
-class Recall:
-    """Puts right what a clock that was ahead has left behind, unless Stripe's own date says that ours is behind now."""
-
-    def __init__(self, ledger: Ledger, gateway: Gateway) -> None:
-        self._ledger = ledger
-        self._gateway = gateway
-
-    def __call__(self, now: int) -> None:
-        """Put right what there is."""
-        with self._ledger.deliver_lane().transaction(shared=True) as connection:
-            recalling.recall_rest(connection, max(now, self._gateway.date or now))
+def recall(ledger: Ledger, gateway: Gateway, now: int) -> None:
+    """Put right what a clock that was ahead has left behind, unless Stripe's own date says that ours is behind now."""
+    with ledger.deliver_lane().transaction(shared=True) as connection:
+        recalling.recall_rest(connection, max(now, gateway.date or now))
 
 
 # -- ages: an alarm is told once, by whichever process sees it first
@@ -172,4 +162,9 @@ def chores(
 ) -> list[Callable[[int], None]]:
     """For ``Courier(chores=...)``; ``ConfigurationError`` where ``prune_after_days`` is less than 36."""
     pruning = [] if prune_after_days is None else [keeping.PruneChore(ledger, prune_after_days, lambda: gateway.date)]
-    return [Recall(ledger, gateway), Doubts(ledger, gateway), Windows(ledger, gateway, on_error).chore, *pruning]
+    return [
+        partial(recall, ledger, gateway),
+        Doubts(ledger, gateway),
+        Windows(ledger, gateway, on_error).chore,
+        *pruning,
+    ]

@@ -15,6 +15,7 @@ from langchain_stripe_meter.audit.windows import some
 from langchain_stripe_meter.core.doubts import MINUTE
 from langchain_stripe_meter.core.events import LAST_SECOND
 from langchain_stripe_meter.core.states import Move
+from langchain_stripe_meter.core.tables import table_of
 from langchain_stripe_meter.core.totals import Comparison, Known, compare, is_settled
 from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
@@ -23,7 +24,6 @@ from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import views
 from langchain_stripe_meter.ledger.reversals import maybe_cancelled
 from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger
-from langchain_stripe_meter.ledger.tables import table_of
 
 AT_ONCE = 8
 """Questions to Stripe at a time; it takes 100 a second, in its sandboxes 25."""

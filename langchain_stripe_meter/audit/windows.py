@@ -7,7 +7,6 @@ than it reported, nobody can say which it refused: that is told to a person, by 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from decimal import Decimal
 
 from langchain_stripe_meter.core.totals import Minute, Sample, Verdict, disagreeing
 from langchain_stripe_meter.core.values import exact_sum
-from langchain_stripe_meter.errors import OnError, StripeError, tell
+from langchain_stripe_meter.errors import OnError, StripeError, logger, tell
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import reports
@@ -26,8 +25,6 @@ from langchain_stripe_meter.ledger.store import Ledger, write_act
 CUSTOMERS_AT_ONCE = 20
 """How many customers one look at a window asks Stripe about; delivery waits meanwhile, and goes first."""
 ABSENT_CODE = "absent at Stripe after it reported unnamed errors; not to be sent again if cancelled at Stripe by hand"
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 class Windows:

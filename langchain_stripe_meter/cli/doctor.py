@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from langchain_stripe_meter.cli.shared import new_gateway
+from langchain_stripe_meter.cli.shared import new_gateway, open_gateway
 from langchain_stripe_meter.core.values import counted
-from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import MeterInfo
 from langchain_stripe_meter.gateway.meters import problem_with
 
@@ -99,30 +98,17 @@ def _ledger(url: str) -> Iterator[Finding]:
 
 def _belongs(ledger: Ledger) -> Iterator[Finding]:
     """Whether the key is of the ledger's account and mode."""
-    from langchain_stripe_meter.ledger.store import ACCOUNT, LIVEMODE
+    from langchain_stripe_meter.delivery.guard import refuse_foreign
+    from langchain_stripe_meter.ledger.store import ACCOUNT, LIVEMODE, refuse_other_mode
 
     try:
-        gateway = new_gateway()
-    except MeteringError:  # said above
+        with open_gateway() as gateway:
+            refuse_other_mode(ledger.note(LIVEMODE), is_test=gateway.is_test)
+            refuse_foreign(ledger.note(ACCOUNT), gateway.account_id())
+    except ForeignLedgerError as error:
+        yield Finding("ledger", "fail", str(error))
+    except MeteringError:  # of the key or of Stripe: said above
         return
-    with closing(gateway):
-        mode, ours = ledger.note(LIVEMODE), "test" if gateway.is_test else "live"
-        if mode not in (None, ours):
-            yield _foreign(
-                f"it holds usage of {mode} mode, but the key is one for {ours} mode", f"a key for {mode} mode"
-            )
-            return
-        try:
-            pinned, account = ledger.note(ACCOUNT), gateway.account_id()
-        except MeteringError:  # said above
-            return
-    if pinned is not None and account not in (None, pinned):
-        yield _foreign(f"it holds usage of {pinned}, but the key belongs to {account}", f"a key of {pinned}")
-
-
-def _foreign(what: str, key: str) -> Finding:
-    remedy = f"Set $STRIPE_API_KEY to {key}, or give --ledger another ledger for this one."
-    return Finding("ledger", "fail", f"{what}. {remedy}")
 
 
 def _to_be_made(path: Path) -> Finding:

@@ -228,11 +228,9 @@ def missing_file(ledger: Ledger) -> Path | None:
     return None if file is None or file.exists() else file
 
 
-@contextmanager
-def open_gateway() -> Iterator[Gateway]:
+def open_gateway() -> closing[Gateway]:
     """Stripe, by ``$STRIPE_API_KEY``."""
-    with closing(new_gateway()) as gateway:
-        yield gateway
+    return closing(new_gateway())
 
 
 def new_gateway() -> Gateway:

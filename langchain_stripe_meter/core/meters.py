@@ -9,12 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
+from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from typing import ClassVar, Literal
 
 from langchain_stripe_meter.core.events import check_dimensions, check_event_name, check_value, significant_digits
 from langchain_stripe_meter.core.usage import INPUT_PARTS, KINDS, OUTPUT_PARTS, Usage
-from langchain_stripe_meter.core.values import valueclass
+from langchain_stripe_meter.core.values import EXACT, valueclass
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 Number = int | Decimal
@@ -82,13 +82,9 @@ def _full_weights(weights: Mapping[str, Decimal]) -> dict[str, Decimal]:
     return full
 
 
-_EXACT = Context(prec=100)
-"""The application may have set a coarse precision for its own sums; bills are worked out in this context."""
-
-
 def _weighted(given: Mapping[str, Number], usage: Usage) -> Decimal:
     weights = _full_weights({kind: Decimal(weight) for kind, weight in given.items()})
-    with localcontext(_EXACT):
+    with localcontext(EXACT):
         return sum((weights[kind] * count for kind, count in usage.exclusive().items()), Decimal(0))
 
 
@@ -113,12 +109,10 @@ class Tokens:
         check_event_name(self.event_name)
         if self.count not in ("total", "input", "output"):
             raise ConfigurationError(f"Tokens(count={self.count!r}): use 'total', 'input' or 'output'.")
-        if self.weights is not None:
-            if self.count != "total" or self.split:
-                raise ConfigurationError("Tokens takes one of count=, weights= and split=, not several.")
-            object.__setattr__(self, "weights", _weights(self.weights))
-        elif self.split and self.count != "total":
+        if (self.count != "total") + (self.weights is not None) + self.split > 1:
             raise ConfigurationError("Tokens takes one of count=, weights= and split=, not several.")
+        if self.weights is not None:
+            object.__setattr__(self, "weights", _weights(self.weights))
 
     def readings(self, call: Call) -> list[Reading]:
         """What ``call`` adds to this meter; nothing where it consumed nothing."""
@@ -129,11 +123,8 @@ class Tokens:
         if self.split:
             return self._split(usage, call)
         if self.weights is not None:
-            count = self._weigh(usage, self.weights)
+            count = round_digits(_weighted(self.weights, usage))
         return _reading(self.event_name, count, usage.estimated)
-
-    def _weigh(self, usage: Usage, given: Mapping[str, Number]) -> Decimal:
-        return round_digits(_weighted(given, usage))
 
     def _split(self, usage: Usage, call: Call) -> list[Reading]:
         parts = usage.exclusive()
@@ -244,7 +235,7 @@ class Cost:
     def readings(self, call: Call) -> list[Reading]:
         """What ``call`` cost."""
         usage = call.usage
-        if usage is None or not usage.complete:
+        if usage is None or usage.total is None:
             return [Reading(self.event_name, None, doubt=call.doubt or "the provider reported no usage")]
         try:
             dollars = self._dollars(usage, call)
@@ -252,7 +243,7 @@ class Cost:
             provider = repr(call.provider) if call.provider else "no named provider"
             doubt = f"no price is known for the model {call.model!r} of {provider}; give one with Cost(prices=...)"
             return [Reading(self.event_name, None, doubt=doubt)]
-        with localcontext(_EXACT):
+        with localcontext(EXACT):
             value = dollars * Decimal(self.markup) * UNITS[self.unit]
         return _reading(self.event_name, round_digits(value), usage.estimated)
 
@@ -261,7 +252,7 @@ class Cost:
             raise LookupError
         own = self.prices.get(call.model) or self.prices.get(plain_model(call.model))
         if own is not None:
-            return _weighted(own, usage).scaleb(-6, _EXACT)
+            return _weighted(own, usage).scaleb(-6, EXACT)
         if self.pricer is None:
             raise LookupError
         return self.pricer(usage, call.model, call.provider)
@@ -295,10 +286,9 @@ def round_digits(value: Decimal, digits: int = 15) -> Decimal:
     if significant_digits(value) <= digits:
         return value
     exponent = min(value.adjusted() - digits + 1, 0)
-    return value.quantize(Decimal((0, (1,), exponent)), ROUND_HALF_EVEN, _WIDE)
+    return value.quantize(Decimal((0, (1,), exponent)), ROUND_HALF_EVEN, EXACT)
 
 
-_WIDE = Context(prec=300)
 _DATE = re.compile(r"(?<=.)[-@]?(?:\d{4}-\d{2}-\d{2}|\d{8})\Z")
 _SHORT_DATE = re.compile(r"(?<=.)-(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\Z")
 

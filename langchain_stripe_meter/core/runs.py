@@ -243,7 +243,7 @@ class OpenRuns:
 
         Where the graph that waited for a person has ended, and the message has not, the application handled that.
         """
-        top = run.message or run
+        top = run.top
         top.answer = (call, run.facts)
         if top.interrupted and top.ended is None and top.waits_in not in self._runs:
             top.interrupted = False
@@ -262,7 +262,7 @@ class OpenRuns:
 
     def take_message(self, run: Run) -> tuple[Call, Facts] | None:
         """The answer of the message that ``run`` belongs to, once: when the message has ended."""
-        top = run.message or run
+        top = run.top
         if top.ended is None or top.interrupted or top.answer is None or top.taken:
             return None
         answer, top.answer, top.taken = top.answer, None, True

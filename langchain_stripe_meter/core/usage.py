@@ -68,11 +68,6 @@ class Usage:
         """Input and output together; ``None`` unless both are known."""
         return None if self.input is None or self.output is None else self.input + self.output
 
-    @property
-    def complete(self) -> bool:
-        """Whether both sums are known."""
-        return self.input is not None and self.output is not None
-
     def exclusive(self) -> dict[str, int]:
         """The same tokens cut into parts that do not overlap and add up to ``total``.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import html
 import shlex
 from collections.abc import Iterable, Mapping
 from contextlib import closing, suppress
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_stripe_meter.core.events import check_account, check_event_name
 from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.core.tables import html_table
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo, Price, as_stripe_error, meter_info, on_account
 
@@ -31,9 +31,7 @@ class MeterList(list[MeterInfo]):
 
     def _repr_html_(self) -> str:
         head = ("event_name", "display_name", "status", "problem")
-        rows = [[str(getattr(meter, name) or "") for name in head] for meter in self]
-        lines = (f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in [head, *rows])
-        return f"<table>{''.join(lines)}</table>"
+        return html_table(head, [[getattr(meter, name) or "" for name in head] for meter in self])
 
 
 def list_meters(stripe: str | StripeClient | None = None, *, stripe_account: str = "") -> MeterList:

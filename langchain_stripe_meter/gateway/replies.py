@@ -10,11 +10,14 @@ from email.utils import parsedate_to_datetime
 import stripe
 
 from langchain_stripe_meter.core.states import Move, Outcome
+from langchain_stripe_meter.core.totals import DUPLICATE, GONE_CODES
 
 MAX_MESSAGE = 300
-_GONE_CODES = ("archived_meter", "no_meter", "meter_event_customer_not_found")
 _GONE_WORDS = ("No such customer", "No such meter", "No active meter")
 _AHEAD = "minutes in the future"
+"""What Stripe says where its clock is behind ours: it takes it once that time has come."""
+_KNOWN = "already exists with identifier"
+"""What v1 says of an identifier that it has; v2 has a code."""
 _ELSEWHERE = "Unrecognized request URL"
 """What Stripe says to another request than ours: a redirect on the way has made a GET of it."""
 _SECRET = re.compile(r"\b([srp]k_(?:test|live)_)\w+")
@@ -50,19 +53,19 @@ def _move(error: stripe.StripeError, account: str) -> Move:
     A 401 is about the key. A 403 about a connected account says that this one is closed to us, as after its owner has
     revoked our access; only on the key's own account does it say that the key may do nothing.
     """
-    status = error.http_status or 0
-    if is_duplicate(error):
+    status, code, said = error.http_status or 0, code_of(error), str(error.user_message or error)
+    if code == DUPLICATE or (status == 400 and _KNOWN in said):
         return Move.DUPLICATE
     if status in (401, 403) and has_words(error):
         return Move.NO_ACCESS if status == 403 and account else Move.UNAUTHORISED
-    if status == 429 or isinstance(error, stripe.RateLimitError) or _is_ahead(error):
+    is_ahead = status == 400 and (code == "timestamp_in_future" or _AHEAD in said)
+    if status == 429 or isinstance(error, stripe.RateLimitError) or is_ahead:
         return Move.REFUSED_FOR_NOW
-    if _is_gone(error):
-        return Move.UNSEAL
+    if status in (400, 404) and (code in GONE_CODES or any(words in said for words in _GONE_WORDS)):
+        return Move.UNSEAL  # the customer, or the meter, may come back
     final = 400 <= status < 500 and status not in _NOT_FINAL and not isinstance(error, stripe.IdempotencyError)
-    final = final and _header(error.headers, "stripe-should-retry") != "true" and code_of(error) not in _NOT_FINAL_CODES
-    final = final and _ELSEWHERE not in str(error.user_message or error)
-    return Move.REFUSED if final and has_words(error) else Move.UNKNOWN
+    final = final and _header(error.headers, "stripe-should-retry") != "true" and code not in _NOT_FINAL_CODES
+    return Move.REFUSED if final and _ELSEWHERE not in said and has_words(error) else Move.UNKNOWN
 
 
 def has_words(error: BaseException | None) -> bool:
@@ -73,28 +76,6 @@ def has_words(error: BaseException | None) -> bool:
 def code_of(error: BaseException | None) -> str | None:
     """Stripe's code for what was wrong, where it has one."""
     return getattr(error, "code", None) or getattr(getattr(error, "error", None), "code", None)
-
-
-def is_duplicate(error: stripe.StripeError) -> bool:
-    """Whether Stripe says that it has this identifier (v1 in words only, v2 with a code)."""
-    code = code_of(error)
-    return code == "duplicate_meter_event" or (
-        error.http_status == 400 and "already exists with identifier" in str(error.user_message or error)
-    )
-
-
-def _is_gone(error: stripe.StripeError) -> bool:
-    """Whether Stripe took nothing because it does not have the customer, or no active meter; either may come back."""
-    code = code_of(error)
-    said = str(error.user_message or error)
-    return error.http_status in (400, 404) and (code in _GONE_CODES or any(words in said for words in _GONE_WORDS))
-
-
-def _is_ahead(error: stripe.StripeError) -> bool:
-    """Whether Stripe took nothing because its clock is behind ours; it will once that time has come."""
-    code = code_of(error)
-    said = str(error.user_message or error)
-    return error.http_status == 400 and (code == "timestamp_in_future" or _AHEAD in said)
 
 
 def _retry_after(error: stripe.StripeError) -> int | None:

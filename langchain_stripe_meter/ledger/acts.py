@@ -28,6 +28,7 @@ from langchain_stripe_meter.core.states import (
     next_event_state,
     next_reading_state,
 )
+from langchain_stripe_meter.core.tables import table_of
 from langchain_stripe_meter.core.tenants import NO_TENANT
 from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, InvalidValueError
 from langchain_stripe_meter.ledger.epoch import restored_up_to
@@ -35,7 +36,6 @@ from langchain_stripe_meter.ledger.jobs import check_same
 from langchain_stripe_meter.ledger.reversals import MAX_REASON, cancel, event_of, may_be_cancelled, named_move
 from langchain_stripe_meter.ledger.schema import acts, events, readings
 from langchain_stripe_meter.ledger.store import ASSIGNED, CORRECTED, Entry, Ledger, insert_or_ignore, write_act
-from langchain_stripe_meter.ledger.tables import table_of
 from langchain_stripe_meter.ledger.views import Held, Readings, named
 
 RETIMED, WRITTEN_OFF = "re-timed", "written off"

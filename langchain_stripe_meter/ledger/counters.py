@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 from langchain_stripe_meter.core.periods import Period, Spent, What
 from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import ReadingState
-from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.forks import renew_after_fork
-from langchain_stripe_meter.ledger.lanes import explain
+from langchain_stripe_meter.ledger.lanes import clear_errors
 from langchain_stripe_meter.ledger.resolving import known_by, secret_of
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.reentry import inside
@@ -245,20 +244,11 @@ class Counters:
 
     def _query(self, statement: str, *values: Any) -> list[Any]:
         """The driver's own rows: SQLAlchemy's cost several times the query itself, and this runs before every call."""
-        found: list[Any] = []
         text = statement if self._sqlite else statement.replace("?", "%s")
-
-        def work(driver: Any) -> None:
-            found[:] = driver.execute(text, values).fetchall()
-
-        try:
-            self._ledger.database.lane("count").run(work)
-        except MeteringError:
-            raise
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] in ("sqlite3", "psycopg", "sqlalchemy"):
-                raise explain(error) from error
-            raise
+        with clear_errors():
+            found: list[Any] = self._ledger.database.lane("count").run(
+                lambda driver: driver.execute(text, values).fetchall()
+            )
         return found
 
 

@@ -8,7 +8,6 @@ one more, on either.
 from __future__ import annotations
 
 import ctypes
-import logging
 import os
 import threading
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from weakref import WeakSet
 
 from sqlalchemy import Engine
 
-from langchain_stripe_meter.errors import LedgerError
+from langchain_stripe_meter.errors import LedgerError, logger
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.lanes import BUSY_SECONDS, Lane, clear_errors
 from langchain_stripe_meter.ledger.opening import (
@@ -33,8 +32,6 @@ from langchain_stripe_meter.reentry import inside
 
 FORK_SECONDS = BUSY_SECONDS + 1
 """How long a fork waits for what is being written or read just then."""
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 class _Opening:
@@ -184,14 +181,8 @@ class Database:
     def reopen_if_moved(self) -> None:
         """Open the file anew if it was deleted or replaced while it was open: what is written into it would be lost."""
         opened = self._opened
-        if opened is None or not self.is_sqlite:
+        if opened is None or not self.is_sqlite or (opened.file and opened.file == self._file()):
             return
-        try:
-            found = os.stat(self._path)
-            if opened.file == (found.st_dev, found.st_ino):
-                return
-        except FileNotFoundError:
-            pass
         self._moved = LedgerError(
             f"The ledger {self._path} was deleted or replaced while in use; what is recorded from now on is in the "
             "file that is there now. Unless this was a restore, restore it from a backup, else what it had not "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -22,8 +21,10 @@ from langchain_stripe_meter.core.doubts import (
     Verdict,
 )
 from langchain_stripe_meter.core.events import number_text
+from langchain_stripe_meter.core.periods import DAY
 from langchain_stripe_meter.core.states import EventState, Move, next_event_state
-from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError
+from langchain_stripe_meter.core.tables import table_of
+from langchain_stripe_meter.errors import ConfigurationError, IllegalMoveError, logger
 from langchain_stripe_meter.ledger.reversals import reject_later
 from langchain_stripe_meter.ledger.schema import (
     ABSENT_AT_STRIPE,
@@ -34,10 +35,6 @@ from langchain_stripe_meter.ledger.schema import (
     pruned,
 )
 from langchain_stripe_meter.ledger.store import Ledger, own_account, write_act
-from langchain_stripe_meter.ledger.tables import table_of
-
-DAY = 86_400
-logger = logging.getLogger("langchain_stripe_meter")
 
 
 class Place(NamedTuple):

@@ -34,7 +34,7 @@ from langchain_stripe_meter.errors import ConfigurationError, LedgerError
 from langchain_stripe_meter.ledger.lanes import clear_errors
 from langchain_stripe_meter.ledger.opening import make_durable, sidecar_of
 from langchain_stripe_meter.ledger.schema import events, notes, readings
-from langchain_stripe_meter.ledger.store import Ledger, set_note
+from langchain_stripe_meter.ledger.store import Ledger, note, set_note
 
 EPOCH = "epoch"
 RESTORED = "restored"
@@ -174,7 +174,7 @@ class Epoch:
         path, now = sidecar_path(self._ledger), self._ledger.now()
         unwritable: OSError | None = None
         with self._ledger.deliver_lane().transaction() as connection:
-            ours, theirs = _note(connection, EPOCH) or "", Sidecar.read(path)
+            ours, theirs = note(connection, EPOCH) or "", Sidecar.read(path)
             found = compare(ours, theirs)
             is_known = found == self._misfit and not self._is_opening
             if found is not None and not is_known:
@@ -200,7 +200,7 @@ class Epoch:
 
     def _confirm(self, new: str) -> None:
         with self._ledger.deliver_lane().transaction() as connection:
-            if _note(connection, EPOCH) == new:  # else another process was faster, and the file is its
+            if note(connection, EPOCH) == new:  # else another process was faster, and the file is its
                 Sidecar(new, "", self._ledger.now()).write(sidecar_path(self._ledger))
 
     @property
@@ -293,27 +293,23 @@ def restored_up_to(ledger: Ledger, connection: Connection) -> int:
     That counts, too, where no courier has noticed it yet. Raises ``LedgerError`` where the file cannot be read.
     """
     try:
-        if ledger.database.is_sqlite and compare(_note(connection, EPOCH) or "", Sidecar.read(sidecar_path(ledger))):
+        if ledger.database.is_sqlite and compare(note(connection, EPOCH) or "", Sidecar.read(sidecar_path(ledger))):
             return int(connection.execute(select(func.max(readings.c.id))).scalar() or 0)
     except OSError as error:
         raise LedgerError(_unwritable(ledger, error)) from error
-    return int(json.loads(_note(connection, RESTORED) or '{"reading": 0}')["reading"])
+    return int(json.loads(note(connection, RESTORED) or '{"reading": 0}')["reading"])
 
 
 def rows_are_gone(connection: Connection) -> None:
     """After readings were deleted, in that transaction: SQLite gives the numbers above its last row again, and what
     gets one of them does not come from the past."""
-    text = _note(connection, RESTORED)
+    text = note(connection, RESTORED)
     if text is None:
         return
     past, newest = json.loads(text), connection.execute(select(func.max(readings.c.id))).scalar() or 0
     if newest < past["reading"]:
         value = json.dumps({**past, "reading": newest})
         connection.execute(update(notes).where(notes.c.name == RESTORED).values(value=value))
-
-
-def _note(connection: Connection, name: str) -> str | None:
-    return connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
 
 
 _CAME_BACK = select(notes).where(notes.c.name == RESTORED)

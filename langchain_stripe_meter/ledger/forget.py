@@ -16,6 +16,7 @@ from sqlalchemy import ColumnElement, Connection, Row, delete, func, or_, select
 from langchain_stripe_meter.core.events import check_customer_id
 from langchain_stripe_meter.core.references import By, Reference, normalise
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
+from langchain_stripe_meter.core.tables import NotebookTable
 from langchain_stripe_meter.core.tenants import session_digest
 from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.errors import ConfigurationError
@@ -23,7 +24,6 @@ from langchain_stripe_meter.ledger.leads import LEAD_FIELDS
 from langchain_stripe_meter.ledger.resolving import FOLDED, known_by, secret_of
 from langchain_stripe_meter.ledger.schema import acts, leads, payers, pruned, readings
 from langchain_stripe_meter.ledger.store import Ledger, write_act
-from langchain_stripe_meter.ledger.tables import NotebookTable
 from langchain_stripe_meter.reentry import inside
 
 FORGOTTEN = "forgotten: whoever it was asked to be erased; assign it or write it off"

@@ -15,6 +15,9 @@ from langchain_stripe_meter.reentry import inside, within
 
 T = TypeVar("T")
 
+MOST = 500
+"""Items after which a batch takes no more."""
+
 
 class _Job(Generic[T]):
     """What one caller wants written, and what became of it."""
@@ -43,9 +46,8 @@ class GroupCommit(Generic[T]):
     helper thread that is started when first needed and again after a fork.
     """
 
-    def __init__(self, write: Callable[[Sequence[T]], None], *, most: int = 500) -> None:
+    def __init__(self, write: Callable[[Sequence[T]], None]) -> None:
         self._write = write
-        self._most = most
         self.after_fork()
         renew_after_fork(self)
 
@@ -187,7 +189,7 @@ class GroupCommit(Generic[T]):
 
     def _take(self, jobs: list[_Job[T]]) -> None:
         size = 0
-        while self._jobs and size < self._most:
+        while self._jobs and size < MOST:
             jobs.append(self._jobs[0])  # first, so that no interrupt finds it nowhere
             self._jobs.popleft()
             size += len(jobs[-1].items)

@@ -7,15 +7,17 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from decimal import Decimal
+from operator import add
 from typing import Any
 
-from sqlalchemy import Connection, and_, delete, exists, func, insert, or_, select, text, tuple_, update
+from sqlalchemy import Connection, and_, delete, exists, func, or_, select, text, tuple_
 
 from langchain_stripe_meter.core.events import number_text
-from langchain_stripe_meter.core.periods import ON_ITS_WAY_SECONDS, Late, Span
+from langchain_stripe_meter.core.periods import DAY, ON_ITS_WAY_SECONDS, Late, Span
 from langchain_stripe_meter.core.states import EventState, ReadingState
+from langchain_stripe_meter.core.tables import NotebookTable
 from langchain_stripe_meter.core.values import EXACT
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.forks import renew_after_fork
@@ -31,15 +33,13 @@ from langchain_stripe_meter.ledger.schema import (
     readings,
     webhook_events,
 )
-from langchain_stripe_meter.ledger.store import Ledger, insert_or_ignore
-from langchain_stripe_meter.ledger.tables import NotebookTable
+from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, insert_or_ignore
 from langchain_stripe_meter.reentry import inside
 
 LEAST_DAYS = 36
 """Stripe takes usage of up to 35 days; nothing younger is pruned, so that it can still be compared and corrected."""
 LEAD_DAYS = 365
 """A lead that nothing has asked for in so many days is pruned: a person is not kept for ever."""
-DAY = 86_400
 WALK = 5_000
 """Rows that are looked at in one go."""
 BATCH = 500
@@ -69,13 +69,7 @@ class Pruned(NotebookTable):
     leads: int = 0
 
     def __add__(self, other: Pruned) -> Pruned:
-        return Pruned(
-            self.readings + other.readings,
-            self.events + other.events,
-            self.notifications + other.notifications,
-            self.acts + other.acts,
-            self.leads + other.leads,
-        )
+        return Pruned(*map(add, astuple(self), astuple(other)))
 
 
 def prune(ledger: Ledger, older_than_days: int = 40, *, progress: Progress | None = None) -> Pruned:
@@ -256,20 +250,17 @@ def _keep_sums(connection: Connection, query: Any) -> None:
         sums[key] = EXACT.add(amount, Decimal(value or 0)), count + 1
     if not sums:
         return
-    keyed = tuple_(*(pruned.c[name] for name in ("account", "event_name", "customer", "day", "state")))
+    keyed = tuple_(*pruned.primary_key)
     known = {tuple(row)[:5]: row for row in connection.execute(select(pruned).where(keyed.in_(list(sums))))}
-    old = [_sum_row(key, known[key], added) for key, added in sums.items() if key in known]
-    new = [_sum_row(key, None, added) for key, added in sums.items() if key not in known]
-    for row in old:
-        mine = (pruned.c[name] == row.pop(name) for name in ("account", "event_name", "customer", "day", "state"))
-        connection.execute(update(pruned).where(*mine).values(**row))
-    if new:
-        connection.execute(insert(pruned), new)
+    upsert = dialect_insert(connection, pruned)
+    new = {"amount": upsert.excluded.amount, "readings": upsert.excluded.readings}
+    rows = [_sum_row(key, known.get(key), added) for key, added in sums.items()]
+    connection.execute(upsert.on_conflict_do_update(index_elements=[*pruned.primary_key], set_=new), rows)
 
 
 def _sum_row(key: tuple[str, str, str, int, str], known: Any, added: tuple[Decimal, int]) -> dict[str, Any]:
     amount, count = (Decimal(known.amount), known.readings) if known is not None else (Decimal(0), 0)
-    names = dict(zip(("account", "event_name", "customer", "day", "state"), key, strict=True))
+    names = dict(zip(pruned.primary_key.columns.keys(), key, strict=True))
     return {**names, "amount": number_text(EXACT.add(amount, added[0])), "readings": count + added[1]}
 
 

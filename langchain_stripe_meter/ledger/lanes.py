@@ -15,7 +15,6 @@ from typing import Any, Literal, TypeVar
 
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 
 from langchain_stripe_meter.errors import LedgerError
 from langchain_stripe_meter.reentry import block, inside
@@ -26,6 +25,8 @@ STOPPED_SECONDS = 60
 """How long a transaction on PostgreSQL may do nothing: a process that was stopped within one would block the others."""
 _TURN = 7382910545
 """PostgreSQL's advisory lock that transactions on the deliver lane take, for themselves or together."""
+_DRIVERS = ("sqlite3", "psycopg", "sqlalchemy")
+"""Whose errors speak of the database; psycopg may not be installed."""
 _IDLE = 0
 """PostgreSQL's name for a connection that does nothing, and is in no transaction."""
 
@@ -159,8 +160,10 @@ def clear_errors() -> Iterator[None]:
         yield
     except DBAPIError as error:
         raise explain(error.orig or error) from error
-    except (sqlite3.Error, AnyDatabaseError, UnicodeDecodeError) as error:
-        raise explain(error) from error
+    except Exception as error:
+        if isinstance(error, UnicodeDecodeError) or type(error).__module__.partition(".")[0] in _DRIVERS:
+            raise explain(error) from error
+        raise
 
 
 def explain(error: BaseException) -> LedgerError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -14,7 +13,7 @@ from sqlalchemy import delete as sql_delete
 from langchain_stripe_meter.core.references import By, Reference, check_region, normalise
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.core.tenants import account_of, session_digest
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError
+from langchain_stripe_meter.errors import ConfigurationError, LedgerError, logger
 from langchain_stripe_meter.ledger.inserting import others
 from langchain_stripe_meter.ledger.jobs import Job, check_job
 from langchain_stripe_meter.ledger.schema import leads, readings
@@ -25,8 +24,6 @@ LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
 UNKNOWN_AMOUNT = "the amount is unknown"
 NOTED_EVERY = 86_400
 """How often, in seconds, it is noted at most that somebody asked for a lead."""
-
-logger = logging.getLogger("langchain_stripe_meter")
 
 _CLAIMED = next_reading_state(ReadingState.SKIPPED, Move.CLAIM)
 _CLAIMED_WITHOUT_AMOUNT = next_reading_state(_CLAIMED, Move.HOLD)

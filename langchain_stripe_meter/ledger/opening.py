@@ -14,20 +14,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Column, Connection, Engine, MetaData, String, Table, create_engine, event, insert, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import DBAPIError, NoSuchModuleError
 from sqlalchemy.exc import SQLAlchemyError as AnyDatabaseError
 from sqlalchemy.pool import NullPool
-from sqlalchemy.schema import CreateTable
 
-from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError
+from langchain_stripe_meter.errors import ConfigurationError, ForeignLedgerError, LedgerError, NewerLedgerError, logger
 from langchain_stripe_meter.ledger.lanes import BUSY_SECONDS, Lane
 from langchain_stripe_meter.ledger.schema import HEAD, metadata
 
 _NO_PSYCOPG = "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
 
-logger = logging.getLogger("langchain_stripe_meter")
 
 # -- where it is
 
@@ -289,9 +287,8 @@ def make(connection: Connection) -> None:
     """Make an empty ledger inside the caller's transaction: what the migrations come to, without Alembic, which takes
     longer to import and run than all else that a new ledger needs."""
     metadata.create_all(connection, checkfirst=False)
-    versions = Table(VERSION_TABLE, MetaData(), Column("version_num", String(32), primary_key=True))
-    connection.execute(CreateTable(versions))
-    connection.execute(insert(versions).values(version_num=HEAD))
+    connection.exec_driver_sql(f"CREATE TABLE {VERSION_TABLE} (version_num VARCHAR(32) NOT NULL PRIMARY KEY)")
+    connection.exec_driver_sql(f"INSERT INTO {VERSION_TABLE} VALUES ('{HEAD}')")  # noqa: S608 - constants
 
 
 def migrate(connection: Connection, to: str = "head") -> None:

@@ -4,7 +4,6 @@ shared one."""
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import socket
 import sys
@@ -46,6 +45,7 @@ from langchain_stripe_meter.core.states import (
     safe_window,
     settle,
 )
+from langchain_stripe_meter.errors import logger
 from langchain_stripe_meter.ledger.schema import IS_PENDING, IS_SENDING, KNOWN_TO_STRIPE, events, readings
 from langchain_stripe_meter.ledger.sealing import MALFORMED, meter_event, unseal, withdraw_stale
 from langchain_stripe_meter.ledger.store import write_act
@@ -58,9 +58,6 @@ _CLAIMS = itertools.count(1)
 _CLAIM_LOCK = text("SELECT pg_advisory_xact_lock(7382910546)")
 """PostgreSQL couriers claim one after the other: two that look at the same time would not see each other's claims, and
 could both send for one customer and meter."""
-
-logger = logging.getLogger("langchain_stripe_meter")
-
 
 Line = tuple[str, str, str]
 """An account, a customer on it and a meter's event name: Stripe wants one call at a time for them."""
@@ -194,7 +191,6 @@ def _heads() -> Select[Any]:
 
 _HEADS = _heads()
 _FIRST_DUE = select(func.min(events.c.due)).where(IS_PENDING)
-
 
 _SEND = (
     update(events)

@@ -30,7 +30,7 @@ from langchain_stripe_meter.ledger.schema import (
     webhook_events,
 )
 from langchain_stripe_meter.ledger.sealing import REJECTED_LATER
-from langchain_stripe_meter.ledger.store import insert_or_ignore, own_account
+from langchain_stripe_meter.ledger.store import insert_or_ignore, note, own_account
 
 _WINDOW = "window:"
 _ON_THE_WAY = (EventState.PENDING.value, EventState.SENDING.value, EventState.DOUBTFUL.value)
@@ -202,7 +202,7 @@ def windows(connection: Connection) -> list[str]:
 
 def window(connection: Connection, name: str) -> Window | None:
     """What is open, as it stands."""
-    text = connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
+    text = note(connection, name)
     if text is None:
         return None
     stored = json.loads(text)

@@ -32,8 +32,8 @@ from sqlalchemy import (
 from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.states import Move, ReadingState, next_reading_state
 from langchain_stripe_meter.errors import MeteringError
-from langchain_stripe_meter.ledger.schema import OPEN_READINGS, notes, payers, readings
-from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, first_note, write_act
+from langchain_stripe_meter.ledger.schema import OPEN_READINGS, payers, readings
+from langchain_stripe_meter.ledger.store import Ledger, dialect_insert, first_note, note, write_act
 
 RESOLVE_AT_MOST = 100
 HELD_RETRY = (60, 300, 900, 3600)
@@ -221,9 +221,7 @@ def free(condition: ColumnElement[bool]) -> ColumnElement[bool]:
 
 def secret(connection: Connection, now: int) -> bytes:
     """The ledger's own secret, made when it is first needed; inside the caller's transaction."""
-    query = select(notes.c.value).where(notes.c.name == SECRET)
-    found = connection.execute(query).scalar()
-    return bytes.fromhex(found or first_note(connection, SECRET, secrets.token_hex(32), now))
+    return bytes.fromhex(note(connection, SECRET) or first_note(connection, SECRET, secrets.token_hex(32), now))
 
 
 def secret_of(ledger: Ledger) -> bytes:

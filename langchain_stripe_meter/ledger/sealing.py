@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -32,10 +31,10 @@ from langchain_stripe_meter.core.states import (
     next_reading_state,
 )
 from langchain_stripe_meter.core.values import exact_sum
-from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.errors import MeteringError, logger
 from langchain_stripe_meter.ledger.resolving import RESOLVED, free, held_delay
-from langchain_stripe_meter.ledger.schema import ABSENT_AT_STRIPE, IS_PENDING, acts, events, notes, readings
-from langchain_stripe_meter.ledger.store import CORRECTED, Ledger, own_account
+from langchain_stripe_meter.ledger.schema import ABSENT_AT_STRIPE, IS_PENDING, acts, events, readings
+from langchain_stripe_meter.ledger.store import CORRECTED, Ledger, note, own_account
 
 SEAL_AT_MOST = 1000
 REJECTED_LATER = "rejected later"
@@ -45,42 +44,32 @@ TOO_OLD = "older than 34 days: Stripe would refuse it; re-time it or write it of
 MALFORMED = (ValueError, ArithmeticError, MeteringError)
 """What a row raises that no reading of ours could have become: a person must look at it."""
 
-logger = logging.getLogger("langchain_stripe_meter")
-
 Row = Mapping[Any, Any]
-
 
 _SEALABLE = (
     select(readings)
     .where(RESOLVED, readings.c.at <= bindparam("latest"))
+    .where(readings.c.account.in_(bindparam("accounts", expanding=True)))
     .order_by(readings.c.id)
     .limit(SEAL_AT_MOST)
     .with_for_update(skip_locked=True)
 )
-_SEALABLE_OF = _SEALABLE.where(readings.c.account.in_(bindparam("accounts", expanding=True)))
 _HOLD_STALE = (
     update(readings)
     .where(free(and_(RESOLVED, readings.c.at < bindparam("oldest"))))
     .values(state=next_reading_state(ReadingState.RESOLVED, Move.HOLD).value, reason=TOO_OLD, due=None)
 )
-_RESTORED = select(notes.c.value).where(notes.c.name == "restored")
 
 
-def seal(connection: Connection, now: int, roll_up: int | None = None, accounts: Sequence[str] | None = None) -> int:
+def seal(connection: Connection, now: int, roll_up: int | None = None, accounts: Sequence[str] = ("",)) -> int:
     """Make meter events of resolved readings; what is too old for Stripe is held, what lies ahead waits.
 
     With ``roll_up`` (seconds), a customer's readings on one meter within such a span become one event, once the span
-    is over. ``accounts`` are those that may be sealed, by default all.
+    is over. ``accounts`` are those that may be sealed.
     """
     connection.execute(_HOLD_STALE, {"oldest": now - STALE_AFTER})
     latest = now + FUTURE_LIMIT if roll_up is None else now - now % roll_up - 1
-    if accounts is None:
-        found = connection.execute(_SEALABLE, {"latest": latest})
-    elif accounts:
-        found = connection.execute(_SEALABLE_OF, {"latest": latest, "accounts": accounts})
-    else:
-        return 0
-    rows = found.mappings().all()
+    rows = connection.execute(_SEALABLE, {"latest": latest, "accounts": accounts}).mappings().all() if accounts else []
     sound = _nameless(connection, [row for row in rows if _is_sound(connection, row)])
     past = _from_the_past(connection) if sound else None
     last = past["reading"] if past else 0
@@ -105,7 +94,7 @@ def _nameless(connection: Connection, rows: list[Row]) -> list[Row]:
 
 def _from_the_past(connection: Connection) -> dict[str, Any] | None:
     """The last time that the ledger was restored from a backup, if it ever was (see ledger/epoch.py)."""
-    found = connection.execute(_RESTORED).scalar()
+    found = note(connection, "restored")
     return None if found is None else json.loads(found)
 
 

@@ -102,8 +102,7 @@ class Ledger:
     they could not be stored; any thread and any event loop may call any method; a forked child opens its own
     connections by itself. Times are Unix seconds. SQLite is migrated when first opened, PostgreSQL by an operator
     (``stripe-meter ledger upgrade``); a newer or foreign database is refused. ``synchronous="NORMAL"`` trades the
-    last moments before a power loss (not before a crash) for speed, on SQLite only. ``is_test`` says of which mode the
-    usage is; a ledger of the other one is refused with ``ForeignLedgerError``, at once or when it is first used.
+    last moments before a power loss (not before a crash) for speed, on SQLite only.
     """
 
     def __init__(
@@ -112,7 +111,6 @@ class Ledger:
         *,
         clock: Callable[[], float] | None = None,
         synchronous: str = "FULL",
-        is_test: bool | None = None,
     ) -> None:
         if synchronous not in ("FULL", "NORMAL"):
             raise ConfigurationError(f"synchronous={synchronous!r}: use 'FULL' or 'NORMAL'.")
@@ -122,11 +120,10 @@ class Ledger:
         self.others: deque[Other] = deque(maxlen=OTHERS)
         """What was not stored because its key stands for another run already, until it is told."""
         self._insert = insert_on_sqlite if self.database.is_sqlite else insert_on_postgres
-        if is_test is not None:
-            self.pin(is_test=is_test)
 
     def pin(self, *, is_test: bool) -> None:
-        """Let this ledger hold usage of this mode only: a ledger of the other one is refused before its first use."""
+        """Let this ledger hold usage of this mode only; one of the other is refused, at once or when it is first used,
+        with ``ForeignLedgerError``."""
         self.database.on_open = lambda lane: pin(lane, self.now(), is_test=is_test)
         if self.database.is_sqlite:
             refuse_early(Path(str(self.database.url.database)), is_test=is_test)
@@ -217,8 +214,7 @@ class Ledger:
     def note(self, name: str) -> str | None:
         """A fact about the ledger itself."""
         with self.read() as connection:
-            value = connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
-        return None if value is None else str(value)
+            return note(connection, name)
 
     def set_note(self, name: str, value: str | None) -> None:
         """Remember a fact about the ledger itself; ``None`` forgets it."""
@@ -234,6 +230,11 @@ class Ledger:
         self.database.close()
 
 
+def note(connection: Connection, name: str) -> str | None:
+    """A fact about the ledger, None where it is not known."""
+    return connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar()
+
+
 def set_note(connection: Connection, name: str, value: str, now: int) -> None:
     """Remember a fact about the ledger, in its caller's transaction."""
     values = {"value": value, "at": now}
@@ -245,7 +246,7 @@ def first_note(connection: Connection, name: str, value: str, now: int) -> str:
     """Remember a fact that never changes, in its caller's transaction: of two processes that are as fast, the primary
     key lets one win. Returns the fact."""
     insert_or_ignore(connection, notes, {"name": name, "value": value, "at": now})
-    return str(connection.execute(select(notes.c.value).where(notes.c.name == name)).scalar_one())
+    return note(connection, name) or value
 
 
 def write_act(connection: Connection, act: str, subject: str, detail: str, now: int) -> None:
@@ -285,13 +286,13 @@ def insert_or_ignore(connection: Connection, table: Any, values: Mapping[str, An
 
 def own_account(connection: Connection) -> str | None:
     """The id of the key's own account, where that is known: usage may name it, though it goes without a name."""
-    return connection.execute(select(notes.c.value).where(notes.c.name == ACCOUNT)).scalar()
+    return note(connection, ACCOUNT)
 
 
 def pin(lane: Lane, now: int, *, is_test: bool) -> None:
     """Pin the ledger behind ``lane`` to the key's mode; ``ForeignLedgerError`` where it has the other one."""
     with inside(), lane.lock:
-        pinned = _pinned(lane.connection)
+        pinned = note(lane.connection, LIVEMODE)
     if pinned is None:
         with lane.transaction() as connection:
             pinned = first_note(connection, LIVEMODE, _word(is_test), now)
@@ -313,10 +314,6 @@ def refuse_early(path: Path, *, is_test: bool) -> None:
 
 def _word(is_test: bool) -> str:
     return "test" if is_test else "live"
-
-
-def _pinned(connection: Connection) -> str | None:
-    return connection.execute(select(notes.c.value).where(notes.c.name == LIVEMODE)).scalar()
 
 
 def refuse_other_mode(pinned: str | None, *, is_test: bool) -> None:

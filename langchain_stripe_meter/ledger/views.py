@@ -13,7 +13,9 @@ from typing import Any
 from sqlalchemy import Connection, bindparam, func, null, or_, select, union, union_all
 
 from langchain_stripe_meter.core.events import FUTURE_LIMIT, LAST_SECOND
+from langchain_stripe_meter.core.periods import DAY
 from langchain_stripe_meter.core.states import ReadingState
+from langchain_stripe_meter.core.tables import NotebookTable, table_of
 from langchain_stripe_meter.core.values import EXACT, exact_sum
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.ledger.epoch import told
@@ -29,9 +31,7 @@ from langchain_stripe_meter.ledger.schema import (
     readings,
 )
 from langchain_stripe_meter.ledger.store import Ledger
-from langchain_stripe_meter.ledger.tables import NotebookTable, table_of
 
-DAY = 86_400
 PRUNED = "no longer known: the readings were pruned"
 """Why something was skipped of which only the sum is left."""
 _SHOWN = ("paused", "waits", "clock")

@@ -63,12 +63,7 @@ class Prices:
         self._products: dict[str, Json] = {}
         self._prices: dict[str, Json] = {}
 
-    def create_product(self, params: Json, now: int) -> Json:
-        """Create a product from the parameters of ``POST /v1/products``."""
-        return self._keep_product(wire.check(params, {**NEW_PRODUCT, **EXPAND}), now)
-
-    def _keep_product(self, wanted: Json, now: int) -> Json:
-        wanted.pop("expand", None)
+    def _create_product(self, wanted: Json, now: int) -> Json:
         made = self._made("prod", "product", now) | {"description": None, "unit_label": None, "metadata": {}, **wanted}
         self._products[made["id"]] = made
         return made
@@ -97,7 +92,7 @@ class Prices:
         if "product" in wanted:
             product = self.get_product(wanted["product"], "product")
         else:
-            product = self._keep_product(wanted["product_data"], now)
+            product = self._create_product(wanted["product_data"], now)
         made = self._made("price", "price", now) | {
             "billing_scheme": "per_unit",
             "currency": currency,
