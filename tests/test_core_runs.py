@@ -414,14 +414,18 @@ TOTALS = [{"input_tokens": 5, "output_tokens": came} for came in (0, 0, 2)]
     ("reports", "total", "told"),
     [
         (TOTALS, TOTALS[-1], 15),
-        (TOTALS[:2], None, 10),  # two may be parts of a sum
+        (TOTALS[:2], TOTALS[1], 10),  # the same prompt again
+        (TOTALS[1:], TOTALS[-1], 10),
+        ([*TOTALS[1:], {"input_tokens": 9, "output_tokens": 2}], {"input_tokens": 9, "output_tokens": 2}, 19),
+        ([TOTALS[0], {"input_tokens": 9, "output_tokens": 2}], None, 14),  # two may be parts of a sum
+        ([TOTALS[2], TOTALS[0]], None, 10),
         ([{"input_tokens": 6, "output_tokens": 0}, *TOTALS], None, 21),
         ([*TOTALS, {"input_tokens": 5, "output_tokens": 1}], None, 20),
         ([*TOTALS[:2], {"output_tokens": 2}, *TOTALS], None, 25),  # once a part, and none is a total any more
         ([{"input_tokens": None, "output_tokens": 3}] * 3, None, 0),
     ],
 )
-def test_reports_that_tell_the_prompt_three_times_and_never_less_are_running_totals(
+def test_reports_that_tell_one_prompt_twice_or_any_three_times_and_never_less_are_running_totals(
     runs: OpenRuns, reports: list[dict[str, int | None]], total: Any, told: int
 ) -> None:
     call = start(runs, "call", call=True)

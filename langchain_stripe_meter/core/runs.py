@@ -30,8 +30,9 @@ REMEMBERED = 4096
 never accumulate."""
 
 RUNNING = 3
-"""Reports of one stream, each with the prompt and none smaller than the one before, that are no parts of a sum: nobody
-sends a prompt three times. (Two may be: what a provider's own tools added to the prompt.)"""
+"""Reports of one stream, each with a prompt and none smaller than the one before, that are no parts of a sum: nobody
+sends a prompt three times. (Two may be: what a provider's own tools added to the prompt. But not of the very same one.)
+"""
 
 _START, _DELTA = "content-block-start", "content-block-delta"
 _LIVE = frozenset({(_DELTA, _DELTA), (_DELTA, _START), (_START, _START)})
@@ -105,8 +106,11 @@ class Run:
 
     @property
     def running_total(self) -> Any:
-        """The last report of a stream in which three and more told the whole prompt, and all that had come by then."""
-        return self.latest if self.repeats >= RUNNING else None
+        """The last report of a stream in which each told the whole prompt, and all that had come by then."""
+        if self.repeats < RUNNING - 1:
+            return None
+        is_same = self.told == self.repeats * _sums(self.latest)[0]
+        return self.latest if is_same or self.repeats >= RUNNING else None
 
     @property
     def nearest_user(self) -> Any:
