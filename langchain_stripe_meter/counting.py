@@ -18,7 +18,14 @@ from langchain_stripe_meter.core.states import EventState, ReadingState
 from langchain_stripe_meter.core.tenants import Untold
 from langchain_stripe_meter.core.usage import Usage, completed, usage_from_metadata
 from langchain_stripe_meter.core.values import EXACT, valueclass
-from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError, Unrecorded, logger, place_of
+from langchain_stripe_meter.errors import (
+    ConfigurationError,
+    InvalidValueError,
+    Unrecorded,
+    UsageError,
+    logger,
+    place_of,
+)
 from langchain_stripe_meter.ledger.inserting import COLUMNS, Other
 from langchain_stripe_meter.ledger.leads import like
 from langchain_stripe_meter.ledger.store import Entry
@@ -199,6 +206,23 @@ def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> En
         reason = f"its estimate {other['key']} was cancelled or written off: write this off too, or assign it"
         return replace(of_nobody(entry, reason), state=ReadingState.HELD)
     return like(entry, other)
+
+
+HELD_TOLD = 256
+"""Of how many meters and reasons a handler tells that they hold usage: a reason may name numbers, and so be endless."""
+
+
+def held_news(entries: Sequence[Entry], told: set[object]) -> Iterator[UsageError]:
+    """What to say of usage that is held for a person, of each meter and reason once; ``told`` also has reasons that are
+    known by themselves."""
+    for entry in entries:
+        what = (entry.event_name, entry.reason)
+        if entry.state is ReadingState.HELD and told.isdisjoint((what, entry.reason)) and len(told) < HELD_TOLD:
+            told.add(what)
+            yield UsageError(
+                f"Usage on {entry.event_name!r} is held: {entry.reason}. See held(), and settle it with assign(...) or "
+                "write_off(...); more that is held for the same reason is not told again."
+            )
 
 
 def same_ids(others: deque[Other]) -> Iterator[ConfigurationError]:

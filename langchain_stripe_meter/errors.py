@@ -9,7 +9,7 @@
     │   └── UnrecordedError         usage could not be stored; its ``readings`` say how much, when and whose
     ├── UnidentifiedError       the caller: a run names nobody who pays, and on_unidentified="raise" refuses it
     ├── AgeAlarm                the operator: usage grows old before Stripe has it
-    ├── UsageError              the provider's report contradicts itself
+    ├── UsageError              a person: what a provider reported cannot be billed as it is, and is held
     ├── SpendLimitError         the customer: a limit is used up (the only one that is raised into a chain)
     ├── IllegalMoveError        a state change that the table in core/states.py does not have
     └── StripeError             what Stripe answered, when a person asked a question of it
@@ -92,7 +92,9 @@ class UnidentifiedError(MeteringError):
 
 
 class UsageError(MeteringError):
-    """A provider's usage report contradicts itself; the message names both numbers."""
+    """What a provider reported cannot be billed as it is: it contradicts itself (the message names both numbers), or a
+    meter cannot count it, for it has no credits or no price for the model. ``on_error`` is told of what is held for
+    that, once for each reason."""
 
 
 class SpendLimitError(MeteringError):
@@ -150,19 +152,3 @@ class AgeAlarm(MeteringError):  # noqa: N818 - it is no error that something rai
 
 
 OnError = Callable[[MeteringError], None]
-
-
-def tell(on_error: OnError | None, error: MeteringError) -> None:
-    """Log ``error`` and hand it on."""
-    logger.warning("stripe-meter: %s", error)
-    hand_on(on_error, error)
-
-
-def hand_on(on_error: OnError | None, error: MeteringError) -> None:
-    """Call ``on_error``, if there is one; where that fails, it is logged and stops nothing."""
-    if on_error is None:
-        return
-    try:
-        on_error(error)
-    except Exception as own:  # noqa: BLE001 - it is the application's own
-        logger.warning("stripe-meter: on_error itself failed: %s", type(own).__name__)

@@ -131,8 +131,11 @@ def observe(response: LLMResult | None, run_id: Any = None, *, partial: bool = F
         return Observed(partial=partial)
     first = None if isinstance(output[0], str) else output[0]
     report: Any = getattr(first, "usage_metadata", None)
-    cached = first is not None and _is_cached(response, first, report, run_id)
     model = _model(response, first)
+    if not isinstance(report, Mapping | None):
+        doubt = f"The model's class reported usage_metadata as {type(report).__name__}, not as counts by name."
+        return Observed(None, doubt, model, False, partial, output)
+    cached = first is not None and _is_cached(response, first, report, run_id)
     try:
         usage = usage_from_metadata(report)
         if usage is None and first is not None and (usage := _final_usage(first)) is not None:

@@ -40,6 +40,7 @@ from langchain_stripe_meter.counting import (
     estimated,
     estimates_of,
     following,
+    held_news,
     is_known,
     key_of,
     lost_of,
@@ -57,10 +58,8 @@ from langchain_stripe_meter.errors import (
     MeteringError,
     OnError,
     UnrecordedError,
-    hand_on,
     logger,
     place_of,
-    tell,
 )
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.ledger.jobs import Job, job_number
@@ -69,6 +68,7 @@ from langchain_stripe_meter.ledger.store import Entry, Ledger
 from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.reentry import inside, soon, within
+from langchain_stripe_meter.telling import hand_on, tell
 
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
@@ -102,6 +102,7 @@ class Recorder:
     _failures: int = field(init=False, default=0)
     _mended: set[str] = field(init=False, default_factory=set)
     _untold_of: dict[str, str] = field(init=False, default_factory=dict)
+    _held_told: set[object] = field(init=False, default_factory=set)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
     counts_messages: bool = field(init=False)
@@ -185,9 +186,13 @@ class Recorder:
 
     def recorded(self, entries: Sequence[Entry]) -> None:
         """``entries`` are durable: count the skipped, and tell the courier of the others."""
-        if skipped := sum(entry.state is ReadingState.SKIPPED for entry in entries):
+        states = [entry.state for entry in entries]
+        if skipped := states.count(ReadingState.SKIPPED):
             with self._lock:
                 self.skipped += skipped
+        if ReadingState.HELD in states:
+            for news in held_news(entries, self._held_told):
+                tell(self.on_error, news)
         if self.ledger.others:
             for told in same_ids(self.ledger.others):
                 tell(self.on_error, told)
@@ -343,6 +348,7 @@ class Recorder:
     def _untold(self, what: str, how: str, next_step: str, kind: type[MeteringError] = ConfigurationError) -> Untold:
         """Told once for as long as it goes on."""
         why = f"{what}{how}"
+        self._held_told.add(why)
         if self._untold_of.get(what) != how:
             self._untold_of[what] = how
             said = f"{why}. Its usage is held: {next_step}"

@@ -104,6 +104,12 @@ class StillShop(Shop):
     def pass_(self, seconds: int) -> None:
         self.now += seconds
 
+    def drive_still(self, courier: Courier) -> None:
+        """Let the courier work until nothing is pending."""
+        while is_pending(self.ledger):
+            if not courier.turn() and not courier.in_flight:
+                self.pass_(10)
+
     def asked(self, path: str) -> int:
         """How many requests there were for ``path``."""
         return len([request for request in self.sandbox.requests if request.path.startswith(path)])

@@ -556,6 +556,16 @@ def test_doctor_only_warns_of_a_key_that_may_send_but_not_read_meters(
     call("doctor", "--meter", "ai_tokens", code=1)
 
 
+def test_doctor_warns_of_a_key_that_may_not_look_up_whom_an_email_names(
+    sandbox: StripeSandbox, recorded: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "customers" not in {finding["what"] for finding in as_json("doctor")}
+    sandbox.allow("rk_test_narrow", {"meter_events:write", "meters:read"})
+    monkeypatch.setenv("STRIPE_API_KEY", "rk_test_narrow")
+    (said,) = [finding for finding in as_json("doctor") if finding["what"] == "customers"]
+    assert (said["state"], "Customers: Read" in said["said"]) == ("warn", True)
+
+
 def test_doctor_looks_at_the_ledger(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:
     assert "writable: 2 pending" in " ".join(call("doctor").stdout.split())
     (tmp_path / "other.db").write_bytes(b"not a database" * 100)

@@ -17,6 +17,8 @@ from langchain_stripe_meter import Cost, Credits, Messages, StripeMeterCallbackH
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.core.runs import ABANDONED_AFTER
 from langchain_stripe_meter.core.usage import Usage
+from langchain_stripe_meter.counting import HELD_TOLD
+from langchain_stripe_meter.errors import UsageError
 from langchain_stripe_meter.ledger.views import Row, tail
 
 SECRET = "what somebody wrote"
@@ -84,6 +86,26 @@ def test_a_meter_that_fails_is_held_and_the_others_count(meters: Meters, caplog:
     assert SECRET not in caplog.text
 
 
+def test_what_is_held_for_a_person_is_told_once_for_each_meter_and_reason(
+    meters: Meters, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        meters.run(usage=USAGE)
+    (error,) = meters.errors
+    assert isinstance(error, UsageError)
+    for said in ("on 'cost' is held", "for the model 'm'", "assign(", "held()"):
+        assert said in str(error)
+    assert caplog.text.count("on 'cost' is held") == 1
+    meters.run(usage={**USAGE, "input_token_details": {"audio": 11}})
+    assert ["on 'tokens' is held" in str(one) for one in meters.errors] == [False, True, False]
+
+
+def test_of_endless_reasons_only_so_many_are_told(meters: Meters) -> None:
+    for count in range(HELD_TOLD + 20):
+        meters.run(usage={**USAGE, "input_token_details": {"audio": 11 + count}})
+    assert len(meters.errors) == HELD_TOLD
+
+
 def test_usage_that_cannot_be_estimated_is_held_where_it_is_needed(
     meters: Meters, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -132,7 +154,9 @@ def test_an_ending_whose_payer_cannot_be_told_takes_no_other_with_it(meters: Met
     rows = [(row.state, row.value) for row in tail(meters.handler._ledger, 20) if row.event_name == "tokens"]
     assert sorted(rows) == [("held", ANY), ("resolved", 15)]
     assert meters.handler.status().unrecorded == 0
-    assert [SECRET in str(error) for error in meters.errors] == [False]
+    told = [str(error) for error in meters.errors]
+    assert ["who pays" in one for one in told] == [True, False]  # once, and then what the price is held for
+    assert SECRET not in "".join(told)
 
 
 def test_a_library_of_prices_that_cannot_price_cached_audio_costs_no_other_meter(tmp_path: Path) -> None:

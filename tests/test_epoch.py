@@ -417,6 +417,18 @@ def test_a_file_that_is_deleted_while_in_use_is_opened_again_and_loses_nothing_a
     assert "an earlier one was here" in shop.told[0]
 
 
+def test_a_ledger_that_is_deleted_with_its_epoch_while_in_use_is_told_too(shop: Shop) -> None:
+    shop.record("first")
+    shop.deliver()
+    for file in shop.path.parent.glob("ledger.db*"):
+        file.unlink()
+    shop.record("second")
+    shop.deliver()
+    (told,) = shop.told
+    assert "was deleted or replaced while in use" in told
+    assert shop.billed() == ["first", "second"]
+
+
 def test_a_courier_that_runs_notices_a_file_that_is_replaced(shop: Shop) -> None:
     shop.record("first")
     backup(shop.ledger, shop.copy)

@@ -584,6 +584,20 @@ def record_somebodies(shop: StillShop, count: int) -> None:
         shop.record(f"named-{number}", reference=Reference("name", f"Somebody {number}"))
 
 
+def test_a_status_says_that_somebody_cannot_be_looked_up_until_that_is_over(shop: StillShop) -> None:
+    shop.sandbox.create_customer(id="cus_ann", email=ANN.value)
+    courier = shop.another_courier(key="rk_test_narrow")
+    shop.sandbox.allow("rk_test_narrow", {"meter_events:write"})
+    shop.record("run", reference=ANN)
+    wait_until(lambda: courier.turn() + 1 and shop.status.waits)
+    assert "customers" in str(shop.status.waits)
+    assert ANN.value not in str(shop.status.waits)
+    shop.sandbox.allow("rk_test_narrow", {"meter_events:write", "customers:read"})
+    shop.drive_still(courier)
+    assert shop.states() == {"run": "delivered"}
+    assert shop.ledger.note("waits") is None
+
+
 def test_those_whose_lookups_keep_failing_are_asked_last_and_ever_more_seldom_and_told_once(shop: StillShop) -> None:
     customer = shop.sandbox.create_customer(email=ANN.value)
     record_somebodies(shop, LOOKUPS_AT_ONCE)

@@ -373,6 +373,18 @@ def test_an_on_error_that_raises_never_breaks_a_chain(
     assert "canary" not in caplog.text
 
 
+def test_on_error_never_runs_on_an_event_loops_thread(
+    path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It may write a file, or send a mail."""
+    told: list[threading.Thread] = []
+    path.write_bytes(b"no database" * 100)
+    handler = recorder(path, on_error=lambda _: told.append(threading.current_thread()))
+    asyncio.run(server.chat().ainvoke("Hi", paid_by("cus_1", handler)))
+    wait_until(lambda: told)
+    assert threading.main_thread() not in told
+
+
 def test_metadata_that_is_no_customer_is_skipped_with_a_reason_that_does_not_repeat_it(
     path: Path, server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,10 @@ METERS = (
 
 
 def run(folder: Path, usage: dict[str, Any] | None, **options: Any) -> dict[str, Row]:
-    message = AIMessage("one two three", usage_metadata=usage)
+    return bill(folder, AIMessage("one two three", usage_metadata=usage), **options)
+
+
+def bill(folder: Path, message: AIMessage, **options: Any) -> dict[str, Row]:
     with StripeMeterCallbackHandler(
         *METERS, customer="cus_1", deliver=False, ledger=f"sqlite:///{folder}/l.db", **options
     ) as handler:
@@ -131,6 +135,15 @@ def test_a_report_that_contradicts_itself_is_held_by_name_never_billed(
     assert {row.state for row in rows.values()} == {"held"}
     assert {row.value for row in rows.values()} == {None}
     assert all(says in str(row.reason) for row in rows.values())
+
+
+@pytest.mark.parametrize("report", [SimpleNamespace(input_tokens=10, output_tokens=5), ["input_tokens"], 15])
+def test_a_report_of_a_shape_that_nobody_expects_is_held_by_its_name(report: Any, tmp_path: Path) -> None:
+    message = AIMessage("Hello")
+    message.usage_metadata = report
+    rows = bill(tmp_path, message)
+    assert {(row.state, row.value) for row in rows.values()} == {("held", None)}
+    assert all(type(report).__name__ in str(row.reason) for row in rows.values())
 
 
 def test_a_stream_that_breaks_off_after_such_a_report_is_held_too() -> None:

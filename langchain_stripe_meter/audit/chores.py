@@ -10,12 +10,13 @@ from functools import partial
 from langchain_stripe_meter.audit.windows import Windows
 from langchain_stripe_meter.core.doubts import MINUTE, Facts, Look, decide, is_ready
 from langchain_stripe_meter.core.periods import Late, Span, check_billing_day, sentence, spans, untold
-from langchain_stripe_meter.errors import AgeAlarm, OnError, StripeError, logger, tell
+from langchain_stripe_meter.errors import AgeAlarm, OnError, StripeError, logger
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo
 from langchain_stripe_meter.gateway.meters import billed_on
 from langchain_stripe_meter.ledger import doubts, keeping, recalling
 from langchain_stripe_meter.ledger.doubts import Place
 from langchain_stripe_meter.ledger.store import Ledger
+from langchain_stripe_meter.telling import tell
 
 # -- doubts: after its sums have settled, Stripe is asked what it has
 

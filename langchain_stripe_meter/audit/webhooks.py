@@ -22,13 +22,13 @@ from langchain_stripe_meter.errors import (
     OnError,
     StripeError,
     logger,
-    tell,
 )
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import meters_named
 from langchain_stripe_meter.gateway.notices import TOLERANCE, Notice, read_notice
 from langchain_stripe_meter.ledger import reports
 from langchain_stripe_meter.ledger.store import ACCOUNT, Ledger
+from langchain_stripe_meter.telling import tell
 
 if TYPE_CHECKING:
     from starlette.requests import Request

@@ -14,13 +14,14 @@ from decimal import Decimal
 
 from langchain_stripe_meter.core.totals import Minute, Sample, Verdict, disagreeing
 from langchain_stripe_meter.core.values import exact_sum
-from langchain_stripe_meter.errors import OnError, StripeError, logger, tell
+from langchain_stripe_meter.errors import OnError, StripeError, logger
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.gateway.meters import billed_on, meters_named
 from langchain_stripe_meter.ledger import reports
 from langchain_stripe_meter.ledger.acts import UNEXPLAINED
 from langchain_stripe_meter.ledger.reports import Difference, Window
 from langchain_stripe_meter.ledger.store import Ledger, write_act
+from langchain_stripe_meter.telling import tell
 
 CUSTOMERS_AT_ONCE = 20
 """How many customers one look at a window asks Stripe about; delivery waits meanwhile, and goes first."""

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from langchain_stripe_meter.cli.shared import new_gateway, open_gateway
+from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.values import counted
 from langchain_stripe_meter.errors import ForeignLedgerError, MeteringError
 from langchain_stripe_meter.gateway.client import MeterInfo
 from langchain_stripe_meter.gateway.meters import problem_with
 
 if TYPE_CHECKING:
+    from langchain_stripe_meter.gateway.client import Gateway
     from langchain_stripe_meter.ledger.store import Ledger
     from langchain_stripe_meter.ledger.views import Status
 
@@ -49,11 +51,22 @@ def _stripe(names: list[str]) -> Iterator[Finding]:
     except MeteringError as error:
         yield _unanswered(error, names)
         return
+    else:
+        yield Finding("Stripe", "ok", f"answers, and has {counted(len(known), 'meter')}")
+        for name in names or sorted(known):
+            yield _meter(name, known.get(name), wanted=bool(names))
+        yield from _customers(gateway)
     finally:
         gateway.close()
-    yield Finding("Stripe", "ok", f"answers, and has {counted(len(known), 'meter')}")
-    for name in names or sorted(known):
-        yield _meter(name, known.get(name), wanted=bool(names))
+
+
+def _customers(gateway: Gateway) -> Iterator[Finding]:
+    try:
+        gateway.find_customers(Reference("email", "nobody@example.com"), "")
+    except MeteringError as error:
+        if getattr(error.__cause__, "http_status", None) == 403:
+            said = "the key may not look them up. Where an e-mail, a name or a phone number says who pays"
+            yield Finding("customers", "warn", f"{said}, give it 'Customers: Read'; ids need no such right.")
 
 
 def _unanswered(error: MeteringError, names: list[str]) -> Finding:

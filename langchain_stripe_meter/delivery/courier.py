@@ -1,6 +1,5 @@
-"""The courier: resolve, seal, send, settle, again and again, until nothing waits.
-
-The ledger is the queue: the thread owns nothing but a wake-up flag and the requests in flight.
+"""The courier: resolve, seal, send, settle, again and again, until nothing waits. The ledger is the queue: the thread
+owns nothing but a wake-up flag and the requests in flight.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from cachetools import LRUCache
 from langchain_stripe_meter.core.states import EventState, Move, Outcome
 from langchain_stripe_meter.delivery.guard import Clocks, Guard, Listing, NotStartedError, Pace
 from langchain_stripe_meter.delivery.lookups import Answer, Lookups, unnamed
-from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, logger, place_of, tell
+from langchain_stripe_meter.errors import MeteringError, OnError, StripeError, logger, place_of
 from langchain_stripe_meter.forks import renew_after_fork
 from langchain_stripe_meter.gateway.client import Gateway
 from langchain_stripe_meter.ledger import outbox, recalling, sealing
@@ -24,11 +23,12 @@ from langchain_stripe_meter.ledger.outbox import Claimed, Line
 from langchain_stripe_meter.ledger.resolving import Unknown
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.reentry import Bell, inside
+from langchain_stripe_meter.telling import tell
 
 IDLE_SECONDS = 5.0
 """How often a courier with nothing to do looks whether another process has recorded something."""
 BLOCKED_SECONDS = 0.2
-"""How often it looks at what is due but may not be sent yet, such as while another process sends for the customer."""
+"""How often it looks at what is due and may not be sent yet: another process sends for the customer, say."""
 GONE_REMEMBERED = 1000
 """Customers and meters of which it was told that Stripe does not have them."""
 CHORES_SECONDS = 60
@@ -46,9 +46,9 @@ Result = tuple[Claimed, Outcome] | tuple[Unknown | Listing, Answer | StripeError
 class Courier:
     """Delivers what the ledger holds. ``wake`` starts its thread when there is work; a forked child gets its own.
 
-    ``concurrency`` is how many events are in flight at once; one customer and meter never has more than one. Fewer
-    are, down to one, while Stripe refuses or does not answer. ``roll_up`` makes one event of what a customer used of a
-    meter within so many seconds. ``create_missing`` makes a customer of somebody whom Stripe does not know.
+    ``concurrency`` is how many events are in flight at once, one for each customer and meter; fewer, down to one, while
+    Stripe refuses or does not answer. ``roll_up`` makes one event of what a customer used of a meter within so many
+    seconds. ``create_missing`` makes a customer of somebody whom Stripe does not know.
     """
 
     def __init__(
@@ -229,10 +229,10 @@ class Courier:
             if said.move is Move.NO_ACCESS:
                 self._guard.refused(asked.account, why := unnamed(said.message, asked))
                 self._found.append((asked, Answer([], why)))
-            elif self._lookups.failed(asked, now):
-                self._report(StripeError(str(answer)))  # without its cause: Stripe's words may quote the person
             else:
-                logger.info("stripe-meter: %s", answer)
+                self._guard.unanswered(str(answer), now)
+                if self._lookups.failed(asked, now):
+                    self._report(StripeError(str(answer)))  # without its cause: Stripe's words may quote the person
 
     def _settle(self) -> int:
         """Store what the answers came to. They are kept until the ledger has them: it may be busy, or full."""

@@ -193,7 +193,9 @@ class Epoch:
             else:
                 set_note(connection, EPOCH, new, now)
         self._misfit = found if unwritable is not None else None  # what cannot be made to fit is found every minute
-        if found is not None and not is_known:
+        is_news = found is not None and not is_known
+        self._ledger.database.tell_moved(self._tell if not is_news else lambda _: None)
+        if is_news:
             self._tell(LedgerError(found))
         if unwritable is not None:
             raise unwritable
