@@ -38,6 +38,7 @@ from langchain_stripe_meter.observed import (
 )
 from langchain_stripe_meter.recording import Recorder
 from langchain_stripe_meter.reentry import is_inside, soon
+from langchain_stripe_meter.workers import in_worker
 
 
 class _DualEvent:
@@ -84,7 +85,7 @@ class _Gate:
 
             async def astarted(*args: Any, **kwargs: Any) -> None:
                 facts = handler.facts_at_start(kwargs.get("metadata"), kwargs.get("parent_run_id"))
-                await asyncio.to_thread(handler._check_payer, facts)
+                await in_worker(handler._check_payer, facts)
                 start(*args, **kwargs)
 
             return astarted

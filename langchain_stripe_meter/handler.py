@@ -28,6 +28,7 @@ from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder
 from langchain_stripe_meter.reentry import inside
+from langchain_stripe_meter.workers import in_worker
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -196,7 +197,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
     async def arecord_usage(self, usage: Mapping[str, Any], *, id: str, **options: Any) -> None:
         """As ``record_usage``, without blocking the event loop."""
-        await asyncio.to_thread(self.record_usage, usage, id=id, **options)
+        await in_worker(self.record_usage, usage, id=id, **options)
 
     def _claimed(self) -> None:
         """What had been skipped shall be billed after all."""
@@ -213,6 +214,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         """
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
+        self._recorder.elsewhere.wait(timeout)
         with self._recorder.telling():
             self._ledger.wait_for_writes()
             if self._courier is not None:
@@ -221,7 +223,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
     async def aflush(self, timeout: float = 10.0) -> views.FlushReport:
         """As ``flush``, without blocking the event loop."""
-        return await asyncio.to_thread(self.flush, timeout)
+        return await in_worker(self.flush, timeout)
 
     def _deliver(self, courier: Courier, deadline: float) -> None:
         wake = courier.reopen
@@ -324,7 +326,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         ``check=False`` it starts in any case: ``lifespan=functools.partial(meter.lifespan, check=False)``.
         """
         if check:
-            await asyncio.to_thread(self._check_ledger)
+            await in_worker(self._check_ledger)
         if check and self._courier is not None and not self._has_tenants:
             await self._check_at_start()
         if self._courier is not None:
@@ -332,12 +334,12 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         try:
             yield
         finally:
-            await asyncio.to_thread(self.close, timeout)
+            await in_worker(self.close, timeout)
 
     async def _check_at_start(self) -> None:
         try:
             async with asyncio.timeout(START_SECONDS):
-                await asyncio.to_thread(self.check)
+                await in_worker(self.check)
         except ConfigurationError:
             raise
         except Exception as error:  # noqa: BLE001 - Stripe must not keep an application from starting

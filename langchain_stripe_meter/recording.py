@@ -69,6 +69,7 @@ from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.reentry import inside, soon, within
 from langchain_stripe_meter.telling import hand_on, tell
+from langchain_stripe_meter.workers import Elsewhere
 
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
@@ -102,6 +103,7 @@ class Recorder:
     _failures: int = field(init=False, default=0)
     _mended: set[str] = field(init=False, default_factory=set)
     _untold_of: dict[str, str] = field(init=False, default_factory=dict)
+    elsewhere: Elsewhere = field(init=False, default_factory=Elsewhere)
     _held_told: set[object] = field(init=False, default_factory=set)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)
@@ -166,15 +168,12 @@ class Recorder:
         return (endings, []) if endings and self._is_slow(endings) else ((), self._entries(endings))
 
     async def _settle_elsewhere(self, endings: Sequence[Ending]) -> None:
-        loop = asyncio.get_running_loop()
         try:
-            # Asked first: a loop whose executor could not start keeps it, and fails when it shall end.
-            threading.Thread(target=bool, name="stripe-meter-probe", daemon=True).start()
-            settling = within(loop.run_in_executor, None, self.settle, lambda: endings)
+            settling = within(self.elsewhere.submit, self.settle, lambda: endings)
         except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
             self.settle(lambda: endings)
             return
-        await asyncio.shield(settling)  # a cancelled task must not take what it owes with it
+        await asyncio.shield(asyncio.wrap_future(settling))  # a cancelled task must not take what it owes with it
 
     def _is_slow(self, endings: Sequence[Ending]) -> bool:
         """Whether deciding needs the database or a tokenizer, which must not run on an event loop."""

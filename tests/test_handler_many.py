@@ -149,6 +149,7 @@ def test_a_task_cancelled_while_its_end_is_recorded_loses_nothing(
 
     with recorder(path) as handler:
         asyncio.run(main())
+        handler.flush()
         (row,) = tail(handler._ledger)
     assert row.estimated
 

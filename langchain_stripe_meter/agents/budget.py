@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from langchain_stripe_meter.core.tenants import account_of
 from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError, logger
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
+from langchain_stripe_meter.workers import in_worker
 
 Policy = Literal["allow", "stop"]
 Amount = int | Decimal
@@ -224,7 +224,7 @@ class Budget:
 
     async def acheck(self, customer: Customer = None, *, account: str | None = None) -> None:
         """As ``check``, without blocking the event loop."""
-        await asyncio.to_thread(self.check, customer, account=account)
+        await in_worker(self.check, customer, account=account)
 
     def refresh(self) -> None:
         """Read what the first check would, such as when a server starts. Raises ``LedgerError``."""

@@ -7,7 +7,6 @@ chain.invoke(question, config={"callbacks": [meter, SpendLimitCallback(budget)]}
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -23,6 +22,7 @@ from langchain_stripe_meter.agents.budget import (
 )
 from langchain_stripe_meter.agents.credit import StripeCredit
 from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError
+from langchain_stripe_meter.workers import in_worker
 
 try:
     from langchain.agents.middleware import AgentMiddleware, hook_config
@@ -86,4 +86,4 @@ class SpendLimitMiddleware(AgentMiddleware):  # langchain 1.0.0 has fewer type p
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:
         """As ``before_model``, without blocking the event loop."""
-        return await asyncio.to_thread(self.before_model, state, runtime)
+        return await in_worker(self.before_model, state, runtime)

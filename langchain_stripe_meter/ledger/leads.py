@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from langchain_stripe_meter.ledger.inserting import others
 from langchain_stripe_meter.ledger.jobs import Job, check_job
 from langchain_stripe_meter.ledger.schema import leads, readings
 from langchain_stripe_meter.ledger.store import Entry, Ledger, dialect_insert, write_act
+from langchain_stripe_meter.workers import in_worker
 
 BillFrom = Literal["now", "first_message"]
 LEAD_FIELDS: tuple[By, ...] = ("email", "name", "phone")
@@ -130,7 +130,7 @@ class Leads:
 
     async def acapture(self, session: str, **fields: Any) -> int:
         """As ``capture``, without blocking the event loop."""
-        return await asyncio.to_thread(self.capture, session, **fields)
+        return await in_worker(self.capture, session, **fields)
 
     def find(self, session: str, account: str | None = None) -> dict[str, str] | None:
         """The lead of ``session``, or None. Who asks keeps it from being pruned for its age, which counts from then."""

@@ -1,0 +1,100 @@
+"""What is done beside an event loop has threads of its own, however busy the application keeps asyncio's."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from langchain.agents import create_agent
+from langchain_core.language_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage
+from langchain_core.outputs import ChatResult
+
+from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead
+from langchain_stripe_meter.agents.limits import Budget, SpendLimit, SpendLimitCallback, SpendLimitMiddleware
+from langchain_stripe_meter.workers import in_worker
+
+USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
+Work = Callable[[StripeMeterCallbackHandler], Awaitable[Any]]
+
+
+class Model(GenericFakeChatModel):
+    """Answers without a thread."""
+
+    async def _agenerate(self, *args: Any, **kwargs: Any) -> ChatResult:
+        return self._generate(*args, **kwargs)
+
+
+def model() -> Model:
+    return Model(messages=iter([AIMessage("Hello", usage_metadata=USAGE)]))
+
+
+async def a_lead_is_asked_for(meter: StripeMeterCallbackHandler) -> None:
+    await model().ainvoke("Hi", {"callbacks": [meter], "metadata": {"session_id": "s"}})
+
+
+async def a_limit_is_checked(meter: StripeMeterCallbackHandler) -> None:
+    limit = SpendLimitCallback(Budget(meter, SpendLimit("tokens", 100)))
+    await model().ainvoke("Hi", {"callbacks": [meter, limit], "metadata": {"session_id": "s"}})
+
+
+async def an_agents_limit_is_checked(meter: StripeMeterCallbackHandler) -> None:
+    agent = create_agent(model(), [], middleware=[SpendLimitMiddleware(Budget(meter, SpendLimit("tokens", 100)))])
+    message: Any = {"messages": [("user", "Hi")]}
+    await agent.ainvoke(message, {"callbacks": [meter], "metadata": {"session_id": "s"}})
+
+
+async def a_lead_is_captured(meter: StripeMeterCallbackHandler) -> None:
+    await meter.leads.acapture("s", email="ann@example.com")
+
+
+async def a_job_is_recorded(meter: StripeMeterCallbackHandler) -> None:
+    await meter.arecord_usage({"input_tokens": 1}, id="job", customer="cus_1")
+
+
+async def it_is_flushed(meter: StripeMeterCallbackHandler) -> None:
+    await meter.aflush(5)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    "work",
+    [a_lead_is_asked_for, a_limit_is_checked, an_agents_limit_is_checked, a_lead_is_captured, a_job_is_recorded,
+     it_is_flushed],
+)  # fmt: skip
+def test_nothing_waits_for_the_applications_own_tools(work: Work, tmp_path: Path) -> None:
+    tool = threading.Event()
+
+    async def main(meter: StripeMeterCallbackHandler) -> None:
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, tool.wait)
+        try:
+            async with asyncio.timeout(60):
+                await work(meter)
+        finally:
+            tool.set()
+            await busy
+
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    with StripeMeterCallbackHandler(Tokens("tokens"), customer=from_lead(), deliver=False, ledger=ledger) as meter:
+        asyncio.run(main(meter))
+        assert meter.status().unrecorded == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    async def ask() -> int:
+        return await in_worker(threading.get_ident)
+
+    assert asyncio.run(ask()) != threading.get_ident()
+    child = os.fork()
+    if not child:
+        os._exit(0 if asyncio.run(ask()) else 1)
+    assert os.waitpid(child, 0)[1] == 0
