@@ -36,6 +36,31 @@ def test_days_and_weeks_from_monday_are_those_of_utc(per: Any, start: str, end: 
     assert Period(per).bounds(after)[0] == after
 
 
+def test_a_month_may_begin_on_another_day_where_shorter_ones_begin_on_their_last() -> None:
+    period = Period("month", billing_day=31)
+    assert period.bounds(seconds("2027-03-01")) == (seconds("2027-02-28"), seconds("2027-03-31"))
+
+
+@pytest.mark.parametrize("per", ["day", "ever", timedelta(hours=1)])
+def test_only_months_have_a_billing_day(per: Any) -> None:
+    with pytest.raises(ConfigurationError, match=r"billing_day=2: only per='month' has one"):
+        Period(per, billing_day=2)
+
+
+def test_what_was_used_before_counts_on_until_it_is_settled() -> None:
+    october, november = seconds("2026-10-31"), seconds("2026-11-01")
+    period = Period("month", settled_after=3600)
+    for now in (october, november + 60):  # also where it is read only then
+        spent = Spent([period])
+        spent.add([("ann", TOKENS, october, Decimal(5))], now)
+        spent.add([("ann", TOKENS, november, Decimal(2))], november + 60)
+        spent.add([("ann", TOKENS, seconds("2026-09-30"), Decimal(9))], november + 60)
+        sums = [spent.of(["ann"], TOKENS, period, november + after) for after in (60, 3599, 3600)]
+        assert sums == [7, 7, 2]
+    assert period.begins(november + 3599) == seconds("2026-10-01")
+    assert period.begins(november + 3600) == november
+
+
 def test_all_time_is_one_period() -> None:
     assert [Period("ever").bounds(at) for at in (0, seconds("2027-04-01"))] == [(0, None)] * 2
 

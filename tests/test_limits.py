@@ -17,6 +17,7 @@ from uuid import uuid4
 import pytest
 from books import Clock
 from langchain.agents import create_agent
+from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
@@ -216,7 +217,7 @@ def test_a_limit_that_cannot_be_worked_out_is_told_and_the_call_goes_on_unless_t
     told: list[Exception] = []
     meter = handler(on_error=told.append)
     budget = Budget(meter, SpendLimit("tokens", no_plan), SpendLimit("tokens", 20, "ever"), on_failure=policy)
-    config, said = gated(budget, meter), "limit on 'tokens' cannot be worked out: its amount failed with KeyError"
+    config, said = gated(budget, meter), "limit on 'tokens' cannot be worked out: its amount failed with KeyError at "
 
     def call() -> None:
         if asynchronous:
@@ -228,7 +229,7 @@ def test_a_limit_that_cannot_be_worked_out_is_told_and_the_call_goes_on_unless_t
         with pytest.raises(ConfigurationError, match=said) as caught:
             call()
         gc.collect()
-        assert isinstance(caught.value.__cause__, KeyError)
+        assert (caught.value.__cause__, caught.value.__suppress_context__) == (None, True)  # it may quote a person
         assert (server.requests, told) == ([], [])
         return
     call()
@@ -611,6 +612,49 @@ def test_a_context_that_cannot_be_read_breaks_no_chain_unless_the_owner_says_so(
     told: list[MeteringError] = []
     meter = handler(customer=from_context("customer"), on_error=told.append)
     Budget(meter, SpendLimit("tokens", 0)).check(Facts(context=Detached()))
-    assert [str(error) for error in told] == ["Whose limit it is could not be looked up: KeyError."]
+    (error,) = told
+    assert str(error).startswith("Whose limit it is could not be looked up: KeyError at ")
+    assert (error.__cause__, error.__suppress_context__) == (None, True)
     with pytest.raises(LedgerError, match="could not be looked up: KeyError"):
         Budget(meter, SpendLimit("tokens", 0), on_failure="stop").check(Facts(context=Detached()))
+
+
+def test_of_several_limits_that_are_used_up_the_error_tells_of_the_last_to_begin_anew(
+    meter: StripeMeterCallbackHandler, clock: Clock
+) -> None:
+    meter.record_usage({"input_tokens": 15}, id="job", customer="cus_1")
+    day, month, ever = (SpendLimit("tokens", 15, per=per) for per in ("day", "month", "ever"))
+    for limits, last in (((month, day), month), ((day, ever, month), ever)):
+        with pytest.raises(SpendLimitError) as raised:
+            Budget(meter, *limits).check("cus_1")
+        end = last.period.bounds(int(clock()))[1]
+        assert raised.value.resets_at == (None if end is None else datetime.fromtimestamp(end, UTC))
+
+
+def test_a_month_may_begin_on_the_day_of_the_subscription(meter: StripeMeterCallbackHandler, clock: Clock) -> None:
+    (one,) = Budget(meter, SpendLimit("tokens", 15, billing_day=9)).allowances("cus_1")
+    assert one.resets_at is not None
+    assert one.resets_at.day == 9
+    with pytest.raises(ConfigurationError, match="billing_day=9"):
+        SpendLimit("tokens", 15, per="day", billing_day=9)
+
+
+async def later(error: SpendLimitError) -> str:
+    return str(error)
+
+
+@pytest.mark.parametrize("message", [None, 5, later])
+def test_a_message_that_is_none_is_refused_at_once(meter: StripeMeterCallbackHandler, message: Any) -> None:
+    with pytest.raises(ConfigurationError, match="message="):
+        SpendLimitMiddleware(Budget(meter, SpendLimit("tokens", 1)), message=message)
+
+
+@pytest.mark.parametrize(("message", "answer"), [(lambda _: 1 / 0, "is used up"), (lambda _: 7, "7")])
+def test_a_message_that_fails_breaks_no_chat(
+    meter: StripeMeterCallbackHandler, message: Any, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    middleware = SpendLimitMiddleware(Budget(meter, SpendLimit("tokens", 0)), message=message)
+    agent: Any = create_agent(GenericFakeChatModel(messages=iter([])), [], middleware=[middleware])
+    config: Any = paid_by("cus_1", meter)
+    assert answer in agent.invoke({"messages": [HumanMessage("Hi")]}, config)["messages"][-1].text
+    assert ("ZeroDivisionError" in caplog.text) == (answer != "7")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from decimal import Decimal
+from datetime import UTC, datetime, timedelta
+from decimal import Context, Decimal, Inexact, localcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from langchain_stripe_meter.core.customers import Facts
 from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError, StripeError
 from langchain_stripe_meter.gateway.customers import credit_of
-from langchain_stripe_meter.sandbox import StripeSandbox
+from langchain_stripe_meter.sandbox import StripeSandbox, refuse
 
 SUMMARY = "/v1/billing/credit_balance_summary"
 
@@ -57,6 +58,29 @@ def test_a_customer_may_use_what_the_credits_pay_for(sandbox: StripeSandbox, met
     use(meter, 40_000, "job-2")
     with pytest.raises(SpendLimitError):
         budget.check("cus_1")
+
+
+def test_no_credit_is_used_twice_while_stripe_has_not_taken_a_period_off_it(
+    sandbox: StripeSandbox, tmp_path: Path
+) -> None:
+    """Stripe does so when it finalises the period's invoice, an hour after its end."""
+    begins, ledger = int(datetime(2026, 11, 1, tzinfo=UTC).timestamp()), f"sqlite:///{tmp_path}/l.db"
+    now = begins - 60
+    options: dict[str, Any] = {"customer": "cus_1", "ledger": ledger, "clock": lambda: now}
+    sandbox.set_credit("cus_1", 10)
+    with StripeMeterCallbackHandler(Tokens("ai_tokens"), **options) as meter:
+        credit = StripeCredit(meter, unit_price=1)
+        credit.refresh("cus_1")
+        meter.record_usage({"input_tokens": 10}, id="of October", at=now)
+        budget = Budget(meter, SpendLimit("ai_tokens", credit))
+        for moment, left in ((begins - 1, 0), (begins, 0), (begins + 3599, 0), (begins + 3600, 10)):
+            now = moment
+            assert budget.remaining("cus_1") == left
+            assert Budget(meter, SpendLimit("ai_tokens", credit)).remaining("cus_1") == left  # after a start
+        slow = StripeCredit(meter, unit_price=1, settled_after=timedelta(days=3))
+        slow.refresh("cus_1")
+        assert Budget(meter, SpendLimit("ai_tokens", slow)).remaining("cus_1") == 0
+        assert Budget(meter, SpendLimit("ai_tokens", 10)).remaining("cus_1") == 10  # a plain limit begins anew
 
 
 def test_what_the_credits_paid_for_is_told_in_plain_digits(
@@ -107,6 +131,34 @@ def test_who_has_no_credit_or_is_unknown_may_use_nothing(
     wait_until(lambda: credit(nobody) == 0)
 
 
+def test_after_a_failure_stripe_is_left_alone_for_a_while(
+    sandbox: StripeSandbox, meter: StripeMeterCallbackHandler, caplog: pytest.LogCaptureFixture
+) -> None:
+    credit = StripeCredit(meter, unit_price=1, max_age=0)
+    sandbox.fail(refuse(500), path=SUMMARY, times=None)
+    spender = Spender(Reference("id", "cus_1"), Facts())
+    credit(spender)
+    wait_until(lambda: "could not be read" in caplog.text and not credit._asked)
+    sandbox.clear_faults()
+    for _ in range(100):
+        assert credit(spender) is None
+    sandbox.create_customer(id="cus_2")
+    wait_until(lambda: credit(Spender(Reference("id", "cus_2"), Facts())) == 0)  # asked for after it, and answered
+    assert credit(spender) is None
+
+
+@pytest.mark.parametrize("context", [Context(prec=3), Context(prec=3, traps=[Inexact])])
+def test_amounts_are_exact_whatever_the_application_rounds_to(
+    context: Context, sandbox: StripeSandbox, meter: StripeMeterCallbackHandler
+) -> None:
+    sandbox.set_credit("cus_1", 1_000_999)
+    credit = StripeCredit(meter, unit_price=2)
+    use(meter, 499, "job-1")
+    with localcontext(context):
+        assert credit.refresh("cus_1") == Decimal("500499.5")
+        assert Budget(meter, SpendLimit("ai_tokens", credit)).remaining("cus_1") == Decimal("500000.5")
+
+
 def test_a_balance_below_zero_leaves_nothing(sandbox: StripeSandbox, meter: StripeMeterCallbackHandler) -> None:
     sandbox.set_credit("cus_1", -5)
     credit = StripeCredit(meter, unit_price=1)
@@ -132,6 +184,8 @@ def test_a_currency_may_be_written_in_capitals(sandbox: StripeSandbox, meter: St
         ({"until_known": 0.5}, "until_known=: .* not 0.5"),
         ({"until_known": -1}, "until_known=: .* not -1"),
         ({"until_known": "7"}, "until_known=: .* not str"),
+        ({"settled_after": 3600}, "settled_after=3600: a timedelta"),
+        ({"settled_after": timedelta(seconds=-1)}, "settled_after=.*: a timedelta"),
     ],
 )
 def test_what_would_open_the_door_later_is_refused_when_it_is_made(

@@ -20,7 +20,15 @@ from langchain_stripe_meter.core.events import is_async, number_text
 from langchain_stripe_meter.core.periods import Per, Period
 from langchain_stripe_meter.core.references import Reference
 from langchain_stripe_meter.core.tenants import account_of
-from langchain_stripe_meter.errors import ConfigurationError, LedgerError, MeteringError, SpendLimitError, logger
+from langchain_stripe_meter.core.values import EXACT
+from langchain_stripe_meter.errors import (
+    ConfigurationError,
+    LedgerError,
+    MeteringError,
+    SpendLimitError,
+    logger,
+    place_of,
+)
 from langchain_stripe_meter.handler import StripeMeterCallbackHandler
 from langchain_stripe_meter.ledger.counters import Counters
 from langchain_stripe_meter.workers import in_worker
@@ -49,15 +57,16 @@ class SpendLimit:
 
     ``amount`` is a number, or a callable that says how much a ``Spender`` may use (None: no limit). ``per`` is
     ``"day"``, ``"week"`` (from Monday), ``"month"``, each in UTC, ``"ever"``, or a ``timedelta``: spans of that length
-    since the Unix epoch, so ``timedelta(hours=1)`` are the full hours.
+    since the Unix epoch, so ``timedelta(hours=1)`` are the full hours. Months begin on ``billing_day``.
     """
 
     event_name: str
     amount: Amount | LimitOf
     per: Per = "month"
+    billing_day: int = 1
 
     def __post_init__(self) -> None:
-        Period(self.per)
+        self.period  # noqa: B018 - refuses what is none
         if not callable(self.amount):
             check_amount(self.amount)
         elif is_async(self.amount):
@@ -65,8 +74,8 @@ class SpendLimit:
 
     @property
     def period(self) -> Period:
-        """What ``per`` means."""
-        return Period(self.per)
+        """What ``per`` means, and for how long a period counts on in the next one (see ``StripeCredit``)."""
+        return Period(self.per, self.billing_day, getattr(self.amount, "settled_after", 0))
 
     def amount_for(self, spender: Spender) -> Decimal | None:
         """How much ``spender`` may use; None for no limit.
@@ -78,8 +87,9 @@ class SpendLimit:
         what = f"The limit on {self.event_name!r} cannot be worked out"
         try:
             amount = self.amount(spender)
-        except Exception as error:  # its text is not repeated: it may quote whom the limit is for
-            raise ConfigurationError(f"{what}: its amount failed with {type(error).__name__}.") from error
+        except Exception as error:  # noqa: BLE001 - not handed on: it may quote whom the limit is for
+            failed = f"{what}: its amount failed with {type(error).__name__} at {place_of(error)}."
+            raise ConfigurationError(failed) from None
         try:
             return None if amount is None else check_amount(amount)
         except ConfigurationError as error:
@@ -110,7 +120,7 @@ class Allowance:
     @property
     def remaining(self) -> Decimal | None:
         """What may still be used, never below 0; None for no limit."""
-        return None if self.limit is None else max(self.limit - self.used, Decimal(0))
+        return None if self.limit is None else max(EXACT.subtract(self.limit, self.used), Decimal(0))
 
     @property
     def is_used_up(self) -> bool:
@@ -133,11 +143,13 @@ class Budget:
             hold all the same); or ``"stop"`` it by raising that error.
 
     Usage counts as soon as its run has ended, in whichever process shares the ledger. What a call will use is not known
-    before it ends, so calls that have begun when the limit is reached go beyond it: by what was in flight, no more.
+    before it ends, so calls that have begun when the limit is reached go beyond it: by what was in flight, no more. Of
+    several limits that are used up, ``SpendLimitError`` tells of the one that begins anew last.
 
     A limit holds for a lead's e-mail, name or phone also before Stripe's customer is known. The first check of a
     process reads the readings of the longest period (a second or more, where there are hundreds of thousands);
-    ``refresh`` does so when a server starts.
+    ``refresh`` does so when a server starts. So does the next check, every ten seconds at most, after a person has
+    changed what was recorded, or a captured lead has claimed what was skipped.
     """
 
     def __init__(
@@ -199,17 +211,17 @@ class Budget:
             if self._stops_nobody:
                 raise SpendLimitError("Nobody could be identified whose limit it is, so the model is not called.")
             return
-        for limit, spent in used:
-            self._check_limit(limit, spender, spent)
+        stands = [self._allowance(limit, spender, spent) for limit, spent in used]
+        used_up = [one for one in stands if one is not None and one.is_used_up]
+        if used_up:
+            raise _used_up(max(used_up, key=_last))
 
-    def _check_limit(self, limit: SpendLimit, spender: Spender, used: Decimal) -> None:
+    def _allowance(self, limit: SpendLimit, spender: Spender, used: Decimal) -> Allowance | None:
         try:
-            one = _allowance(limit, spender, used, self._meter._ledger.now())
+            return _allowance(limit, spender, used, self._meter._ledger.now())
         except ConfigurationError as error:  # the other limits hold all the same
             self._failed(error)
-            return
-        if one.is_used_up:
-            raise _used_up(one)
+            return None
 
     def _failed(self, error: MeteringError) -> None:
         if self._stops_on_failure:
@@ -245,8 +257,9 @@ class Budget:
             account, who = self._meter._recorder.payer(facts)
         except MeteringError:
             raise
-        except Exception as error:  # its text is not repeated: it may quote who that is
-            raise LedgerError(f"Whose limit it is could not be looked up: {type(error).__name__}.") from error
+        except Exception as error:  # noqa: BLE001 - as in amount_for()
+            failed = f"Whose limit it is could not be looked up: {type(error).__name__} at {place_of(error)}."
+            raise LedgerError(failed) from None
         return None if isinstance(who, Skip) else Spender(who, facts, account)
 
 
@@ -284,9 +297,14 @@ def _check_limits(meter: StripeMeterCallbackHandler, limits: tuple[SpendLimit, .
 
 
 def _allowance(limit: SpendLimit, spender: Spender, used: Decimal, now: int) -> Allowance:
-    _, end = limit.period.bounds(now)
-    resets_at = None if end is None else datetime.fromtimestamp(end, UTC)
+    at = limit.period.resets_at(now)
+    resets_at = None if at is None else datetime.fromtimestamp(at, UTC)
     return Allowance(limit.event_name, limit.per, limit.amount_for(spender), used, resets_at)
+
+
+def _last(one: Allowance) -> tuple[bool, float]:
+    """The order in which allowances begin anew; the last is never."""
+    return one.resets_at is None, 0 if one.resets_at is None else one.resets_at.timestamp()
 
 
 def _used_up(one: Allowance) -> SpendLimitError:

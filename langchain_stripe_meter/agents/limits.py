@@ -21,7 +21,8 @@ from langchain_stripe_meter.agents.budget import (
     check_budget,
 )
 from langchain_stripe_meter.agents.credit import StripeCredit
-from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError
+from langchain_stripe_meter.core.events import is_async
+from langchain_stripe_meter.errors import ConfigurationError, SpendLimitError, logger, place_of
 from langchain_stripe_meter.workers import in_worker
 
 try:
@@ -67,6 +68,10 @@ class SpendLimitMiddleware(AgentMiddleware):  # langchain 1.0.0 has fewer type p
         check_budget(budget, "SpendLimitMiddleware")
         if exit_behavior not in ("end", "error"):
             raise ConfigurationError(f"exit_behavior={exit_behavior!r}: use 'end' or 'error'.")
+        if not isinstance(message, str) and (not callable(message) or is_async(message)):
+            raise ConfigurationError(
+                f"message={message!r}: a text, or a plain function that makes one of the SpendLimitError."
+            )
         self.budget = budget
         self._ends = exit_behavior == "end"
         self._message = message
@@ -79,9 +84,18 @@ class SpendLimitMiddleware(AgentMiddleware):  # langchain 1.0.0 has fewer type p
         except SpendLimitError as error:
             if not self._ends:
                 raise
-            said = self._message(error) if callable(self._message) else self._message
-            return {"jump_to": "end", "messages": [AIMessage(said)]}
+            return {"jump_to": "end", "messages": [AIMessage(self._said(error))]}
         return None
+
+    def _said(self, error: SpendLimitError) -> str:
+        """What to answer; where the application's own words fail, the error's."""
+        if isinstance(self._message, str):
+            return self._message
+        try:
+            return str(self._message(error))
+        except Exception as own:  # noqa: BLE001 - it is the application's own
+            logger.warning("stripe-meter: message= itself failed: %s at %s", type(own).__name__, place_of(own))
+            return str(error)
 
     @hook_config(can_jump_to=["end"])
     async def abefore_model(self, state: Any, runtime: Any) -> dict[str, Any] | None:

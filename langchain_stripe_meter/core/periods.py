@@ -39,12 +39,17 @@ class Period:
     """Calendar days, weeks (from Monday) or months in UTC, all time, or spans of a fixed length.
 
     Spans follow each other without a gap from the Unix epoch on, so that every process has the same ones: with
-    ``timedelta(hours=1)`` they are the full hours.
+    ``timedelta(hours=1)`` they are the full hours. Months begin on ``billing_day``. What was used in a period counts on
+    in the next one for ``settled_after`` seconds.
     """
 
     per: Per
+    billing_day: int = 1
+    settled_after: int = 0
 
     def __post_init__(self) -> None:
+        if check_billing_day(self.billing_day) != 1 and self.per != "month":
+            raise ConfigurationError(f"billing_day={self.billing_day}: only per='month' has one.")
         if isinstance(self.per, timedelta):
             if self.per < timedelta(seconds=1) or self.per % timedelta(seconds=1):
                 raise ConfigurationError(f"per={self.per!r}: a span is a whole number of seconds, at least one.")
@@ -56,10 +61,24 @@ class Period:
         if self.per == "ever":
             return 0, None
         if self.per == "month":
-            return billing_period(at)
+            return billing_period(at, self.billing_day)
         length = int(self.per.total_seconds()) if isinstance(self.per, timedelta) else _SECONDS[self.per]
         start = at - (at - (_MONDAY if self.per == "week" else 0)) % length
         return start, start + length
+
+    def begins(self, at: int) -> int:
+        """The first second of what counts at ``at``."""
+        start, _ = self.bounds(at)
+        return self.bounds(start - 1)[0] if self._is_unsettled(at) else start
+
+    def resets_at(self, at: int) -> int | None:
+        """When less than now may count; None where that will never be."""
+        start, end = self.bounds(at)
+        return start + self.settled_after if self._is_unsettled(at) else end
+
+    def _is_unsettled(self, at: int) -> bool:
+        start, end = self.bounds(at)
+        return end is not None and at - start < self.settled_after
 
 
 What = tuple[str, str]
@@ -77,12 +96,14 @@ class Spent:
 
     def add(self, amounts: Iterable[tuple[str, What, int, Decimal]], now: int) -> None:
         """Add to what was used: by whom, of what, when, and how much."""
-        bounds = [(period, by_start, *period.bounds(now)) for period, by_start in self._sums.items()]
+        bounds = [
+            (period, by_start, period.begins(now), *period.bounds(now)) for period, by_start in self._sums.items()
+        ]
         for name, what, at, amount in amounts:
-            for period, by_start, start, end in bounds:
-                if at < start:
+            for period, by_start, first, start, end in bounds:
+                if at < first:
                     continue
-                its_start = start if end is None or at < end else period.bounds(at)[0]
+                its_start = start if start <= at and (end is None or at < end) else period.bounds(at)[0]
                 of_payer = _bucket(by_start, its_start, present=start).setdefault(name, {})
                 of_payer[what] = EXACT.add(of_payer.get(what, _NOTHING), amount)
 
@@ -95,9 +116,10 @@ class Spent:
                     of_payer[what] = EXACT.add(of_payer.get(what, _NOTHING), amount)
 
     def of(self, names: Iterable[str], what: What, period: Period, now: int) -> Decimal:
-        """How much all ``names`` together have used in the period that ``now`` is in."""
-        by_name = self._sums[period].get(period.bounds(now)[0], {})
-        return exact_sum(by_name.get(name, {}).get(what, _NOTHING) for name in names)
+        """How much of what all ``names`` together have used counts ``now``."""
+        by_start = self._sums[period]
+        starts = {period.begins(now), period.bounds(now)[0]}
+        return exact_sum(by_start.get(one, {}).get(name, {}).get(what, _NOTHING) for one in starts for name in names)
 
 
 def _bucket(

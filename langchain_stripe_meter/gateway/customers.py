@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from langchain_stripe_meter.core.references import Reference
+from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.gateway.client import Gateway, as_stripe_error, is_exactly, on_account
 
 MARK = {"created_by": "langchain_stripe_meter"}
@@ -54,4 +55,4 @@ def credit_of(gateway: Gateway, customer: str, currency: str, account: str = "")
     with as_stripe_error("read the customer's credit balance"):
         summary = gateway.client.v1.billing.credit_balance_summary.retrieve(wanted, on_account(account))
     amounts = [balance.available_balance.monetary for balance in summary.balances]
-    return sum((Decimal(one.value) for one in amounts if one is not None and one.currency == currency), Decimal(0))
+    return exact_sum(Decimal(one.value) for one in amounts if one is not None and one.currency == currency)

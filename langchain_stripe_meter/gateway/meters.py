@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from langchain_stripe_meter.core.events import check_account, check_event_name
 from langchain_stripe_meter.core.states import Move, Outcome
 from langchain_stripe_meter.core.tables import html_table
+from langchain_stripe_meter.core.values import exact_sum
 from langchain_stripe_meter.errors import ConfigurationError, StripeError
 from langchain_stripe_meter.gateway.client import Gateway, MeterInfo, Price, as_stripe_error, meter_info, on_account
 
@@ -218,7 +219,7 @@ def billed_on(
     """
     sums = [gateway.billed(meter, customer, *span, account) for meter in meters]
     known = [one for one in sums if one is not None]
-    return sum(known, Decimal(0)) if len(known) == len(sums) else None
+    return exact_sum(known) if len(known) == len(sums) else None
 
 
 def cancel(gateway: Gateway, event_name: str, identifier: str, account: str) -> Outcome:

@@ -181,7 +181,7 @@ class Counters:
         self._later_at = self._counted_at = now
         newest = int(self._query("SELECT coalesce(max(id), 0) FROM acts")[0][0])
         self._acts = self._read_acts(max(newest - ACTS_BACK, 0))
-        since = min((period.bounds(now)[0] for period in self._periods), default=now)
+        since = min((period.begins(now) for period in self._periods), default=now)
         while True:
             pruned = self._query("SELECT count(*), sum(readings) FROM pruned")
             self._count(self._pruned(since), now)
