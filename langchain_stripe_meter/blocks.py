@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
 
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
+from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.reentry import inside
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def stripe_meter(handler: StripeMeterCallbackHandler) -> Iterator[StripeMeterCal
     It follows context variables: tasks and runnables inside the block are metered, a plain ``threading.Thread`` is
     not. Blocks may nest; a run is billed once per meter.
     """
+    if not isinstance(handler, BaseCallbackHandler):
+        raise ConfigurationError(f"stripe_meter() takes a StripeMeterCallbackHandler, not {type(handler).__name__}.")
     with inside(), _everywhere_lock:
         if (blocks := _everywhere.get(handler)) is None:
             blocks = _everywhere[handler] = _Blocks()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from decimal import Decimal
+from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 from langchain_core.runnables import Runnable, RunnableConfig
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, Field, WithJsonSchema
 
 from langchain_stripe_meter.core.events import (
     MeterEvent,
@@ -22,7 +23,7 @@ from langchain_stripe_meter.core.events import (
 )
 from langchain_stripe_meter.core.states import Move
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
-from langchain_stripe_meter.gateway.client import Gateway
+from langchain_stripe_meter.gateway.client import Gateway, check_key
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -44,32 +45,29 @@ _ERROR_TYPES = {
 }
 
 
-def _no_truth(value: object) -> object:
-    """Pydantic takes True for 1; a step that yields it yields no amount."""
-    if isinstance(value, bool):
-        raise ValueError(f"{value} is no amount; give a number")  # noqa: TRY004 - pydantic reports ValueErrors
-    return value
+_Text = Annotated[Any, WithJsonSchema({"type": "string"})]
+_Number = Annotated[Any, WithJsonSchema({"type": "number"})]
+_Whole = Annotated[Any, WithJsonSchema({"type": "integer"})]
 
 
 class MeterEventInput(BaseModel):
-    """The component's inputs, as a tool's schema shows them; the limits are checked when it runs."""
+    """The component's inputs, as a tool's schema shows them; what is wrong with one is said in the response."""
 
-    event_name: str = Field(description="Event name of the Stripe meter, at most 100 characters.")
-    customer_id: str = Field(description="Stripe customer id, such as 'cus_NffrFeUfNV2Hib'.")
-    value: Annotated[int | Decimal, BeforeValidator(_no_truth)] = Field(
-        description="How much to add, at most 15 significant digits; negative to correct."
-    )
-    identifier: str | None = Field(
+    event_name: _Text = Field(description="Event name of the Stripe meter, at most 100 characters.")
+    customer_id: _Text = Field(description="Stripe customer id, such as 'cus_NffrFeUfNV2Hib'.")
+    value: _Number = Field(description="How much to add, at most 15 significant digits; negative to correct.")
+    identifier: _Text = Field(
         default=None, description="At most 100 characters; the same identifier is not billed twice. Default: random."
     )
-    timestamp: int | None = Field(default=None, description="Unix seconds, within the past 35 days; default now.")
+    timestamp: _Whole = Field(default=None, description="Unix seconds, within the past 35 days; default now.")
 
 
 class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
     """Sends one meter event to Stripe, at once and without a ledger.
 
-    Input: a mapping (or a graph's state) with ``event_name``, ``customer_id``, ``value`` and optionally ``identifier``
-    and ``timestamp``; other keys are left alone. Output: ``{"success": True, "response": <the event object>}``, or
+    Input: a mapping, or a graph's state of any kind, with ``event_name``, ``customer_id``, ``value`` and optionally
+    ``identifier`` and ``timestamp``; other keys are left alone. Output:
+    ``{"success": True, "response": <the event object>}``, or
     ``{"success": False, "response": {"error": {...}}}`` with ``type``, ``message``, ``field`` (for bad input),
     ``retryable`` and ``identifier``. It never raises for its input or for Stripe, so that the next step can branch.
 
@@ -89,6 +87,8 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
         clock: Callable[[], float] | None = None,
     ) -> None:
         self.name = "stripe_meter_event"
+        if stripe is not None and not isinstance(stripe, str):
+            check_key(stripe)
         self._stripe = stripe
         self._account = check_account(stripe_account)
         self._clock = clock
@@ -124,6 +124,8 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
 
     def _event(self, given: Any) -> MeterEvent:
         values = given.model_dump() if isinstance(given, BaseModel) else given
+        if is_dataclass(given) and not isinstance(given, type):
+            values = {field.name: getattr(given, field.name) for field in fields(given)}
         if not isinstance(values, Mapping):
             raise _BadFieldError("input", "the input must be a mapping with event_name, customer_id and value")
         checked = {name: _checked(name, check, values.get(name)) for name, check in _FIELDS.items()}
@@ -135,9 +137,14 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
             customer=checked["customer_id"],
             value=checked["value"],
             identifier=uuid.uuid4().hex if identifier is None else _checked("identifier", check_identifier, identifier),
-            timestamp=now if timestamp is None else _checked("timestamp", lambda t: check_timestamp(t, now), timestamp),
+            timestamp=now if timestamp is None else _checked("timestamp", partial(_timestamp, now), timestamp),
             account=self._account,
         )
+
+
+def _timestamp(now: int, given: Any) -> int:
+    """The steps of a workflow may hand on text."""
+    return check_timestamp(int(given) if isinstance(given, str) and given.isdecimal() else given, now)
 
 
 class _BadFieldError(Exception):

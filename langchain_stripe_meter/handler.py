@@ -22,6 +22,7 @@ from langchain_stripe_meter.delivery.courier import Courier
 from langchain_stripe_meter.errors import ConfigurationError, MeteringError, OnError, logger
 from langchain_stripe_meter.gateway.client import Gateway, check_key
 from langchain_stripe_meter.ledger import DEFAULT_LEDGER, views
+from langchain_stripe_meter.ledger.keeping import check_days
 from langchain_stripe_meter.ledger.leads import Leads
 from langchain_stripe_meter.ledger.store import Ledger
 from langchain_stripe_meter.operations import Operations
@@ -38,6 +39,8 @@ MAX_ROLL_UP = 3600
 START_SECONDS = 10
 """How long the start of a server waits for Stripe to say whether its meters are right."""
 _USUAL_CUSTOMER = first_of(from_auth_user("stripe_customer_id"), from_metadata("stripe_customer_id"))
+LONGEST = 10**7
+"""Seconds: more than locks can wait for is not asked of them."""
 EXIT_SECONDS = 2.0
 """How long the interpreter's exit waits for deliveries under way; what remains is sent after the next start."""
 
@@ -113,10 +116,19 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         self.customer = _with_default(_USUAL_CUSTOMER if customer is None else as_source(customer), on_unidentified)
         if on_missing_usage not in ("estimate", "hold", "ignore"):
             raise ConfigurationError(f"on_missing_usage={on_missing_usage!r}: use 'estimate', 'hold' or 'ignore'.")
-        if concurrency < 1:
-            raise ConfigurationError(f"concurrency={concurrency}: at least 1.")
-        if roll_up is not None and not (isinstance(roll_up, int) and 1 <= roll_up <= MAX_ROLL_UP):
+        for name, flag in (
+            ("deliver", deliver),
+            ("bill_cache_hits", bill_cache_hits),
+            ("create_missing", create_missing),
+        ):
+            if not isinstance(flag, bool):
+                raise ConfigurationError(f"{name}={flag!r}: True or False.")
+        if type(concurrency) is not int or concurrency < 1:
+            raise ConfigurationError(f"concurrency={concurrency!r}: a whole number, at least 1.")
+        if roll_up is not None and not (type(roll_up) is int and 1 <= roll_up <= MAX_ROLL_UP):
             raise ConfigurationError(f"roll_up={roll_up!r}: 1 to {MAX_ROLL_UP} seconds, or None for an event each.")
+        if prune_after_days is not None:
+            check_days(prune_after_days)
         if stripe_account is not None and tenant is not None:
             raise ConfigurationError("Pass stripe_account= or tenant=, not both: a tenant has an account of its own.")
         check_tenant(tenant)
@@ -212,6 +224,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         With ``deliver=False`` nothing is sent here, so it reports at once. After a ``close``, it delivers again. Raises
         ``LedgerError`` where the ledger cannot be read; the message also says what went unrecorded.
         """
+        timeout = _patience(timeout)
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
         self._recorder.elsewhere.wait(timeout)
@@ -292,6 +305,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         Where the ledger cannot be read, this is logged and nothing is raised: what a script did matters more. There is
         no report then (None).
         """
+        timeout = _patience(timeout)
         try:
             return self._close(timeout)
         except MeteringError as error:
@@ -353,6 +367,13 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _patience(timeout: object) -> float:
+    """Seconds to wait, at most ``LONGEST``, which is for ever."""
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or timeout != timeout:  # noqa: PLR0124 - NaN
+        raise ConfigurationError(f"timeout={timeout!r}: a number of seconds.")
+    return min(timeout, LONGEST)
 
 
 def _with_default(customer: CustomerSource, otherwise: CustomerSource | str) -> CustomerSource:

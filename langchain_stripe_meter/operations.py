@@ -188,6 +188,9 @@ class Operations:
         Returns how many readings the ledger did not have yet; raises ``LedgerError`` where they still cannot be stored.
         ``status()`` of the handler that told the error counts them as unrecorded no more.
         """
+        if not isinstance(error, UnrecordedError):
+            kind = type(error).__name__
+            raise ConfigurationError(f"record_again() takes the UnrecordedError that on_error was told, not {kind}.")
         new = self._ledger.record_new([entry_of(one) for one in error.readings])
         self._recorder.mended(error)
         return self._moved(new)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Context, Decimal, localcontext
@@ -55,11 +56,15 @@ def checked_meters(meters: tuple[Meter, ...]) -> tuple[Meter, ...]:
         if not isinstance(meter, Meter):
             how = " Pass several one after another, not as a list." if isinstance(meter, list | tuple) else ""
             raise ConfigurationError(f"{meter!r} is not a meter. Use Tokens, Messages, Credits or Cost.{how}")
-    names = [meter.event_name for meter in meters]
+    refuse_twice([meter.event_name for meter in meters])
+    return tuple(_priced(meter) for meter in meters)
+
+
+def refuse_twice(names: Sequence[str]) -> None:
+    """Each meter of a handler has an event name of its own."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
         raise ConfigurationError(f"Two meters have the event name {twice!r}; each needs its own, or one would be lost.")
-    return tuple(_priced(meter) for meter in meters)
 
 
 def _priced(meter: Meter) -> Meter:

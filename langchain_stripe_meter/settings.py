@@ -5,11 +5,21 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from langchain_stripe_meter.agents.servers import SECRET, USUAL_KEY, from_signed_token, secrets_in
 from langchain_stripe_meter.core import customers, meters
@@ -17,7 +27,8 @@ from langchain_stripe_meter.core.events import check_account
 from langchain_stripe_meter.core.tokens import MIN_SECRET
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.handler import MAX_ROLL_UP, StripeMeterCallbackHandler
-from langchain_stripe_meter.ledger.opening import without_password
+from langchain_stripe_meter.ledger.opening import parse_url, without_password
+from langchain_stripe_meter.prices import refuse_twice
 
 
 class _Strict(BaseModel):
@@ -35,6 +46,24 @@ class _Strict(BaseModel):
 
     def _try(self) -> None:
         """Build what needs no key and no secret: settings are also read where nothing is metered."""
+
+
+def _no_truth(given: object) -> object:
+    """Pydantic takes True for 1."""
+    if isinstance(given, bool):
+        raise ValueError("it takes a whole number")  # noqa: TRY004 - pydantic reports ValueErrors
+    return given
+
+
+def _address(ledger: str) -> str:
+    try:
+        parse_url(ledger)
+    except ConfigurationError as error:
+        raise ValueError(str(error)) from None
+    return ledger
+
+
+_Whole = Annotated[int, BeforeValidator(_no_truth)]
 
 
 class MeterSettings(_Strict):
@@ -61,7 +90,7 @@ class MeterSettings(_Strict):
             "tokens": meters.Tokens, "messages": meters.Messages, "credits": meters.Credits, "cost": meters.Cost,
         }  # fmt: skip
         kind = kinds[self.kind]
-        foreign = sorted(set(arguments) - set(kind.__dataclass_fields__))
+        foreign = sorted(set(arguments) - {field.name for field in fields(kind)})
         if foreign:
             raise ConfigurationError(f"A meter of kind {self.kind!r} takes no {foreign[0]!r}.")
         built: meters.Meter = kind(**arguments)
@@ -105,8 +134,7 @@ class CustomerSettings(_Strict):
     def build(self, secrets: Callable[[str], list[str]] = secrets_in) -> customers.CustomerSource:
         """The source itself; ``secrets`` gives those in an environment variable. ``ConfigurationError`` names a field
         that this source does not read."""
-        fields = type(self).model_fields
-        foreign = [name for name in fields if name not in _READ[self.source] and self._says(name)]
+        foreign = [name for name in type(self).model_fields if name not in _READ[self.source] and self._says(name)]
         if foreign:
             raise ConfigurationError(f"source = {self.source!r} does not read {foreign[0]!r}; leave it out.")
         if self.source == "static":
@@ -161,17 +189,26 @@ class MeteringSettings(_Strict):
 
     meters: tuple[MeterSettings, ...] = Field(min_length=1)
     customer: CustomerSettings | None = None
-    ledger: str | None = Field(default=None, repr=False)
+    ledger: Annotated[str, AfterValidator(_address)] | None = Field(default=None, repr=False)
     deliver: bool = True
     on_missing_usage: Literal["estimate", "hold", "ignore"] = "estimate"
     bill_cache_hits: bool = False
-    billing_day: int = Field(default=1, ge=1, le=31)
-    prune_after_days: int | None = Field(default=None, ge=36)
+    billing_day: _Whole = Field(default=1, ge=1, le=31)
+    prune_after_days: _Whole | None = Field(default=None, ge=36)
     stripe_account: str | None = None
     create_missing: bool = False
     on_unidentified: Literal["skip", "raise"] | CustomerSettings = "skip"
-    concurrency: int = Field(default=16, ge=1)
-    roll_up: int | None = Field(default=None, ge=1, le=MAX_ROLL_UP)
+    concurrency: _Whole = Field(default=16, ge=1)
+    roll_up: _Whole | None = Field(default=None, ge=1, le=MAX_ROLL_UP)
+
+    @field_validator("meters")
+    @classmethod
+    def _each_with_a_name_of_its_own(cls, given: tuple[MeterSettings, ...]) -> tuple[MeterSettings, ...]:
+        try:
+            refuse_twice([meter.event_name for meter in given])
+        except ConfigurationError as error:
+            raise ValueError(str(error)) from None
+        return given
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
@@ -250,7 +287,8 @@ _TABLES = {
     "MeterSettings": "it takes a table with a kind and an event_name",
     "CustomerSettings": "it takes a table with a source, or a plain 'cus_…' id",
 }
-_PERSONAL = {"email", "name", "phone"}
+_HIDDEN = {"email", "name", "phone", "ledger"}
+"""What may name a person, or hold a password."""
 
 
 def in_one_line(error: ValidationError) -> str:
@@ -285,7 +323,7 @@ def _explain(error: Any) -> str:
     else:
         message = _REMEDIES.get(kind, str(error["msg"]).removeprefix("Value error, "))
     # Nobody knows what the value of an unknown setting is, or what stands in a table's place: a key, or a person.
-    known = kind not in ("extra_forbidden", "model_type") and not _PERSONAL & set(error["loc"])
+    known = kind not in ("extra_forbidden", "model_type") and not _HIDDEN & set(error["loc"])
     known = known and "@" not in str(error["input"])
     value = f" = {error['input']!r}" if known and isinstance(error["input"], str | int | float) else ""
     return f"{where or 'the settings'}{value}: {message}".rstrip(".")

@@ -15,7 +15,7 @@ import pytest
 from metering import Shop
 from sqlalchemy import update
 
-from langchain_stripe_meter import Credits, Messages, StripeMeterCallbackHandler, Tokens
+from langchain_stripe_meter import Credits, Messages, StripeMeterCallbackHandler, Tokens, stripe_meter
 from langchain_stripe_meter.agents import sign_customer
 from langchain_stripe_meter.agents.limits import (
     Budget,
@@ -51,6 +51,33 @@ def recording(tmp_path: Path) -> Iterator[Recording]:
     yield make
     for one in made:
         one.close()
+
+
+# -- how long somebody waits, and what is recorded again
+
+
+@pytest.mark.parametrize("timeout", [None, "10", True, float("nan")])
+def test_a_timeout_that_is_none_is_refused(recording: Recording, timeout: Any) -> None:
+    meter = recording()
+    for wait in (meter.flush, meter.close):
+        with pytest.raises(ConfigurationError, match=f"timeout={timeout!r}"):
+            wait(timeout)
+
+
+def test_whoever_is_ready_to_wait_for_ever_waits_until_all_is_delivered(tmp_path: Path) -> None:
+    with Shop(tmp_path) as shop:
+        shop.handler.record_usage({"input_tokens": 5}, id="job", customer="cus_1")
+        assert shop.handler.flush(float("inf")).delivered == 1
+
+
+def test_only_what_was_told_as_unrecorded_is_recorded_again(recording: Recording) -> None:
+    with pytest.raises(ConfigurationError, match=r"record_again\(\) takes the UnrecordedError .* not ValueError"):
+        recording().record_again(cast("Any", ValueError()))
+
+
+def test_a_block_is_for_a_handler() -> None:
+    with pytest.raises(ConfigurationError, match=r"stripe_meter\(\) takes a StripeMeterCallbackHandler, not int"):
+        stripe_meter(cast("Any", 5)).__enter__()
 
 
 # -- usage without a run

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -607,6 +608,10 @@ def test_the_ledgers_place_and_its_upgrade(sandbox: StripeSandbox, recorded: Non
     assert str(tmp_path / "l.db") in as_json("ledger", "path")["ledger"]
     assert "up to date" in call("ledger", "upgrade").stdout
     assert as_json("ledger", "upgrade") == {"schema": HEAD}
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert call("--version").stdout.strip() == version("langchain-stripe-meter")
 
 
 def test_help_is_quick_because_it_imports_nothing_heavy() -> None:

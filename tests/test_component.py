@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypedDict
 
 import pytest
+import stripe
 from freezegun import freeze_time
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
-from pydantic import ValidationError
 from tcp_proxy import FaultProxy, answer_of_another_event
 
 from langchain_stripe_meter import StripeMeterEvent
-from langchain_stripe_meter.component import MeterEventInput
+from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.sandbox import StripeSandbox, drop_answer
 
 INPUT = {"event_name": "ai_tokens_used", "customer_id": "cus_123", "value": 500, "identifier": "job-42"}
@@ -70,9 +71,33 @@ def test_an_answer_that_is_not_the_event_is_no_success(sandbox: StripeSandbox, m
     assert (error["type"], error["retryable"]) == ("unknown_outcome", True)
 
 
-def test_true_is_no_amount_for_a_tool_either() -> None:
-    with pytest.raises(ValidationError, match="True is no amount"):
-        MeterEventInput(event_name="ai_tokens_used", customer_id="cus_123", value=True)
+def test_what_is_no_stripe_client_is_refused_when_it_is_made() -> None:
+    for wrong in (5, stripe):
+        with pytest.raises(ConfigurationError, match="stripe= takes"):
+            StripeMeterEvent(stripe=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("identifier", ["job:42", "a step of a flow", "2026-11-27T10:00/ann+1"])
+def test_an_identifier_may_be_any_plain_text(sandbox: StripeSandbox, identifier: str) -> None:
+    out = StripeMeterEvent().invoke({**INPUT, "identifier": identifier})
+    assert (out["success"], out["response"]["identifier"]) == (True, identifier)
+
+
+def test_a_step_may_give_a_timestamp_as_text(sandbox: StripeSandbox) -> None:
+    at = sandbox.now() - 60
+    out = StripeMeterEvent().invoke({**INPUT, "timestamp": str(at)})
+    assert (out["success"], out["response"]["timestamp"]) == (True, at)
+
+
+def test_a_graphs_state_may_be_a_dataclass(sandbox: StripeSandbox) -> None:
+    @dataclass
+    class State:
+        event_name: str = "ai_tokens_used"
+        customer_id: str = "cus_123"
+        value: int = 5
+
+    assert StripeMeterEvent().invoke(State())["success"] is True
+    assert sandbox.billed("ai_tokens_used", "cus_123") == 5
 
 
 def test_a_step_whose_answer_was_lost_can_be_repeated_safely(sandbox: StripeSandbox) -> None:
@@ -98,6 +123,9 @@ def test_a_step_whose_answer_was_lost_can_be_repeated_safely(sandbox: StripeSand
         ("value", "many", "not a number"),
         ("value", 1234567890123456, "16 significant digits"),
         ("identifier", "x" * 101, "identifier"),
+        ("identifier", " 1", "identifier"),
+        ("identifier", "\u00fc", "identifier"),
+        ("timestamp", "soon", "whole Unix seconds"),
         ("timestamp", 1_700_000_000, "35 days"),
         ("timestamp", 4_000_000_000, "5 minutes"),
         ("timestamp", 1.5, "whole Unix seconds"),
@@ -161,7 +189,10 @@ def test_it_is_a_runnable_sync_async_batch_in_a_sequence_and_as_a_tool(sandbox: 
         warnings.simplefilter("ignore")  # LangChain calls as_tool() beta
         tool = event.as_tool()
     assert set(tool.args) == {"event_name", "customer_id", "value", "identifier", "timestamp"}
+    assert set(tool.tool_call_schema.model_json_schema()["required"]) == {"event_name", "customer_id", "value"}
     assert tool.invoke({**INPUT, "identifier": "tool"})["success"]
+    for wrong in ({"value": "abc"}, {"value": True}, {"value": None}, {"identifier": 7}, {"timestamp": "soon"}):
+        assert error_of(tool.invoke({**INPUT, **wrong}))["field"] == next(iter(wrong))
     assert sandbox.billed("ai_tokens_used", "cus_123") == 3 * 500 + 500 + 7 + 500
 
 

@@ -226,7 +226,7 @@ def test_identifiers_of_later_runs_sort_later() -> None:
     assert sorted(derive_identifier(run, "m") for run in runs) == [derive_identifier(run, "m") for run in runs]
 
 
-@pytest.mark.parametrize("identifier", ["", "a" * 101, "a b", "a\n", "ä", "a\r\nX: 1", "a\0", None, 7])
+@pytest.mark.parametrize("identifier", ["", "a" * 101, " a", "a ", "a\n", "ä", "a\r\nX: 1", "a\0", None, 7])
 def test_an_unsafe_identifier_is_refused(identifier: Any) -> None:
     with pytest.raises(InvalidValueError, match="identifier"):
         check_identifier(identifier)
@@ -324,7 +324,7 @@ def test_an_event_carries_its_payload_under_the_meters_own_keys() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"event_name": ""}, {"customer": "x"}, {"value": Decimal("NaN")}, {"identifier": "a b"}, {"dimensions": {"": ""}}],
+    [{"event_name": ""}, {"customer": "x"}, {"value": Decimal("NaN")}, {"identifier": "a "}, {"dimensions": {"": ""}}],
 )
 def test_an_event_cannot_be_made_against_stripes_limits(change: dict[str, Any]) -> None:
     good: dict[str, Any] = {

@@ -59,7 +59,7 @@ def says(kind: type[Exception], act: Callable[[], object], words: str) -> None:
         (check_event_name, 7, ("The event name of a meter must be printable text, not 7. "
          "Use the event name that the meter has in Stripe, such as 'ai_tokens'.")),
         (check_event_name, "n" * 101, f"The event name '{'n' * 56}... has 101 characters; Stripe allows 100."),
-        (check_identifier, "a b", "The identifier 'a b' must be 1 to 100 characters of A-Z a-z 0-9 _ -."),
+        (check_identifier, "a\n", "The identifier 'a\\n' must be 1 to 100 characters of plain ASCII, no space around."),
         (check_customer_id, 7, "A Stripe customer id must be text such as 'cus_NffrFeUfNV2Hib', not int."),
         (check_customer_id, "Ann", "This text is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'."),
         (check_customer_id, "cus_-", "'cus_-' is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'."),
@@ -192,6 +192,7 @@ def test_a_skip_says_where_nobody_was_found(source: Any, facts: Facts, reason: s
         (lambda: Tokens("t", weights={"in": 1, "a": 1}), ("Tokens cannot weigh 'a'; the kinds are input, output, "
          "cache_read, cache_write, audio_input, reasoning, audio_output.")),
         (lambda: Tokens("t", weights={}), "Tokens(weights=...) takes at least one kind, and no weight below 0."),
+        (lambda: Credits("c", {5: 1}), "Credits takes credits by a model's name, not by 5."),  # type: ignore[dict-item]
         (lambda: Tokens("t", weights=IMPOSSIBLE), "Tokens(weights=...) takes weights by kind, such as {'input': 1}."),
         (lambda: Cost("c", prices=IMPOSSIBLE),
          "Cost takes prices by model and kind, such as {'my-model': {'input': 1, 'output': 2}}."),

@@ -15,6 +15,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import stripe
 from conftest import wait_until
 from langchain_core.messages import AIMessage
 from langchain_core.outputs import ChatGeneration, LLMResult
@@ -453,6 +454,20 @@ class NoMeter:
         ((Tokens("tokens"),), {"concurrency": 0}, "concurrency=0"),
         ((Tokens("tokens"),), {"roll_up": 0}, "roll_up=0"),
         ((Tokens("tokens"),), {"roll_up": "minute"}, "roll_up='minute'"),
+        ((Tokens("tokens"),), {"roll_up": True}, "roll_up=True"),
+        ((Tokens("tokens"),), {"concurrency": "4"}, "concurrency='4'"),
+        ((Tokens("tokens"),), {"concurrency": 1.5}, "concurrency=1.5"),
+        ((Tokens("tokens"),), {"deliver": "no"}, "deliver='no'"),
+        ((Tokens("tokens"),), {"bill_cache_hits": "no"}, "bill_cache_hits='no'"),
+        ((Tokens("tokens"),), {"create_missing": 1}, "create_missing=1"),
+        ((Tokens("tokens"),), {"prune_after_days": 5, "deliver": False}, "not 5"),
+        ((Tokens("tokens"),), {"stripe": 5}, "stripe= takes .* not int"),
+        ((Tokens("tokens"),), {"stripe": stripe}, "stripe= takes .* not module"),
+        ((Tokens("tokens"),), {"ledger": 5}, "ledger= takes .* not int"),
+        ((Tokens("tokens"),), {"ledger": Path("l.db")}, "ledger= takes .* not PosixPath"),
+        ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?timeout=soon"}, r"\?timeout=soon"),
+        ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?timeout=-1"}, r"\?timeout=-1"),
+        ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?mode=ro"}, r"\?mode="),
         ((Tokens("tokens"),), {"synchronous": "OFF"}, "'OFF'"),
     ],
 )

@@ -376,3 +376,10 @@ def _typed(params: Any, schema: dict[str, Any]) -> Any:
         return list(params.values())
     known = schema.get("properties", {})
     return {k: _typed(v, known[k]) for k, v in params.items() if k in known} if known else params
+
+
+def test_a_slip_in_a_test_is_told_and_not_answered_with_nothing(sandbox: StripeSandbox) -> None:
+    with pytest.raises(ConfigurationError, match=r"billed\('typo'\): the sandbox has no meter"):
+        sandbox.billed("typo")
+    with pytest.raises(ConfigurationError, match="is not a Stripe customer id"):
+        sandbox.create_customer(id="x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from langchain_stripe_meter.sandbox import StripeSandbox
 
 app = typer.Typer(
-    help="Bill LLM usage through Stripe meters.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -55,6 +55,21 @@ app.add_typer(leads_app, name="leads")
 app.add_typer(ledger_app, name="ledger")
 app.add_typer(doubtful_app, name="doubtful")
 app.add_typer(settling_app)
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        console.print(version("langchain-stripe-meter"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    show: Annotated[
+        bool, typer.Option("--version", help="Say the version, and leave.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Bill LLM usage through Stripe meters."""
 
 
 @app.command()

@@ -23,7 +23,7 @@ FUTURE_LIMIT = 5 * 60
 """How far ahead, in seconds, a timestamp may lie."""
 
 _ALWAYS_SHORT = 10**MAX_DIGITS
-_IDENTIFIER = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
+_IDENTIFIER = re.compile(r"[!-~](?:[ -~]{0,98}[!-~])?\Z")
 _PLAIN_LEAD = re.compile(r"(?!x[0-9a-f]{24}\Z)[A-Za-z0-9_-]{1,60}\Z")
 _ACCOUNT_ID = re.compile(r"acct_[A-Za-z0-9_]{1,100}\Z")
 _CUSTOMER_ID = re.compile(r"cus_[A-Za-z0-9_]{1,100}\Z")
@@ -44,10 +44,11 @@ def check_event_name(name: object) -> str:
 
 
 def check_identifier(identifier: object) -> str:
-    """An identifier: 1 to 100 of ``A-Z a-z 0-9 _ -`` (narrower than Stripe's, so it is safe in any header)."""
+    """An identifier: 1 to 100 printable characters of ASCII (narrower than Stripe's, so it is safe in any header)."""
     if not isinstance(identifier, str) or not _IDENTIFIER.match(identifier):
         raise InvalidValueError(
-            f"The identifier {_show(identifier)} must be 1 to {MAX_NAME_LENGTH} characters of A-Z a-z 0-9 _ -."
+            f"The identifier {_show(identifier)} must be 1 to {MAX_NAME_LENGTH} characters of plain ASCII, "
+            "no space around."
         )
     return identifier
 

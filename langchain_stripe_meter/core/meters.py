@@ -182,6 +182,9 @@ class Credits:
             raise ConfigurationError(f"Credits(per={self.per!r}): use 'message' or 'call'.")
         if not isinstance(self.credits, Mapping):
             raise ConfigurationError("Credits takes credits by model, such as {'gpt-4o': 10, 'gpt-4o-mini': 1}.")
+        unnamed = next((model for model in self.credits if not isinstance(model, str)), None)
+        if unnamed is not None:
+            raise ConfigurationError(f"Credits takes credits by a model's name, not by {unnamed!r}.")
         values = [*self.credits.values(), *(() if self.default is None else (self.default,))]
         if not values or any(check_value(value) < 0 for value in values):
             raise ConfigurationError("Credits takes credits for at least one model or a default, none below 0.")

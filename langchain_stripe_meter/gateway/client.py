@@ -313,6 +313,8 @@ def check_key(given: str | StripeClient | None, *, otherwise: str = "") -> str |
     key: Any = os.environ.get("STRIPE_API_KEY") if given is None else given
     if not key:
         raise ConfigurationError(f"There is no Stripe API key: set $STRIPE_API_KEY, or pass it as stripe{otherwise}.")
+    if not isinstance(key, str) and not (hasattr(key, "v1") and hasattr(key, "_requestor")):
+        raise ConfigurationError(f"stripe= takes an API key or a stripe.StripeClient, not {type(key).__name__}.")
     if isinstance(key, str) and not _KEY.match(key):
         kind = "a publishable key (pk_…)" if key.startswith("pk_") else "no secret or restricted key"
         kind = "between spaces or line breaks" if _KEY.match(key.strip()) else kind

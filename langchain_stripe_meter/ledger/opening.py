@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sqlite3
 import stat
 import time
@@ -27,11 +28,16 @@ from langchain_stripe_meter.ledger.schema import HEAD, metadata
 _NO_PSYCOPG = "A ledger on PostgreSQL needs psycopg: pip install 'langchain-stripe-meter[postgres]'"
 
 
+_SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?")
+
 # -- where it is
 
 
 def parse_url(url: str) -> URL:
     """A SQLAlchemy URL for SQLite or PostgreSQL; ``ConfigurationError`` for anything else."""
+    if not isinstance(url, str):
+        kind = type(url).__name__
+        raise ConfigurationError(f"ledger= takes an address such as 'sqlite:///stripe_meter.db', not {kind}.")
     try:
         parsed = make_url(url)
         backend = parsed.get_backend_name()
@@ -49,6 +55,12 @@ def parse_url(url: str) -> URL:
         )
     if backend == "sqlite" and parsed.database in (None, "", ":memory:"):
         raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
+    for name, value in parsed.query.items() if backend == "sqlite" else ():
+        if name != "timeout" or not _SECONDS.fullmatch(str(value)):
+            raise ConfigurationError(
+                f"ledger=…?{name}={value} is not understood. A SQLite address takes only ?timeout=, for how many "
+                "seconds a run waits for another process, such as ?timeout=2."
+            )
     return parsed
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from decimal import Decimal
 from typing import TYPE_CHECKING, Literal, Self, overload
 
+from langchain_stripe_meter.core.events import check_customer_id
 from langchain_stripe_meter.errors import ConfigurationError
 from langchain_stripe_meter.sandbox.keys import LIVE
 from langchain_stripe_meter.sandbox.server import Desk, SandboxServer
@@ -103,6 +104,8 @@ class AccountHandle:
         id: str | None = None,
     ) -> str:
         """Create a customer and return its ``cus_…`` id. E-mail addresses need not be unique, as on Stripe."""
+        if id is not None:
+            check_customer_id(id)
         params = {"email": email, "name": name, "phone": phone, "metadata": dict(metadata or {})}
         with self._lock:
             return self._account.customers.create(params, self._clock(), id).id
@@ -128,9 +131,11 @@ class AccountHandle:
         """What the customer would be billed on the meter, in the meter's unit, as one billing period.
 
         What was cancelled or rejected afterwards does not count. Without a customer: what each customer
-        would be billed, leaving out those that owe nothing.
+        would be billed, leaving out those that owe nothing. Raises ``ConfigurationError`` for a meter that never was.
         """
         with self._lock:
+            if not self._account.meters.named(event_name):
+                raise ConfigurationError(f"billed({event_name!r}): the sandbox has no meter of that event name.")
             bills = self._account.bills(event_name, customer)
         return bills if customer is None else bills.get(customer, Decimal(0))
 
