@@ -231,7 +231,7 @@ def test_every_pause_is_told_once_with_what_to_do(shop: StillShop) -> None:
     told = [str(error) for error in shop.errors]
     assert len(told) == 2
     assert all(one.startswith("Sending is paused, nothing is lost. Stripe refused the key; HTTP 403") for one in told)
-    assert all(one.endswith("may not. Check the key.") for one in told)
+    assert all(one.endswith("may not. Check the key: it is tried again every 30 seconds.") for one in told)
 
 
 def test_a_key_that_is_refused_when_the_account_is_asked_for_pauses(shop: StillShop) -> None:

@@ -116,7 +116,8 @@ class Guard:
 
     def pause(self, why: str, now: int) -> None:
         """Stripe has refused the key: everything rests, and then one event at a time tries it."""
-        self._pause(f"Stripe refused the key; {why.rstrip('.')}. Check the key.", now)
+        next_step = f"Check the key: it is tried again every {PAUSE_SECONDS} seconds."
+        self._pause(f"Stripe refused the key; {why.rstrip('.')}. {next_step}", now)
 
     def _pause(self, message: str, now: int) -> None:
         is_news = not self._pause_noted

@@ -131,11 +131,9 @@ class AccountHandle:
         """What the customer would be billed on the meter, in the meter's unit, as one billing period.
 
         What was cancelled or rejected afterwards does not count. Without a customer: what each customer
-        would be billed, leaving out those that owe nothing. Raises ``ConfigurationError`` for a meter that never was.
+        would be billed, leaving out those that owe nothing.
         """
         with self._lock:
-            if not self._account.meters.named(event_name):
-                raise ConfigurationError(f"billed({event_name!r}): the sandbox has no meter of that event name.")
             bills = self._account.bills(event_name, customer)
         return bills if customer is None else bills.get(customer, Decimal(0))
 
