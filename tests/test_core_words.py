@@ -101,7 +101,7 @@ def test_a_timestamp_is_refused_with_what_stripe_would_take(timestamp: Any, word
     ("value", "shown"),
     [
         (" " + "x" * 57, f"' {'x' * 57}'"), (" " + "x" * 58, f"' {'x' * 55}..."),
-        (2**1000 - 1, f"{2**1000 - 1}"[:57] + "..."), (2**1000, "of 1001 bits"),
+        (2**1000 - 1, f"{2**1000 - 1}"[:57] + "..."), (2**1000, "(a number of 1001 bits)"),
     ],
     ids=["60 characters", "61 characters", "1000 bits", "1001 bits"],
 )  # fmt: skip
@@ -248,7 +248,9 @@ def test_one_is_told_as_one(count: int, words: str) -> None:
     ("read", "words"),
     [
         (lambda: usage_from_metadata(ONE_PART),
-         "The provider reported cache_read = '3'; a token count is a whole number from 0 up."),
+         "The provider reported cache_read = a str; a token count is a whole number from 0 up."),
+        (lambda: Usage(-(10**5000), 0),
+         "The provider reported input = (a number of 16610 bits); a token count is a whole number from 0 up."),
         (lambda: Usage(-1, 0), "The provider reported input = -1; a token count is a whole number from 0 up."),
         (lambda: usage_from_metadata({"output_token_details": [1]}),
          "The provider reported output_token_details as list, not as counts by name."),

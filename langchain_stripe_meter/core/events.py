@@ -11,6 +11,7 @@ from datetime import datetime
 from decimal import Decimal
 from functools import lru_cache
 
+from langchain_stripe_meter.core.values import shown
 from langchain_stripe_meter.errors import ConfigurationError, InvalidValueError
 
 MAX_NAME_LENGTH = 100
@@ -33,12 +34,12 @@ def check_event_name(name: object) -> str:
     """The event name of a meter: 1 to 100 printable characters."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise InvalidValueError(
-            f"The event name of a meter must be printable text, not {_show(name)}. "
+            f"The event name of a meter must be printable text, not {shown(name)}. "
             "Use the event name that the meter has in Stripe, such as 'ai_tokens'."
         )
     if len(name) > MAX_NAME_LENGTH:
         raise InvalidValueError(
-            f"The event name {_show(name)} has {len(name)} characters; Stripe allows {MAX_NAME_LENGTH}."
+            f"The event name {shown(name)} has {len(name)} characters; Stripe allows {MAX_NAME_LENGTH}."
         )
     return name
 
@@ -47,7 +48,7 @@ def check_identifier(identifier: object) -> str:
     """An identifier: 1 to 100 printable characters of ASCII (narrower than Stripe's, so it is safe in any header)."""
     if not isinstance(identifier, str) or not _IDENTIFIER.match(identifier):
         raise InvalidValueError(
-            f"The identifier {_show(identifier)} must be 1 to {MAX_NAME_LENGTH} characters of plain ASCII, "
+            f"The identifier {shown(identifier)} must be 1 to {MAX_NAME_LENGTH} characters of plain ASCII, "
             "no space around."
         )
     return identifier
@@ -60,16 +61,16 @@ def check_customer_id(customer: object) -> str:
             f"A Stripe customer id must be text such as 'cus_NffrFeUfNV2Hib', not {type(customer).__name__}."
         )
     if not _CUSTOMER_ID.match(customer):  # not repeated unless it is nearly one: it could be an e-mail or a name
-        shown = _show(customer) if customer.startswith("cus_") and "@" not in customer else "This text"
-        raise InvalidValueError(f"{shown} is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'.")
+        said = shown(customer) if customer.startswith("cus_") and "@" not in customer else "This text"
+        raise InvalidValueError(f"{said} is not a Stripe customer id. It must look like 'cus_NffrFeUfNV2Hib'.")
     return customer
 
 
 def check_account(account: object) -> str:
     """A connected account's id, ``acct_`` and what Stripe puts behind it; ``""`` is the key's own account."""
     if not isinstance(account, str) or (account and not _ACCOUNT_ID.match(account)):
-        shown = _show(account) if str(account).startswith("acct_") else "This value"
-        raise InvalidValueError(f"{shown} is no connected account. It must look like 'acct_1032D82eZvKYlo2C'.")
+        said = shown(account) if str(account).startswith("acct_") else "This value"
+        raise InvalidValueError(f"{said} is no connected account. It must look like 'acct_1032D82eZvKYlo2C'.")
     return account
 
 
@@ -80,12 +81,12 @@ def check_value(value: object) -> Decimal:
     """
     number = _decimal(value)
     if not number.is_finite():
-        raise InvalidValueError(f"The value {_show(value)} is not finite; Stripe cannot bill it.")
+        raise InvalidValueError(f"The value {shown(value)} is not finite; Stripe cannot bill it.")
     text = number_text(number)
     digits = _count_digits(text)
     if digits > MAX_DIGITS:
         raise InvalidValueError(
-            f"The value {_show(value)} has {digits} significant digits; Stripe allows {MAX_DIGITS}. Round it first."
+            f"The value {shown(value)} has {digits} significant digits; Stripe allows {MAX_DIGITS}. Round it first."
         )
     return Decimal(text)
 
@@ -101,7 +102,7 @@ def _decimal(value: object) -> Decimal:
     try:
         return Decimal(text)
     except ArithmeticError:
-        raise InvalidValueError(f"The value {_show(value)} is not a number. Pass an int or a Decimal.") from None
+        raise InvalidValueError(f"The value {shown(value)} is not a number. Pass an int or a Decimal.") from None
 
 
 def significant_digits(number: Decimal) -> int:
@@ -121,7 +122,7 @@ def number_text(number: Decimal | int) -> str:
     if not number:  # whatever its exponent: "0e-999999999" would otherwise be a gigabyte of zeros
         return "0"
     if not number.is_finite() or abs(number.adjusted()) > 200:  # as would "1e999999"
-        raise InvalidValueError(f"The value {_show(number)} is far beyond what Stripe can bill.")
+        raise InvalidValueError(f"The value {shown(number)} is far beyond what Stripe can bill.")
     text = str(number)
     if "E" in text:
         text = format(number, "f")
@@ -133,7 +134,7 @@ def number_text(number: Decimal | int) -> str:
 def check_timestamp(timestamp: object, now: int) -> int:
     """Unix seconds from 35 days before ``now`` to 5 minutes after it."""
     if isinstance(timestamp, bool) or not isinstance(timestamp, int):
-        raise InvalidValueError(f"The timestamp {_show(timestamp)} must be whole Unix seconds, such as {now}.")
+        raise InvalidValueError(f"The timestamp {shown(timestamp)} must be whole Unix seconds, such as {now}.")
     if timestamp < now - PAST_LIMIT:
         raise InvalidValueError(
             f"The timestamp {timestamp} is more than 35 days in the past. "
@@ -151,13 +152,13 @@ def check_dimensions(dimensions: Mapping[str, str]) -> dict[str, str]:
     """Further payload keys: text to text, short enough for Stripe to take."""
     for key, value in dimensions.items():
         if not isinstance(key, str) or not isinstance(value, str):
-            raise InvalidValueError(f"The dimension {_show(key)} must map text to text, not to {_show(value)}.")
+            raise InvalidValueError(f"The dimension {shown(key)} must map text to text, not to {shown(value)}.")
         if not 0 < len(key) <= MAX_NAME_LENGTH or not 0 < len(value) <= MAX_NAME_LENGTH:
             raise InvalidValueError(
-                f"The dimension {_show(key)} and its value must have 1 to {MAX_NAME_LENGTH} characters."
+                f"The dimension {shown(key)} and its value must have 1 to {MAX_NAME_LENGTH} characters."
             )
         if not key.isprintable() or not value.isprintable():
-            raise InvalidValueError(f"The dimension {_show(key)} and its value must be printable text.")
+            raise InvalidValueError(f"The dimension {shown(key)} and its value must be printable text.")
     return dict(dimensions)
 
 
@@ -180,13 +181,6 @@ def _digest(*facts: str) -> str:
     """24 hexadecimal digits for these facts; their lengths are part of them, so that no two lists collide."""
     told = "".join(f"{len(fact)}:{fact}" for fact in facts)
     return hashlib.sha256(told.encode("utf-8", "surrogatepass")).hexdigest()[:24]
-
-
-def _show(value: object) -> str:
-    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write out very long ones
-        return f"of {value.bit_length()} bits"
-    text = str(value) if isinstance(value, Decimal) else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True, slots=True)

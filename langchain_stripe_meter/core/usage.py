@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from langchain_stripe_meter.core.values import valueclass
+from langchain_stripe_meter.core.values import shown, valueclass
 from langchain_stripe_meter.errors import UsageError
 
 INPUT_PARTS = ("cache_read", "cache_write", "audio_input")
@@ -173,7 +173,8 @@ def _check_count(kind: str, count: object) -> None:
     if count is None and kind in ("input", "output"):
         return
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise UsageError(f"The provider reported {kind} = {count!r}; a token count is a whole number from 0 up.")
+        what = shown(count) if isinstance(count, int | float) else f"a {type(count).__name__}"  # text may be anything
+        raise UsageError(f"The provider reported {kind} = {what}; a token count is a whole number from 0 up.")
 
 
 def _check_total(report: Mapping[str, Any], input: object, output: object) -> None:
@@ -182,7 +183,7 @@ def _check_total(report: Mapping[str, Any], input: object, output: object) -> No
     total = report.get("total_tokens")
     if isinstance(total, int | float) and total > 0:
         raise UsageError(
-            f"The provider reported total_tokens = {total}, but input = {input!r} and output = {output!r}."
+            f"The provider reported total_tokens = {shown(total)}, but input = {input!r} and output = {output!r}."
         )
 
 

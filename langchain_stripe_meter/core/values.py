@@ -24,6 +24,14 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def shown(value: object) -> str:
+    """A value as an error quotes it: no long one whole."""
+    if isinstance(value, int) and value.bit_length() > 1000:  # Python refuses to write out very long ones
+        return f"(a number of {value.bit_length()} bits)"
+    text = str(value) if isinstance(value, Decimal) else repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def valueclass(kind: type[T]) -> type[T]:
     """A dataclass that the type checker holds to be frozen.
