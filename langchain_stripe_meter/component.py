@@ -45,6 +45,13 @@ _ERROR_TYPES = {
 }
 
 
+_NEXT_STEPS = {
+    "rejected": "Look at the meter and the customer in Stripe, or correct this input.",
+    "unauthorised": "Use a key that is in use and has 'Billing meter events: Write'.",
+    "unavailable": "Try again later, with the same identifier.",
+    "unknown_outcome": "Try again with the same identifier, within a day: nothing is billed twice.",
+}
+
 _Text = Annotated[Any, WithJsonSchema({"type": "string"})]
 _Number = Annotated[Any, WithJsonSchema({"type": "number"})]
 _Whole = Annotated[Any, WithJsonSchema({"type": "integer"})]
@@ -168,9 +175,10 @@ def _send(gateway: Gateway, event: MeterEvent) -> dict[str, Any]:
         return {"success": True, "response": answer}
     if outcome.move is Move.DUPLICATE:
         return {"success": True, "response": _known_already(event)}
+    kind = _ERROR_TYPES[outcome.move]
     return _failure(
-        _ERROR_TYPES[outcome.move],
-        outcome.message,
+        kind,
+        f"{outcome.message.rstrip('.')}. {_NEXT_STEPS[kind]}",
         identifier=event.identifier,
         retryable=outcome.move in (Move.UNKNOWN, Move.REFUSED_FOR_NOW),
         request_id=outcome.request_id,

@@ -155,6 +155,7 @@ def test_no_key_a_malformed_key_and_a_wrong_key_are_told_apart(
     wrong = error_of(StripeMeterEvent(stripe="sk_test_wrongwrongwrong").invoke(INPUT))
     assert wrong["type"] == "unauthorised"
     assert "wrongwrong" not in wrong["message"]
+    assert wrong["message"].endswith("Use a key that is in use and has 'Billing meter events: Write'.")
     publishable = error_of(StripeMeterEvent(stripe="pk_test_123").invoke(INPUT))
     assert "publishable" in publishable["message"]
     monkeypatch.delenv("STRIPE_API_KEY")
@@ -167,6 +168,7 @@ def test_an_unknown_meter_is_stripes_no(sandbox: StripeSandbox) -> None:
     error = error_of(StripeMeterEvent().invoke({**INPUT, "event_name": "nope"}))
     assert error["type"] == "rejected"
     assert "nope" in error["message"]
+    assert error["message"].endswith("Look at the meter and the customer in Stripe, or correct this input.")
     assert error["request_id"].startswith("req_")
 
 
