@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,9 +52,13 @@ _NEXT_STEPS = {
     "unknown_outcome": "Try again with the same identifier, within a day: nothing is billed twice.",
 }
 
+_DIGITS = 12
+"""No time has more, in seconds."""
+
 _Text = Annotated[Any, WithJsonSchema({"type": "string"})]
 _Number = Annotated[Any, WithJsonSchema({"type": "number"})]
-_Whole = Annotated[Any, WithJsonSchema({"type": "integer"})]
+_TextIfAny = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "null"}]})]
+_WholeIfAny = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "integer"}, {"type": "null"}]})]
 
 
 class MeterEventInput(BaseModel):
@@ -63,10 +67,10 @@ class MeterEventInput(BaseModel):
     event_name: _Text = Field(description="Event name of the Stripe meter, at most 100 characters.")
     customer_id: _Text = Field(description="Stripe customer id, such as 'cus_NffrFeUfNV2Hib'.")
     value: _Number = Field(description="How much to add, at most 15 significant digits; negative to correct.")
-    identifier: _Text = Field(
+    identifier: _TextIfAny = Field(
         default=None, description="At most 100 characters; the same identifier is not billed twice. Default: random."
     )
-    timestamp: _Whole = Field(default=None, description="Unix seconds, within the past 35 days; default now.")
+    timestamp: _WholeIfAny = Field(default=None, description="Unix seconds, within the past 35 days; default now.")
 
 
 class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
@@ -132,7 +136,7 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
     def _event(self, given: Any) -> MeterEvent:
         values = given.model_dump() if isinstance(given, BaseModel) else given
         if is_dataclass(given) and not isinstance(given, type):
-            values = {field.name: getattr(given, field.name) for field in fields(given)}
+            values = {name: getattr(given, name, None) for name in MeterEventInput.model_fields}
         if not isinstance(values, Mapping):
             raise _BadFieldError("input", "the input must be a mapping with event_name, customer_id and value")
         checked = {name: _checked(name, check, values.get(name)) for name, check in _FIELDS.items()}
@@ -150,8 +154,10 @@ class StripeMeterEvent(Runnable[Any, dict[str, Any]]):
 
 
 def _timestamp(now: int, given: Any) -> int:
-    """The steps of a workflow may hand on text."""
-    return check_timestamp(int(given) if isinstance(given, str) and given.isdecimal() else given, now)
+    """The steps of a workflow may hand on text, and models write whole numbers with a point."""
+    if isinstance(given, str) and given.isdecimal() and len(given) <= _DIGITS:
+        given = int(given)
+    return check_timestamp(int(given) if isinstance(given, float) and given.is_integer() else given, now)
 
 
 class _BadFieldError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -209,19 +210,22 @@ def following(entry: Entry, other: Mapping[Any, Any], session: str | None) -> En
 
 
 HELD_TOLD = 256
-"""Of how many meters and reasons a handler tells that they hold usage: a reason may name numbers, and so be endless."""
+"""Of how many meters and kinds of reasons a handler tells that they hold usage."""
+_NUMBER = re.compile(r"(?<![\w.'/-])-?\d+(?![\w.'/-]*[\w'/-])")
+"""A number by itself, as each report has others; not one in a model's name."""
 
 
 def held_news(entries: Sequence[Entry], told: set[object]) -> Iterator[UsageError]:
-    """What to say of usage that is held for a person, of each meter and reason once; ``told`` also has reasons that are
-    known by themselves."""
+    """What to say of usage that is held for a person, of each meter and kind of reason once; ``told`` also has reasons
+    that are known by themselves."""
     for entry in entries:
-        what = (entry.event_name, entry.reason)
+        what = (entry.event_name, _NUMBER.sub("#", entry.reason or ""))
         if entry.state is ReadingState.HELD and told.isdisjoint((what, entry.reason)) and len(told) < HELD_TOLD:
             told.add(what)
+            rest = "for the same reason" if len(told) < HELD_TOLD else "for whatever reason"
             yield UsageError(
                 f"Usage on {entry.event_name!r} is held: {entry.reason}. See held(), and settle it with assign(...) or "
-                "write_off(...); more that is held for the same reason is not told again."
+                f"write_off(...); more that is held {rest} is not told again."
             )
 
 

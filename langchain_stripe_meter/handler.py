@@ -29,7 +29,8 @@ from langchain_stripe_meter.operations import Operations
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.recording import OnMissingUsage, Recorder
 from langchain_stripe_meter.reentry import inside
-from langchain_stripe_meter.workers import in_worker
+from langchain_stripe_meter.telling import telling
+from langchain_stripe_meter.workers import in_thread, in_worker
 
 if TYPE_CHECKING:
     from stripe import StripeClient
@@ -228,6 +229,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         deadline = time.monotonic() + timeout
         self._recorder.settle(self._sweep)
         self._recorder.elsewhere.wait(timeout)
+        telling.wait(deadline - time.monotonic())
         with self._recorder.telling():
             self._ledger.wait_for_writes()
             if self._courier is not None:
@@ -236,7 +238,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
 
     async def aflush(self, timeout: float = 10.0) -> views.FlushReport:
         """As ``flush``, without blocking the event loop."""
-        return await in_worker(self.flush, timeout)
+        return await in_thread(self.flush, timeout)
 
     def _deliver(self, courier: Courier, deadline: float) -> None:
         wake = courier.reopen
@@ -340,7 +342,7 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         ``check=False`` it starts in any case: ``lifespan=functools.partial(meter.lifespan, check=False)``.
         """
         if check:
-            await in_worker(self._check_ledger)
+            await in_thread(self._check_ledger)
         if check and self._courier is not None and not self._has_tenants:
             await self._check_at_start()
         if self._courier is not None:
@@ -348,12 +350,12 @@ class StripeMeterCallbackHandler(MeteringCallbacks, Operations):
         try:
             yield
         finally:
-            await in_worker(self.close, timeout)
+            await in_thread(self.close, timeout)
 
     async def _check_at_start(self) -> None:
         try:
             async with asyncio.timeout(START_SECONDS):
-                await in_worker(self.check)
+                await in_thread(self.check)
         except ConfigurationError:
             raise
         except Exception as error:  # noqa: BLE001 - Stripe must not keep an application from starting

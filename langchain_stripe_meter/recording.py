@@ -69,7 +69,7 @@ from langchain_stripe_meter.observed import Observed
 from langchain_stripe_meter.prices import checked_meters
 from langchain_stripe_meter.reentry import inside, soon, within
 from langchain_stripe_meter.telling import hand_on, tell
-from langchain_stripe_meter.workers import Elsewhere
+from langchain_stripe_meter.workers import MOST, Workers
 
 _NEXT_STEP = "Keep this error and call meter.record_again(error) once the ledger is mended."
 _WITHOUT_ON_ERROR = "With on_error=, meter.record_again(error) could store it later."
@@ -103,7 +103,7 @@ class Recorder:
     _failures: int = field(init=False, default=0)
     _mended: set[str] = field(init=False, default_factory=set)
     _untold_of: dict[str, str] = field(init=False, default_factory=dict)
-    elsewhere: Elsewhere = field(init=False, default_factory=Elsewhere)
+    elsewhere: Workers = field(init=False, default_factory=lambda: Workers(MOST, "stripe-meter-settling"))
     _held_told: set[object] = field(init=False, default_factory=set)
     _lock: threading.Lock = field(init=False)
     needs_lookup: bool = field(init=False)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+from contextlib import suppress
 
 from langchain_stripe_meter.errors import MeteringError, OnError, logger
+from langchain_stripe_meter.workers import Workers
+
+telling = Workers(1, "stripe-meter-on-error")
+"""One thread, so that what comes first is told first."""
 
 
 def tell(on_error: OnError | None, error: MeteringError) -> None:
@@ -15,16 +19,13 @@ def tell(on_error: OnError | None, error: MeteringError) -> None:
 
 
 def hand_on(on_error: OnError | None, error: MeteringError) -> None:
-    """Call ``on_error``, if there is one, on a thread of its own where an event loop runs in this one: it may write a
-    file or send a mail. Where it fails, that is logged and stops nothing."""
+    """Call ``on_error``, if there is one, in a thread of ours where an event loop runs in this one: it may write a file
+    or send a mail. Where it fails, that is logged and stops nothing."""
     if on_error is None:
         return
     if asyncio._get_running_loop() is not None:
-        try:
-            threading.Thread(target=_call, args=(on_error, error), name="stripe-meter-on-error").start()
-        except RuntimeError:  # the interpreter is shutting down and starts no threads: better to block than to lose
-            pass
-        else:
+        with suppress(RuntimeError):  # the interpreter is shutting down and starts no threads: better to block
+            telling.submit(_call, on_error, error)
             return
     _call(on_error, error)
 

@@ -6,9 +6,10 @@ import asyncio
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from contextvars import copy_context
 from functools import partial
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 from langchain_stripe_meter.forks import renew_after_fork
 
@@ -16,54 +17,81 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MOST = 32
-"""Threads at once; they are started as they are needed, and mostly wait for a database."""
+"""Threads at once for what only waits for a database; they are started as they are needed."""
 
 
-class _Workers:
-    def __init__(self) -> None:
+class _Task(Generic[T]):
+    """A call that is made once: by a thread of the pool, unless whoever gave it to the pool took it back."""
+
+    present = threading.local()
+
+    def __init__(self, call: Callable[[], T]) -> None:
+        self.future: Future[T] = Future()
+        self._call = call
+        self._claims = [True]
+
+    def claim(self) -> bool:
+        """Whether it is the caller's now."""
+        with suppress(IndexError):  # nothing divides a pop
+            return self._claims.pop()
+        return False
+
+    def __call__(self) -> None:
+        if not self.claim():
+            return
+        self.present.future = self.future
+        try:
+            self.future.set_result(self._call())
+        except BaseException as error:  # noqa: BLE001 - it is the waiter's
+            self.future.set_exception(error)
+        finally:
+            self.present.future = None
+
+
+class Workers:
+    """At most so many threads, and what is under way in them: maybe still when the event loop that asked has ended."""
+
+    def __init__(self, most: int, name: str) -> None:
+        self._most = most
+        self._name = name
         self.after_fork()
         renew_after_fork(self)
 
     def after_fork(self) -> None:
-        """The threads are the parent's."""
-        self.pool = ThreadPoolExecutor(MOST, "stripe-meter-worker")
-
-
-_workers = _Workers()
-
-
-def submit(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-    """Call ``function`` in one of our threads, in the caller's context. Raises ``RuntimeError``, and does not call it,
-    where the interpreter is shutting down and starts no threads."""
-    threading.Thread(
-        target=bool, name="stripe-meter-probe", daemon=True
-    ).start()  # else the pool keeps what it was given
-    return _workers.pool.submit(copy_context().run, partial(function, *args, **kwargs))
-
-
-async def in_worker(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """As ``submit``, for a coroutine to wait for."""
-    return await asyncio.wrap_future(submit(function, *args, **kwargs))
-
-
-class Elsewhere:
-    """What is under way in our threads, and may still be when the event loop that asked for it has ended."""
-
-    def __init__(self) -> None:
-        self.after_fork()
-        renew_after_fork(self)
-
-    def after_fork(self) -> None:
-        """It is the parent's."""
+        """The threads, and what they do, are the parent's."""
+        self._pool = ThreadPoolExecutor(self._most, self._name)
         self._futures: set[Future[Any]] = set()
 
     def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """As the function of that name."""
-        future = submit(function, *args, **kwargs)
-        self._futures.add(future)
-        future.add_done_callback(self._futures.discard)
-        return future
+        """Call ``function`` in one of the threads, in the caller's context. Raises ``RuntimeError``, and does not call
+        it, where the interpreter is shutting down and starts no threads."""
+        task = _Task(partial(copy_context().run, function, *args, **kwargs))
+        self._futures.add(task.future)
+        task.future.add_done_callback(self._futures.discard)
+        try:
+            self._pool.submit(task)
+        except RuntimeError:  # the pool may keep it all the same
+            if task.claim():
+                self._futures.discard(task.future)
+                raise
+        return task.future
 
     def wait(self, seconds: float) -> None:
-        """Return when it is done; at most after so many seconds."""
-        wait(list(self._futures), max(seconds, 0))
+        """Return when all is done but for what waits here itself; at most after so many seconds."""
+        mine = getattr(_Task.present, "future", None)
+        wait([future for future in list(self._futures) if future is not mine], max(seconds, 0))
+
+
+_workers = Workers(MOST, "stripe-meter-worker")
+
+
+async def in_worker(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call ``function`` where it delays no event loop; for what waits for a database, and for nothing else of ours."""
+    return await asyncio.wrap_future(_workers.submit(function, *args, **kwargs))
+
+
+async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """As ``in_worker``, in a thread of its own: for what may take long, and wait for those."""
+    task = _Task(partial(copy_context().run, function, *args, **kwargs))
+    threading.Thread(target=task, name="stripe-meter-waiting", daemon=True).start()
+    return await asyncio.wrap_future(task.future)

@@ -410,7 +410,12 @@ def test_an_export_that_fails_leaves_the_one_before_it(sandbox: StripeSandbox, r
     assert not list(tmp_path.glob("*.partial"))
     call("export", str(before))
     assert len(before.read_text().splitlines()) == 3
-    assert call("export", "/dev/null").exit_code == 0  # what is no file has nothing to be kept
+    before.chmod(0o600)
+    call("export", str(before))
+    assert before.stat().st_mode & 0o777 == 0o600
+    piped = subprocess.run([COMMAND, "export", "/dev/stdout"], capture_output=True, text=True, check=True).stdout
+    assert len(piped.splitlines()) == 3 + 1  # and how many were written
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_an_export_tells_accounts_and_kinds_of_tokens_apart(sandbox: StripeSandbox) -> None:

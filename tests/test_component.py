@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
 import pytest
 import stripe
 from freezegun import freeze_time
 from langchain_core.runnables import RunnableLambda
+from langchain_core.utils.function_calling import convert_to_openai_tool
 from langgraph.graph import END, START, StateGraph
 from tcp_proxy import FaultProxy, answer_of_another_event
 
@@ -85,13 +86,15 @@ def test_an_identifier_may_be_any_plain_text(sandbox: StripeSandbox, identifier:
 
 def test_a_step_may_give_a_timestamp_as_text(sandbox: StripeSandbox) -> None:
     at = sandbox.now() - 60
-    out = StripeMeterEvent().invoke({**INPUT, "timestamp": str(at)})
-    assert (out["success"], out["response"]["timestamp"]) == (True, at)
+    for given in (str(at), float(at)):
+        out = StripeMeterEvent().invoke({**INPUT, "timestamp": given, "identifier": f"at {given}"})
+        assert (out["success"], out["response"]["timestamp"]) == (True, at)
 
 
 def test_a_graphs_state_may_be_a_dataclass(sandbox: StripeSandbox) -> None:
     @dataclass
     class State:
+        unset: int = field(init=False)
         event_name: str = "ai_tokens_used"
         customer_id: str = "cus_123"
         value: int = 5
@@ -126,6 +129,7 @@ def test_a_step_whose_answer_was_lost_can_be_repeated_safely(sandbox: StripeSand
         ("identifier", " 1", "identifier"),
         ("identifier", "\u00fc", "identifier"),
         ("timestamp", "soon", "whole Unix seconds"),
+        ("timestamp", "9" * 5000, "whole Unix seconds"),
         ("timestamp", 1_700_000_000, "35 days"),
         ("timestamp", 4_000_000_000, "5 minutes"),
         ("timestamp", 1.5, "whole Unix seconds"),
@@ -191,6 +195,14 @@ def test_it_is_a_runnable_sync_async_batch_in_a_sequence_and_as_a_tool(sandbox: 
         warnings.simplefilter("ignore")  # LangChain calls as_tool() beta
         tool = event.as_tool()
     assert set(tool.args) == {"event_name", "customer_id", "value", "identifier", "timestamp"}
+    parameters = convert_to_openai_tool(tool, strict=True)["function"]["parameters"]["properties"]
+    assert [{"type": "null"} in one.get("anyOf", ()) for one in parameters.values()] == [
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
     assert set(tool.tool_call_schema.model_json_schema()["required"]) == {"event_name", "customer_id", "value"}
     assert tool.invoke({**INPUT, "identifier": "tool"})["success"]
     for wrong in ({"value": "abc"}, {"value": True}, {"value": None}, {"identifier": 7}, {"timestamp": "soon"}):

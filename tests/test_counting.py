@@ -16,9 +16,11 @@ from langchain_core.outputs import ChatGeneration, LLMResult
 from langchain_stripe_meter import Cost, Credits, Messages, StripeMeterCallbackHandler, Tokens
 from langchain_stripe_meter.core.meters import Meter
 from langchain_stripe_meter.core.runs import ABANDONED_AFTER
+from langchain_stripe_meter.core.states import ReadingState
 from langchain_stripe_meter.core.usage import Usage
-from langchain_stripe_meter.counting import HELD_TOLD
+from langchain_stripe_meter.counting import HELD_TOLD, held_news
 from langchain_stripe_meter.errors import UsageError
+from langchain_stripe_meter.ledger.store import Entry
 from langchain_stripe_meter.ledger.views import Row, tail
 
 SECRET = "what somebody wrote"
@@ -100,10 +102,24 @@ def test_what_is_held_for_a_person_is_told_once_for_each_meter_and_reason(
     assert ["on 'tokens' is held" in str(one) for one in meters.errors] == [False, True, False]
 
 
-def test_of_endless_reasons_only_so_many_are_told(meters: Meters) -> None:
-    for count in range(HELD_TOLD + 20):
+def test_reasons_that_differ_in_their_numbers_are_one_and_those_of_two_models_are_two(meters: Meters) -> None:
+    for count in range(20):
         meters.run(usage={**USAGE, "input_token_details": {"audio": 11 + count}})
-    assert len(meters.errors) == HELD_TOLD
+    assert sorted(str(one).split("'")[1] for one in meters.errors) == ["cost", "tokens"]
+    held = [
+        Entry(key, "credits", None, 0, ReadingState.HELD, reason=f"no credits are set for the model {model!r}")
+        for key, model in (("a", "gpt-4"), ("b", "gpt-5"), ("c", "gpt-5"), ("d", "gpt-4o-2024-08-06"), ("e", "4"))
+    ]
+    assert [str(one).split("'")[3] for one in held_news(held, set())] == ["gpt-4", "gpt-5", "gpt-4o-2024-08-06", "4"]
+
+
+def test_of_endless_reasons_only_so_many_are_told_and_that_is_said() -> None:
+    held = [
+        Entry(f"r{n}", "m", None, 0, ReadingState.HELD, reason=f"of the model 'm{n}x'") for n in range(HELD_TOLD + 9)
+    ]
+    said = [str(one) for one in held_news(held, set())]
+    assert len(said) == HELD_TOLD
+    assert ["for whatever reason" in one for one in said[-2:]] == [False, True]
 
 
 def test_usage_that_cannot_be_estimated_is_held_where_it_is_needed(

@@ -467,7 +467,7 @@ class NoMeter:
         ((Tokens("tokens"),), {"ledger": Path("l.db")}, "ledger= takes .* not PosixPath"),
         ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?timeout=soon"}, r"\?timeout=soon"),
         ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?timeout=-1"}, r"\?timeout=-1"),
-        ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?mode=ro"}, r"\?mode="),
+        ((Tokens("tokens"),), {"ledger": "sqlite:///l.db?mode=ro"}, r"\?mode is not"),
         ((Tokens("tokens"),), {"synchronous": "OFF"}, "'OFF'"),
     ],
 )

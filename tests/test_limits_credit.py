@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Context, Decimal, Inexact, localcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from conftest import wait_until
@@ -73,10 +74,18 @@ def test_no_credit_is_used_twice_while_stripe_has_not_taken_a_period_off_it(
         credit.refresh("cus_1")
         meter.record_usage({"input_tokens": 10}, id="of October", at=now)
         budget = Budget(meter, SpendLimit("ai_tokens", credit))
-        for moment, left in ((begins - 1, 0), (begins, 0), (begins + 3599, 0), (begins + 3600, 10)):
+        for moment, left in (
+            (begins - 1, 0),
+            (begins, 0),
+            (begins + 3659, 0),
+            (begins + 3660, 10),
+        ):  # and as old as an answer may be
             now = moment
             assert budget.remaining("cus_1") == left
             assert Budget(meter, SpendLimit("ai_tokens", credit)).remaining("cus_1") == left  # after a start
+        with pytest.raises(ConfigurationError, match=r"settled_after=.* is no shorter than a 'day'"):
+            SpendLimit("ai_tokens", StripeCredit(meter, unit_price=1, settled_after=timedelta(days=1)), per="day")
+        assert Budget(meter, SpendLimit("ai_tokens", Mock(return_value=5))).remaining("cus_1") == 5
         slow = StripeCredit(meter, unit_price=1, settled_after=timedelta(days=3))
         slow.refresh("cus_1")
         assert Budget(meter, SpendLimit("ai_tokens", slow)).remaining("cus_1") == 0

@@ -18,7 +18,11 @@ from langchain_core.outputs import ChatResult
 
 from langchain_stripe_meter import StripeMeterCallbackHandler, Tokens, from_lead
 from langchain_stripe_meter.agents.limits import Budget, SpendLimit, SpendLimitCallback, SpendLimitMiddleware
-from langchain_stripe_meter.workers import in_worker
+from langchain_stripe_meter.core.tenants import Tenant
+from langchain_stripe_meter.errors import MeteringError
+from langchain_stripe_meter.ledger.views import tail
+from langchain_stripe_meter.telling import hand_on
+from langchain_stripe_meter.workers import MOST, Workers, in_worker
 
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
 Work = Callable[[StripeMeterCallbackHandler], Awaitable[Any]]
@@ -31,8 +35,8 @@ class Model(GenericFakeChatModel):
         return self._generate(*args, **kwargs)
 
 
-def model() -> Model:
-    return Model(messages=iter([AIMessage("Hello", usage_metadata=USAGE)]))
+def model(usage: Any = USAGE) -> Model:
+    return Model(messages=iter([AIMessage("Hello", usage_metadata=usage)]))
 
 
 async def a_lead_is_asked_for(meter: StripeMeterCallbackHandler) -> None:
@@ -86,6 +90,86 @@ def test_nothing_waits_for_the_applications_own_tools(work: Work, tmp_path: Path
     with StripeMeterCallbackHandler(Tokens("tokens"), customer=from_lead(), deliver=False, ledger=ledger) as meter:
         asyncio.run(main(meter))
         assert meter.status().unrecorded == 0
+
+
+@pytest.mark.timeout(120)
+def test_flushes_that_wait_hold_no_run_up(tmp_path: Path) -> None:
+    """However many there are: what they wait for has threads of its own."""
+    slow = threading.Event()
+
+    def tenant(facts: Any) -> Tenant:
+        slow.wait()
+        return Tenant("")
+
+    async def main(meter: StripeMeterCallbackHandler) -> None:
+        runs = [asyncio.create_task(model().ainvoke("Hi", {"callbacks": [meter]})) for _ in range(MOST + 2)]
+        while len(meter._runs):
+            await asyncio.sleep(0.01)
+        flushes = [asyncio.create_task(meter.aflush(1000)) for _ in range(2 * MOST)]
+        await asyncio.sleep(0.1)
+        slow.set()
+        await asyncio.gather(*runs, *flushes)
+
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    with StripeMeterCallbackHandler(
+        Tokens("tokens"), customer="cus_1", tenant=tenant, deliver=False, ledger=ledger
+    ) as meter:
+        asyncio.run(main(meter))
+        assert len(tail(meter._ledger, 1000)) == MOST + 2
+
+
+@pytest.mark.timeout(120)
+def test_who_is_told_may_flush_where_it_is_told(tmp_path: Path) -> None:
+    def on_error(error: MeteringError) -> None:
+        meter.flush(1000)
+        told.append(error)
+
+    told: list[MeteringError] = []
+    usage = {**USAGE, "input_token_details": {"cache_read": 11}}  # is held, and told
+    options: dict[str, Any] = {"on_error": on_error, "deliver": False, "ledger": f"sqlite:///{tmp_path}/l.db"}
+    with StripeMeterCallbackHandler(Tokens("tokens"), customer=from_lead(), **options) as meter:
+        lead = {"lead": {"email": "ann@example.com"}}
+        asyncio.run(model(usage).ainvoke("Hi", {"callbacks": [meter], "metadata": lead}))
+        meter.flush()
+        assert len(told) == 1
+
+
+@pytest.mark.timeout(120)
+def test_errors_are_told_in_their_order_by_one_thread_which_a_flush_waits_for(tmp_path: Path) -> None:
+    told, threads = list[str](), set[threading.Thread]()
+    gate = threading.Event()
+
+    def on_error(error: MeteringError) -> None:
+        gate.wait()
+        told.append(str(error))
+        threads.add(threading.current_thread())
+
+    async def main() -> None:
+        for number in range(20):
+            hand_on(on_error, MeteringError(str(number)))
+        gate.set()
+
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    with StripeMeterCallbackHandler(Tokens("tokens"), customer="cus_1", deliver=False, ledger=ledger) as meter:
+        asyncio.run(main())
+        meter.flush()
+    assert told == [str(number) for number in range(20)]
+    assert len(threads) == 1
+
+
+def test_what_a_pool_could_not_begin_is_not_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, done = Workers(1, "w"), list[int]()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            workers.submit(done.append, 1)
+    workers.submit(done.append, 2).result()
+    workers.wait(60)
+    assert done == [2]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -75,7 +75,8 @@ class SpendLimit:
     @property
     def period(self) -> Period:
         """What ``per`` means, and for how long a period counts on in the next one (see ``StripeCredit``)."""
-        return Period(self.per, self.billing_day, getattr(self.amount, "settled_after", 0))
+        after = getattr(self.amount, "settled_after", 0)
+        return Period(self.per, self.billing_day, after if type(after) is int else 0)
 
     def amount_for(self, spender: Spender) -> Decimal | None:
         """How much ``spender`` may use; None for no limit.

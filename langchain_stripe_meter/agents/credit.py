@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from datetime import timedelta
 from decimal import Context, Decimal, InvalidOperation
+from math import ceil
 from queue import SimpleQueue
 
 from cachetools import LRUCache
@@ -48,7 +49,8 @@ class StripeCredit:
     Stripe takes usage off credits when it finalises the invoice of a period, by default an hour after its end; until
     then, the limit's own count of that period stands against them, in the first hour of the next period as well. So
     ``per`` and ``billing_day`` of the limit must be the billing period, and ``settled_after`` as long as your account
-    waits. (Whoever is settled sooner may be stopped until then; whoever is settled later may use credits twice.)
+    waits. (``max_age`` comes on top. Whoever is settled sooner may be stopped until then; whoever is settled later may
+    use credits twice.) A function of yours around this must carry its ``settled_after``, the seconds, as an attribute.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class StripeCredit:
         self._price = _price(unit_price, self._currency)
         self._max_age = _seconds(max_age)
         self._until_known = _until_known(until_known)
-        self.settled_after = _whole_seconds(settled_after)
+        self.settled_after = _whole_seconds(settled_after) + ceil(self._max_age)
         self._meter = meter
         self._gateway = meter._gateway("StripeCredit")
         self.after_fork()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -181,7 +183,7 @@ def export(
             _export(opened, sys.stdout, shown, as_json=as_json)
             return
         try:
-            count = _export_to(file.resolve(), opened, shown, as_json=as_json)
+            count = _export_to(file, opened, shown, as_json=as_json)
         except OSError as error:
             fail(f"{file} cannot be written: {error.strerror}. Give another path.", as_json=as_json)
     console.print(f"{counted(count, 'reading')} written to {file}.", soft_wrap=True)
@@ -192,17 +194,21 @@ def _export_to(file: Path, ledger: Ledger, shown: Status, *, as_json: bool) -> i
     from langchain_stripe_meter.ledger.opening import files_of
 
     own = files_of(ledger.database.url)
-    if any(file == one.resolve() or (file.exists() and one.exists() and file.samefile(one)) for one in own):
+    if any(file.resolve() == one.resolve() or (file.exists() and one.exists() and file.samefile(one)) for one in own):
         raise ConfigurationError(f"{file} is the ledger's own; an export would destroy it. Give another path.")
-    partial = file.with_name(f"{file.name}.partial") if file.is_file() or not file.exists() else file
+    if file.exists() and not file.is_file():  # a pipe, a device
+        with file.open("w", newline="", encoding="utf-8") as stream:
+            return _export(ledger, stream, shown, as_json=as_json)
+    file = file.resolve()
+    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w", newline="", encoding="utf-8") as stream:
+        with partial.open("x", newline="", encoding="utf-8") as stream:
             count = _export(ledger, stream, shown, as_json=as_json)
+        if file.exists():
+            shutil.copymode(file, partial)
         partial.replace(file)
-    except BaseException:
-        if partial != file:
-            partial.unlink(missing_ok=True)
-        raise
+    finally:
+        partial.unlink(missing_ok=True)
     return count
 
 

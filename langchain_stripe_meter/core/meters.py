@@ -109,7 +109,7 @@ class Tokens:
         check_event_name(self.event_name)
         if self.count not in ("total", "input", "output"):
             raise ConfigurationError(f"Tokens(count={self.count!r}): use 'total', 'input' or 'output'.")
-        if (self.count != "total") + (self.weights is not None) + self.split > 1:
+        if (self.count != "total") + (self.weights is not None) + bool(self.split) > 1:
             raise ConfigurationError("Tokens takes one of count=, weights= and split=, not several.")
         if self.weights is not None:
             object.__setattr__(self, "weights", _weights(self.weights))

@@ -55,6 +55,15 @@ class Period:
                 raise ConfigurationError(f"per={self.per!r}: a span is a whole number of seconds, at least one.")
         elif self.per not in ("day", "week", "month", "ever"):
             raise ConfigurationError(f"per={self.per!r}: use 'day', 'week', 'month', 'ever' or a timedelta.")
+        if self.per != "ever" and self.settled_after >= self._shortest:
+            raise ConfigurationError(f"settled_after={self.settled_after} seconds is no shorter than a {self.per!r}.")
+
+    @property
+    def _shortest(self) -> int:
+        """How many seconds the shortest one has."""
+        if isinstance(self.per, timedelta):
+            return int(self.per.total_seconds())
+        return _SECONDS.get(self.per, 28 * DAY)
 
     def bounds(self, at: int) -> tuple[int, int | None]:
         """The first second of the period that ``at`` is in, and that of the next one; None where none follows."""
@@ -62,9 +71,8 @@ class Period:
             return 0, None
         if self.per == "month":
             return billing_period(at, self.billing_day)
-        length = int(self.per.total_seconds()) if isinstance(self.per, timedelta) else _SECONDS[self.per]
-        start = at - (at - (_MONDAY if self.per == "week" else 0)) % length
-        return start, start + length
+        start = at - (at - (_MONDAY if self.per == "week" else 0)) % self._shortest
+        return start, start + self._shortest
 
     def begins(self, at: int) -> int:
         """The first second of what counts at ``at``."""

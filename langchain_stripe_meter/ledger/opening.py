@@ -57,8 +57,9 @@ def parse_url(url: str) -> URL:
         raise ConfigurationError("ledger= needs a file: a ledger in memory forgets what customers owe.")
     for name, value in parsed.query.items() if backend == "sqlite" else ():
         if name != "timeout" or not _SECONDS.fullmatch(str(value)):
+            shown = f"{name}={value}" if name == "timeout" else name
             raise ConfigurationError(
-                f"ledger=…?{name}={value} is not understood. A SQLite address takes only ?timeout=, for how many "
+                f"ledger=…?{shown} is not understood. A SQLite address takes only ?timeout=, for how many "
                 "seconds a run waits for another process, such as ?timeout=2."
             )
     return parsed
