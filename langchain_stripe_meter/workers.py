@@ -23,8 +23,6 @@ MOST = 32
 class _Task(Generic[T]):
     """A call that is made once: by a thread of the pool, unless whoever gave it to the pool took it back."""
 
-    present = threading.local()
-
     def __init__(self, call: Callable[[], T]) -> None:
         self.future: Future[T] = Future()
         self._call = call
@@ -37,15 +35,21 @@ class _Task(Generic[T]):
         return False
 
     def __call__(self) -> None:
-        if not self.claim():
+        if not self.claim() or not self.future.set_running_or_notify_cancel():  # from here on, nobody cancels it
             return
-        self.present.future = self.future
         try:
             self.future.set_result(self._call())
         except BaseException as error:  # noqa: BLE001 - it is the waiter's
             self.future.set_exception(error)
-        finally:
-            self.present.future = None
+
+
+class _Place(threading.local):
+    """Whether this thread is at work for ``Workers``."""
+
+    at_work = False
+
+
+_place = _Place()
 
 
 class Workers:
@@ -69,7 +73,7 @@ class Workers:
         self._futures.add(task.future)
         task.future.add_done_callback(self._futures.discard)
         try:
-            self._pool.submit(task)
+            self._pool.submit(_work, task)
         except RuntimeError:  # the pool may keep it all the same
             if task.claim():
                 self._futures.discard(task.future)
@@ -77,9 +81,17 @@ class Workers:
         return task.future
 
     def wait(self, seconds: float) -> None:
-        """Return when all is done but for what waits here itself; at most after so many seconds."""
-        mine = getattr(_Task.present, "future", None)
-        wait([future for future in list(self._futures) if future is not mine], max(seconds, 0))
+        """Return when all is done, at most after so many seconds; at once where that could be waiting for this."""
+        if not _place.at_work:
+            wait(list(self._futures), max(seconds, 0))
+
+
+def _work(task: _Task[Any]) -> None:
+    _place.at_work = True
+    try:
+        task()
+    finally:
+        _place.at_work = False
 
 
 _workers = Workers(MOST, "stripe-meter-worker")

@@ -22,7 +22,7 @@ from langchain_stripe_meter.core.tenants import Tenant
 from langchain_stripe_meter.errors import MeteringError
 from langchain_stripe_meter.ledger.views import tail
 from langchain_stripe_meter.telling import hand_on
-from langchain_stripe_meter.workers import MOST, Workers, in_worker
+from langchain_stripe_meter.workers import MOST, Workers, in_thread, in_worker
 
 USAGE = {"input_tokens": 10, "output_tokens": 5, "total_tokens": 15}
 Work = Callable[[StripeMeterCallbackHandler], Awaitable[Any]]
@@ -135,6 +135,26 @@ def test_who_is_told_may_flush_where_it_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
+def test_two_who_are_told_at_once_may_flush_both(tmp_path: Path) -> None:
+    both = threading.Barrier(2)
+
+    def on_error(error: MeteringError) -> None:
+        both.wait()
+        meter.flush(1000)
+
+    async def main() -> None:
+        hand_on(on_error, MeteringError("by the thread that tells"))
+        lead = {"lead": {"email": "ann@example.com"}}
+        usage = {**USAGE, "input_token_details": {"cache_read": 11}}
+        await model(usage).ainvoke("Hi", {"callbacks": [meter], "metadata": lead})
+
+    options: dict[str, Any] = {"on_error": on_error, "deliver": False, "ledger": f"sqlite:///{tmp_path}/l.db"}
+    with StripeMeterCallbackHandler(Tokens("tokens"), customer=from_lead(), **options) as meter:
+        asyncio.run(main())
+        meter.flush(1000)
+
+
+@pytest.mark.timeout(120)
 def test_errors_are_told_in_their_order_by_one_thread_which_a_flush_waits_for(tmp_path: Path) -> None:
     told, threads = list[str](), set[threading.Thread]()
     gate = threading.Event()
@@ -155,6 +175,31 @@ def test_errors_are_told_in_their_order_by_one_thread_which_a_flush_waits_for(tm
         meter.flush()
     assert told == [str(number) for number in range(20)]
     assert len(threads) == 1
+
+
+@pytest.mark.parametrize("wait", [in_worker, in_thread])
+def test_whoever_waits_may_be_cancelled_and_the_work_is_done_all_the_same(wait: Any) -> None:
+    begun, gate, done = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        gate.wait()
+        done.set()
+
+    async def main() -> None:
+        waiting = asyncio.create_task(wait(work))
+        while not begun.is_set():
+            await asyncio.sleep(0.001)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    asyncio.run(main())
+    gate.set()
+    assert done.wait(60)
+    for thread in threading.enumerate():
+        if thread.name == "stripe-meter-waiting":
+            thread.join(60)  # what it raises, pytest tells
 
 
 def test_what_a_pool_could_not_begin_is_not_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
