@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from langchain_stripe_meter.forks import renew_after_fork
+from langchain_stripe_meter.reentry import within
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -73,7 +74,7 @@ class Workers:
         self._futures.add(task.future)
         task.future.add_done_callback(self._futures.discard)
         try:
-            self._pool.submit(_work, task)
+            within(self._pool.submit, _work, task)  # it takes a lock, at which no collection may begin
         except RuntimeError:  # the pool may keep it all the same
             if task.claim():
                 self._futures.discard(task.future)
