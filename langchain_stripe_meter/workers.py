@@ -38,10 +38,14 @@ class _Task(Generic[T]):
     def __call__(self) -> None:
         if not self.claim() or not self.future.set_running_or_notify_cancel():  # from here on, nobody cancels it
             return
+        future, call = self.future, self._call
         try:
-            self.future.set_result(self._call())
+            result = call()
         except BaseException as error:  # noqa: BLE001 - it is the waiter's
-            self.future.set_exception(error)
+            future.set_exception(error)
+            del self, future, call  # the error holds this frame, which must not hold it
+        else:
+            future.set_result(result)
 
 
 class _Place(threading.local):
@@ -74,7 +78,7 @@ class Workers:
         self._futures.add(task.future)
         task.future.add_done_callback(self._futures.discard)
         try:
-            within(self._pool.submit, _work, task)  # it takes a lock, at which no collection may begin
+            within(self._pool.submit, _work, [task])  # it takes a lock, at which no collection may begin
         except RuntimeError:  # the pool may keep it all the same
             if task.claim():
                 self._futures.discard(task.future)
@@ -87,10 +91,11 @@ class Workers:
             wait(list(self._futures), max(seconds, 0))
 
 
-def _work(task: _Task[Any]) -> None:
+def _work(one: list[_Task[Any]]) -> None:
+    """Do it, and let go of it: what it raises holds its frame, that holds this one, and this one the pool's."""
     _place.at_work = True
     try:
-        task()
+        one.pop()()
     finally:
         _place.at_work = False
 
@@ -105,6 +110,10 @@ async def in_worker(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwar
 
 async def in_thread(function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
     """As ``in_worker``, in a thread of its own: for what may take long, and wait for those."""
-    task = _Task(partial(copy_context().run, function, *args, **kwargs))
+    return await asyncio.wrap_future(_start(partial(copy_context().run, function, *args, **kwargs)))
+
+
+def _start(call: Callable[[], T]) -> Future[T]:
+    task = _Task(call)
     threading.Thread(target=task, name="stripe-meter-waiting", daemon=True).start()
-    return await asyncio.wrap_future(task.future)
+    return task.future

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import pytest
+from conftest import wait_until
 from langchain.agents import create_agent
 from langchain_core.language_models import GenericFakeChatModel
 from langchain_core.messages import AIMessage
@@ -200,6 +204,32 @@ def test_whoever_waits_may_be_cancelled_and_the_work_is_done_all_the_same(wait: 
     for thread in threading.enumerate():
         if thread.name == "stripe-meter-waiting":
             thread.join(60)  # what it raises, pytest tells
+
+
+@pytest.mark.parametrize("wait", [in_worker, in_thread])
+def test_what_fails_is_let_go_of_at_once_and_left_to_no_collection(wait: Any) -> None:
+    """With it go the frames that its traceback holds, and the prompts in them."""
+
+    class Prompt:
+        pass
+
+    kept: list[ref[Prompt]] = []
+
+    def fail() -> None:
+        prompt = Prompt()
+        kept.append(ref(prompt))
+        raise ValueError
+
+    async def main() -> None:
+        with suppress(ValueError):
+            await wait(fail)
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+        wait_until(lambda: kept[0]() is None, 10)
+    finally:
+        gc.enable()
 
 
 def test_what_a_pool_could_not_begin_is_not_done_twice(monkeypatch: pytest.MonkeyPatch) -> None:
