@@ -1,4 +1,4 @@
-"""Threads of our own for what an event loop must not wait for: asyncio's may all be busy with its tools."""
+"""Threads of our own for what must not block an event loop: an application's tools may keep all of asyncio's busy."""
 
 from __future__ import annotations
 

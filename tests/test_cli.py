@@ -570,6 +570,10 @@ def test_doctor_warns_of_a_key_that_may_not_look_up_whom_an_email_names(
     monkeypatch.setenv("STRIPE_API_KEY", "rk_test_narrow")
     (said,) = [finding for finding in as_json("doctor") if finding["what"] == "customers"]
     assert (said["state"], "Customers: Read" in said["said"]) == ("warn", True)
+    sandbox.allow("rk_test_narrow", {"meter_events:write", "meters:read", "customers:read"})
+    sandbox.fail(refuse(500), path="/v1/customers", times=None)
+    (said,) = [finding for finding in as_json("doctor") if finding["what"] == "customers"]
+    assert (said["state"], "500" in said["said"]) == ("warn", True)
 
 
 def test_doctor_looks_at_the_ledger(sandbox: StripeSandbox, recorded: None, tmp_path: Path) -> None:

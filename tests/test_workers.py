@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from weakref import ref
 
 import pytest
@@ -99,15 +99,16 @@ def test_nothing_waits_for_the_applications_own_tools(work: Work, tmp_path: Path
 @pytest.mark.timeout(120)
 def test_flushes_that_wait_hold_no_run_up(tmp_path: Path) -> None:
     """However many there are: what they wait for has threads of its own."""
-    slow = threading.Event()
+    slow, settling = threading.Event(), list[None]()
 
     def tenant(facts: Any) -> Tenant:
+        settling.append(None)
         slow.wait()
         return Tenant("")
 
     async def main(meter: StripeMeterCallbackHandler) -> None:
         runs = [asyncio.create_task(model().ainvoke("Hi", {"callbacks": [meter]})) for _ in range(MOST + 2)]
-        while len(meter._runs):
+        while len(settling) < MOST:  # all of the threads are busy, and two runs wait for one
             await asyncio.sleep(0.01)
         flushes = [asyncio.create_task(meter.aflush(1000)) for _ in range(2 * MOST)]
         await asyncio.sleep(0.1)
@@ -245,6 +246,47 @@ def test_what_a_pool_could_not_begin_is_not_done_twice(monkeypatch: pytest.Monke
     workers.submit(done.append, 2).result()
     workers.wait(60)
     assert done == [2]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_what_a_forked_child_settles_beside_its_loop_is_recorded_once_each(tmp_path: Path) -> None:
+    """The threads that settled for the parent are not there; what it was settling is the parent's."""
+    settling, slow = threading.Event(), threading.Event()
+
+    def tenant(facts: Any) -> Tenant:
+        if facts.metadata["who"] == "parent":
+            settling.set()
+            slow.wait()
+        return Tenant("")
+
+    async def run(who: str) -> None:
+        await model().ainvoke("Hi", {"callbacks": [meter], "metadata": {"who": who}})
+
+    async def main() -> None:
+        parents = asyncio.create_task(run("parent"))
+        while not settling.is_set():
+            await asyncio.sleep(0.001)
+        child = os.fork()
+        if not child:
+            _in_a_child(lambda: asyncio.run(run("child")))
+        assert os.waitpid(child, 0)[1] == 0
+        slow.set()
+        await parents
+
+    ledger = f"sqlite:///{tmp_path}/l.db"
+    with StripeMeterCallbackHandler(
+        Tokens("tokens"), customer="cus_1", tenant=tenant, deliver=False, ledger=ledger
+    ) as meter:
+        asyncio.run(main())
+        assert [row.value for row in tail(meter._ledger)] == [15, 15]
+
+
+def _in_a_child(work: Callable[[], None]) -> NoReturn:
+    """Do it on a thread, where no event loop of the parent's seems to run, and leave."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join(60)
+    os._exit(thread.is_alive())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

@@ -303,9 +303,9 @@ def _allowance(limit: SpendLimit, spender: Spender, used: Decimal, now: int) -> 
     return Allowance(limit.event_name, limit.per, limit.amount_for(spender), used, resets_at)
 
 
-def _last(one: Allowance) -> tuple[bool, float]:
-    """The order in which allowances begin anew; the last is never."""
-    return one.resets_at is None, 0 if one.resets_at is None else one.resets_at.timestamp()
+def _last(one: Allowance) -> datetime:
+    """When an allowance begins anew, to find the last; never comes after all."""
+    return one.resets_at or datetime.max.replace(tzinfo=UTC)
 
 
 def _used_up(one: Allowance) -> SpendLimitError:

@@ -64,9 +64,11 @@ def _customers(gateway: Gateway) -> Iterator[Finding]:
     try:
         gateway.find_customers(Reference("email", "nobody@example.com"), "")
     except MeteringError as error:
+        said = str(error)
         if getattr(error.__cause__, "http_status", None) == 403:
             said = "the key may not look them up. Where an e-mail, a name or a phone number says who pays"
-            yield Finding("customers", "warn", f"{said}, give it 'Customers: Read'; ids need no such right.")
+            said += ", give it 'Customers: Read'; ids need no such right."
+        yield Finding("customers", "warn", said)
 
 
 def _unanswered(error: MeteringError, names: list[str]) -> Finding:
