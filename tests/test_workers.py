@@ -111,7 +111,8 @@ def test_flushes_that_wait_hold_no_run_up(tmp_path: Path) -> None:
         while len(settling) < MOST:  # all of the threads are busy, and two runs wait for one
             await asyncio.sleep(0.01)
         flushes = [asyncio.create_task(meter.aflush(1000)) for _ in range(2 * MOST)]
-        await asyncio.sleep(0.1)
+        while sum(thread.name == "stripe-meter-waiting" for thread in threading.enumerate()) < 2 * MOST:
+            await asyncio.sleep(0.01)
         slow.set()
         await asyncio.gather(*runs, *flushes)
 
