@@ -159,13 +159,14 @@ def far_west(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_is_let_go_of_later(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A refusal holds the coroutines that LangChain leaves unawaited, until the thread that found it is done with it.
-    Each of those threads takes part in this only then, while the test's own filter still stands."""
+    """A refusal holds the coroutines that LangChain leaves unawaited, until the thread that found it is done with it,
+    and a collection has been. Each of those threads takes part in this only then, while the test's filter stands."""
     yield
     if any("ahandle_event" in text for mark in request.node.iter_markers("filterwarnings") for text in mark.args):
         all_of_them = threading.Barrier(workers.MOST)
         for done in [workers._workers.submit(all_of_them.wait) for _ in range(workers.MOST)]:
             done.result(60)
+        gc.collect()
 
 
 def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
